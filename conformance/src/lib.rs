@@ -1,0 +1,2 @@
+//! One op suite for every backend, one capsule suite for every model.
+#![forbid(unsafe_code)]

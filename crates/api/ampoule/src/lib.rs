@@ -1,0 +1,2 @@
+//! Ampoule: low-latency inference with execution-state capsules.
+#![forbid(unsafe_code)]

@@ -1,0 +1,3 @@
+//! The ampoule command.
+#![forbid(unsafe_code)]
+fn main() {}

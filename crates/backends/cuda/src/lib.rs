@@ -1,0 +1,1 @@
+//! NVIDIA GPU backend: a plan captured as one graph.

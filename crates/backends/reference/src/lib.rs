@@ -1,0 +1,2 @@
+//! The scalar interpreter that defines every op.
+#![forbid(unsafe_code)]

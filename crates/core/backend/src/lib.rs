@@ -1,0 +1,2 @@
+//! The seam between a plan and the device that runs it.
+#![forbid(unsafe_code)]

@@ -1,0 +1,6 @@
+//! Plans: typed ops over named static buffers, checked and sealed.
+#![forbid(unsafe_code)]
+
+mod dtype;
+
+pub use dtype::{BLOCK, DType, UnknownDType};

@@ -1,0 +1,1 @@
+//! Weights to plans: model families, file readers, tokenizer, chat template.

@@ -1,0 +1,3 @@
+//! Project chores: dependency arrows, goldens, bundles.
+#![forbid(unsafe_code)]
+fn main() {}
