@@ -1,2 +1,230 @@
 //! The seam between a plan and the device that runs it.
+//!
+//! A [`Backend`] turns a sealed model and its weights into a [`Program`]: weights resident, slots allocated, plans
+//! ready to replay. A program knows buffers, slots and copies, and nothing of tokens, sessions or files.
+//!
+//! # Contracts every backend keeps
+//! - A replay changes nothing but Scratch and Output of the program and State of its slot.
+//! - Results depend on the operands' values alone: not on thread count, on what ran before, or on how many rows of
+//!   the token bucket are valid beside a row. No floating-point sum depends on the order in which threads arrive.
+//! - After [`Backend::load`] no replay allocates.
+//! - Copies are exact: what [`Program::freeze`] took, [`Program::thaw`] puts back bit for bit.
 #![forbid(unsafe_code)]
+
+mod error;
+mod frozen;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use ampoule_plan::{BufferId, BufferTable, Growth, RandomFill, Sealed};
+
+pub use error::{BackendError, WeightError};
+pub use frozen::{Frozen, HostBudget, HostFrozen, check_regions};
+
+/// What a backend runs on, for people and for fingerprints.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// The backend: `reference`, `cpu` or `cuda`.
+    pub backend: &'static str,
+    /// The class of device whose results are the same bits: architecture and instruction path, or GPU model.
+    pub class: String,
+    /// Versions of kernels and libraries that results depend on.
+    pub kernels: String,
+    /// For people: the device's name, cores, memory.
+    pub description: String,
+}
+
+/// Names one slot of a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SlotId(pub u32);
+
+/// Whole rows of a buffer, to be copied.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Region {
+    /// The State buffer.
+    pub buffer: BufferId,
+    /// Its rows.
+    pub rows: Range<usize>,
+}
+
+impl Region {
+    /// Bytes the region covers.
+    pub fn bytes(&self, table: &BufferTable) -> usize {
+        (self.rows.end - self.rows.start) * table[self.buffer].row_bytes()
+    }
+}
+
+/// Where a program's weights come from.
+pub trait WeightSource {
+    /// A recipe, if the buffer's contents are random; a device may then make them itself, bit for bit as
+    /// [`RandomFill::value`] says.
+    fn random(&self, buffer: BufferId) -> Option<RandomFill>;
+
+    /// Writes the bytes `offset..offset + into.len()` of the buffer's contents.
+    ///
+    /// # Errors
+    /// If the source cannot supply them.
+    fn read(&self, buffer: BufferId, offset: usize, into: &mut [u8]) -> Result<(), WeightError>;
+}
+
+/// What to allocate when a model is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Slots that may live at once.
+    pub slots: usize,
+    /// Bytes for frozen state on the device; reserved at load where the device has its own memory.
+    pub capsule_bytes: usize,
+}
+
+/// Called with bytes done and bytes in all while weights load.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64);
+
+/// Makes programs.
+pub trait Backend: Send + Sync {
+    /// What it runs on.
+    fn info(&self) -> DeviceInfo;
+
+    /// Makes the model resident: weights copied, plans prepared, everything allocated that replays need.
+    ///
+    /// # Errors
+    /// If memory is short, an op is not supported, the weights cannot be read or the device fails.
+    fn load(
+        &self,
+        model: Arc<Sealed>,
+        weights: &dyn WeightSource,
+        options: LoadOptions,
+        progress: Progress<'_>,
+    ) -> Result<Box<dyn Program>, BackendError>;
+}
+
+/// Counts since load, so that tests can hold a backend to its contracts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Replays, each one launch from the host's side.
+    pub launches: u64,
+    /// Allocations of device memory (or of the memory that stands for it).
+    pub allocations: u64,
+    /// Plans captured or compiled.
+    pub captures: u64,
+    /// Times the host waited for the device.
+    pub synchronizations: u64,
+}
+
+/// One model resident on one device.
+///
+/// Calls of one program are ordered: each sees the effects of those before it.
+pub trait Program: Send {
+    /// The model.
+    fn model(&self) -> &Arc<Sealed>;
+
+    /// Takes a free slot. Its State is unspecified until a reset plan runs or all of it is thawed.
+    ///
+    /// # Errors
+    /// If no slot is free.
+    fn create_slot(&mut self) -> Result<SlotId, BackendError>;
+
+    /// Gives a slot back.
+    ///
+    /// # Errors
+    /// If there is no such slot.
+    fn drop_slot(&mut self, slot: SlotId) -> Result<(), BackendError>;
+
+    /// Writes the first `bytes.len()` bytes of an Input, as seen by the next [`Program::run`].
+    ///
+    /// # Errors
+    /// If the buffer is no Input, or smaller.
+    fn write_input(&mut self, buffer: BufferId, bytes: &[u8]) -> Result<(), BackendError>;
+
+    /// Replays a plan over a slot. May return before the device has finished.
+    ///
+    /// # Errors
+    /// If there is no such slot or plan, or the device fails; the slot's State is then unspecified.
+    fn run(&mut self, slot: SlotId, plan: usize) -> Result<(), BackendError>;
+
+    /// Reads bytes `offset..offset + into.len()` of an Output as the last replay left it; returns as soon as they
+    /// are there, which may be before the whole replay has finished.
+    ///
+    /// # Errors
+    /// If the buffer is no Output, or smaller, or the device fails.
+    fn read_output(
+        &mut self,
+        buffer: BufferId,
+        offset: usize,
+        into: &mut [u8],
+    ) -> Result<(), BackendError>;
+
+    /// Reads rows of a State buffer of a slot after all replays so far.
+    ///
+    /// # Errors
+    /// If the region is not of a State buffer, `into` has not its size, or the device fails.
+    fn read_state(
+        &mut self,
+        slot: SlotId,
+        region: &Region,
+        into: &mut [u8],
+    ) -> Result<(), BackendError>;
+
+    /// Copies regions of a slot's State aside, as of all replays so far.
+    ///
+    /// # Errors
+    /// If a region is not State or the budget for frozen state is used up; nothing is copied then.
+    fn freeze(&mut self, slot: SlotId, regions: &[Region])
+    -> Result<Arc<dyn Frozen>, BackendError>;
+
+    /// Copies frozen regions into a slot, in order: of two that overlap the later wins.
+    ///
+    /// # Errors
+    /// If any part was frozen by another program; nothing is copied then.
+    fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError>;
+
+    /// Makes frozen state from bytes: of each region its rows, one after another.
+    ///
+    /// # Errors
+    /// If the bytes have not the regions' size or the budget is used up.
+    fn freeze_bytes(
+        &mut self,
+        regions: &[Region],
+        bytes: &[&[u8]],
+    ) -> Result<Arc<dyn Frozen>, BackendError>;
+
+    /// Overwrites all Scratch, Output and Input with a pattern of quiet NaNs: the dynamic twin of the seal.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn poison(&mut self) -> Result<(), BackendError>;
+
+    /// Waits until all replays and copies so far are done.
+    ///
+    /// # Errors
+    /// If the device failed in one of them.
+    fn synchronize(&mut self) -> Result<(), BackendError>;
+
+    /// Counts since load.
+    fn counters(&self) -> Counters;
+
+    /// Bytes of frozen state alive, and the budget.
+    fn frozen_bytes(&self) -> (usize, usize);
+}
+
+/// The regions of all Fixed State: what every boundary holds whole.
+pub fn fixed_regions(model: &Sealed) -> Vec<Region> {
+    state_regions(model, Growth::Fixed, |buffer| 0..model.buffer(buffer).rows())
+}
+
+/// Rows `rows` of every State buffer that grows by rows.
+pub fn row_regions(model: &Sealed, rows: &Range<usize>) -> Vec<Region> {
+    if rows.is_empty() {
+        return Vec::new();
+    }
+    state_regions(model, Growth::Rows, |_| rows.clone())
+}
+
+fn state_regions(
+    model: &Sealed,
+    growth: Growth,
+    rows: impl Fn(BufferId) -> Range<usize>,
+) -> Vec<Region> {
+    let of_growth = model.state().iter().filter(|&&id| model.buffer(id).growth() == Some(growth));
+    of_growth.map(|&buffer| Region { buffer, rows: rows(buffer) }).collect()
+}

@@ -1,0 +1,202 @@
+//! Frozen state: copies of State regions, kept aside.
+
+use std::any::Any;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use ampoule_plan::Sealed;
+
+use crate::{BackendError, Region};
+
+/// Regions of a slot's State, copied aside. Immutable; dropping it gives its bytes back to the budget.
+pub trait Frozen: Send + Sync {
+    /// The regions, in the order they were frozen.
+    fn regions(&self) -> &[Region];
+
+    /// Bytes of all regions.
+    fn bytes(&self) -> usize;
+
+    /// Copies the bytes of region `index` out.
+    ///
+    /// # Errors
+    /// If there is no such region, `into` has not its size, or the device fails.
+    fn read(&self, index: usize, into: &mut [u8]) -> Result<(), BackendError>;
+
+    /// For the backend to find its own type again.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// Checks that regions lie in State buffers of the model; returns their bytes.
+///
+/// # Errors
+/// If one does not, naming its buffer.
+pub fn check_regions(model: &Sealed, regions: &[Region]) -> Result<usize, BackendError> {
+    let mut sum = 0;
+    for region in regions {
+        let Some(buffer) = model.model().buffers.lookup(region.buffer) else {
+            let buffer = format!("#{}", region.buffer.0);
+            return Err(BackendError::WrongBuffer {
+                buffer,
+                problem: "is of another model".to_owned(),
+            });
+        };
+        let wrong = |problem| BackendError::WrongBuffer { buffer: buffer.name.clone(), problem };
+        if !buffer.role.is_state() {
+            return Err(wrong("is not State".to_owned()));
+        }
+        if region.rows.start > region.rows.end || region.rows.end > buffer.rows() {
+            return Err(wrong(format!("has {} rows, not {:?}", buffer.rows(), region.rows)));
+        }
+        sum += region.bytes(&model.model().buffers);
+    }
+    Ok(sum)
+}
+
+/// Frozen state in host memory, for backends whose slots live there. Holds the regions back to back.
+pub struct HostFrozen {
+    owner: Arc<HostBudget>,
+    regions: Vec<Region>,
+    offsets: Vec<usize>,
+    data: Vec<u8>,
+}
+
+/// The budget of host frozen state of one program.
+#[derive(Debug)]
+pub struct HostBudget {
+    used: AtomicUsize,
+    budget: usize,
+}
+
+impl HostBudget {
+    /// A budget of so many bytes.
+    pub fn new(budget: usize) -> Arc<Self> {
+        Arc::new(Self { used: AtomicUsize::new(0), budget })
+    }
+
+    /// Bytes in use, and the budget.
+    pub fn usage(&self) -> (usize, usize) {
+        (self.used.load(Ordering::Relaxed), self.budget)
+    }
+
+    fn reserve(&self, wanted: usize) -> Result<(), BackendError> {
+        self.used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
+                used.checked_add(wanted).filter(|&sum| sum <= self.budget)
+            })
+            .map(|_| ())
+            .map_err(|used| BackendError::CapsuleBudget { wanted, used, budget: self.budget })
+    }
+}
+
+impl HostFrozen {
+    /// Reserves the bytes in the budget, then fills them: `fill` appends each region's bytes, in order.
+    ///
+    /// # Errors
+    /// If a region is not State of the model, the budget is used up, memory is short, or `fill` fails or appends
+    /// another number of bytes.
+    pub fn new(
+        owner: &Arc<HostBudget>,
+        model: &Sealed,
+        regions: &[Region],
+        fill: impl FnOnce(&mut Vec<u8>) -> Result<(), BackendError>,
+    ) -> Result<Self, BackendError> {
+        let bytes = check_regions(model, regions)?;
+        owner.reserve(bytes)?;
+        // From here on dropping `frozen` gives the reservation back; its length is the reservation.
+        let mut frozen = Self {
+            owner: Arc::clone(owner),
+            regions: regions.to_vec(),
+            offsets: Vec::new(),
+            data: Vec::new(),
+        };
+        let give_back = |owner: &HostBudget| owner.used.fetch_sub(bytes, Ordering::Relaxed);
+        let mut data = Vec::new();
+        if data.try_reserve_exact(bytes).is_err() {
+            give_back(owner);
+            frozen.data = Vec::new();
+            return Err(BackendError::OutOfMemory {
+                what: "a capsule".to_owned(),
+                wanted: bytes as u64,
+                available: 0,
+            });
+        }
+        let filled = fill(&mut data);
+        if filled.is_err() || data.len() != bytes {
+            give_back(owner);
+            filled?;
+            let problem = format!("{} bytes were supplied for regions of {bytes}", data.len());
+            return Err(BackendError::WrongBuffer { buffer: "frozen state".to_owned(), problem });
+        }
+        let mut offset = 0;
+        for region in regions {
+            frozen.offsets.push(offset);
+            offset += region.bytes(&model.model().buffers);
+        }
+        frozen.offsets.push(offset);
+        frozen.data = data;
+        Ok(frozen)
+    }
+
+    /// The bytes of region `index`.
+    ///
+    /// # Panics
+    /// If there is no such region.
+    pub fn region(&self, index: usize) -> &[u8] {
+        &self.data[self.offsets[index]..self.offsets[index + 1]]
+    }
+
+    /// The parts as this type, if all of them were frozen under this budget.
+    ///
+    /// # Errors
+    /// [`BackendError::ForeignState`] if one was not.
+    pub fn own<'a>(
+        owner: &Arc<HostBudget>,
+        parts: &'a [Arc<dyn Frozen>],
+    ) -> Result<Vec<&'a Self>, BackendError> {
+        let own = |part: &'a Arc<dyn Frozen>| {
+            part.as_any()
+                .downcast_ref::<Self>()
+                .filter(|f| Arc::ptr_eq(&f.owner, owner))
+                .ok_or(BackendError::ForeignState)
+        };
+        parts.iter().map(own).collect()
+    }
+}
+
+impl Drop for HostFrozen {
+    fn drop(&mut self) {
+        self.owner.used.fetch_sub(self.data.len(), Ordering::Relaxed);
+    }
+}
+
+impl Frozen for HostFrozen {
+    fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    fn read(&self, index: usize, into: &mut [u8]) -> Result<(), BackendError> {
+        let wrong =
+            |problem| BackendError::WrongBuffer { buffer: "frozen state".to_owned(), problem };
+        if index >= self.regions.len() {
+            return Err(wrong(format!("has {} regions, not {index}", self.regions.len())));
+        }
+        let region = self.region(index);
+        if region.len() != into.len() {
+            return Err(wrong(format!(
+                "region {index} has {} bytes, not {}",
+                region.len(),
+                into.len()
+            )));
+        }
+        into.copy_from_slice(region);
+        Ok(())
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
