@@ -208,9 +208,9 @@ macro_rules! ops {
             }
 
             /// The operands, in the order of the op's fields.
+            #[allow(clippy::vec_init_then_push)] // some fields are optional
             pub fn operands(&self) -> Vec<Operand<'_>> {
                 match self { $( Self::$name(op) => {
-                    #[allow(clippy::vec_init_then_push)] // some fields are optional
                     let mut list = Vec::new();
                     $( operand_push!(list, op, $access, $field); )*
                     list
