@@ -13,6 +13,7 @@
 
 mod error;
 mod frozen;
+pub mod host;
 
 use std::ops::Range;
 use std::sync::Arc;
