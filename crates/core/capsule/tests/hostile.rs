@@ -309,6 +309,14 @@ fn only_one_way_of_writing_is_accepted() {
     padded.extend_from_slice(&payload);
     reseal(&mut padded);
     assert!(matches!(refuse(&padded), CapsuleError::NotCanonical { .. }));
+    for byte in *b"\n\0}x" {
+        let mut padded = bytes.clone();
+        let last = padded.len() - payload.len() - 1;
+        assert_eq!(padded[last], b' ');
+        padded[last] = byte;
+        reseal(&mut padded);
+        assert!(matches!(refuse(&padded), CapsuleError::NotCanonical { .. }));
+    }
     // Metadata keys: more of them, or other escapes.
     let escaped = manifest.replace('\\', "\\\\").replace('"', "\\\"");
     let start = "\",\"ampoule.format\":\"1\",\"ampoule.manifest\":\"";
