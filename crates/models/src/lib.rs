@@ -1,1 +1,17 @@
 //! Weights to plans: model families, file readers, tokenizer, chat template.
+#![deny(unsafe_code)]
+
+pub mod chat;
+pub mod error;
+pub mod gguf;
+pub mod mapped;
+pub mod tensors;
+pub mod tokenizer;
+pub mod weights_dir;
+pub mod decoder;
+pub mod llama;
+pub mod model;
+pub mod qwen35;
+pub mod random;
+pub mod source;
+pub mod weights;

@@ -1,14 +1,6 @@
 //! What can go wrong between a plan and its device.
 
-/// A weight's bytes cannot be supplied.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("weight '{buffer}': {problem}")]
-pub struct WeightError {
-    /// The buffer.
-    pub buffer: String,
-    /// Why not.
-    pub problem: String,
-}
+use crate::WeightError;
 
 /// A backend's operation failed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -18,9 +18,10 @@ pub mod host;
 use std::ops::Range;
 use std::sync::Arc;
 
-use ampoule_plan::{BufferId, BufferTable, Growth, RandomFill, Sealed};
+use ampoule_plan::{BufferId, BufferTable, Growth, Sealed};
+pub use ampoule_plan::{WeightError, WeightSource};
 
-pub use error::{BackendError, WeightError};
+pub use error::BackendError;
 pub use frozen::{Frozen, HostBudget, HostFrozen, check_regions};
 
 /// What a backend runs on, for people and for fingerprints.
@@ -54,19 +55,6 @@ impl Region {
     pub fn bytes(&self, table: &BufferTable) -> usize {
         (self.rows.end - self.rows.start) * table[self.buffer].row_bytes()
     }
-}
-
-/// Where a program's weights come from.
-pub trait WeightSource {
-    /// A recipe, if the buffer's contents are random; a device may then make them itself, bit for bit as
-    /// [`RandomFill::value`] says.
-    fn random(&self, buffer: BufferId) -> Option<RandomFill>;
-
-    /// Writes the bytes `offset..offset + into.len()` of the buffer's contents.
-    ///
-    /// # Errors
-    /// If the source cannot supply them.
-    fn read(&self, buffer: BufferId, offset: usize, into: &mut [u8]) -> Result<(), WeightError>;
 }
 
 /// What to allocate when a model is loaded.

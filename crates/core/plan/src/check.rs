@@ -171,7 +171,7 @@ impl Op {
                     && ranges_meet(&a.view.cols, &b.view.cols);
                 let in_place = a.view == b.view
                     && IN_PLACE.contains(&(a.field, b.field))
-                    && matches!(self, Self::RmsNorm(_) | Self::SigmoidGate(_));
+                    && matches!(self, Self::RmsNorm(_) | Self::SigmoidGate(_) | Self::GatedRmsNorm(_));
                 if overlap && (writes(a) || writes(b)) && !in_place {
                     let name = &table[a.view.buffer].name;
                     return c.fail(format!(

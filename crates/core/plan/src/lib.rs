@@ -16,6 +16,7 @@ mod ops;
 mod random;
 mod seal;
 mod text;
+mod weights;
 
 pub use buffer::{Buffer, BufferId, BufferTable, Growth, Role, StateKind, TableError, View};
 pub use check::OpError;
@@ -26,3 +27,4 @@ pub use ops::*;
 pub use random::RandomFill;
 pub use seal::{SealError, Sealed};
 pub use text::ParseError;
+pub use weights::{WeightError, WeightSource};

@@ -414,6 +414,7 @@ ops! {
     }
 
     /// Norm, then gate: `out = rms_norm(x) * weight * silu(gate)`, over groups of `N = weight` columns.
+    /// `out` may be the same view as `x`.
     GatedRmsNorm = "gated_rms_norm" {
         /// `[T, G * N]`.
         read x,

@@ -1,0 +1,137 @@
+//! Opening a model by path or name, and building its plans.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use ampoule_plan::{DType, Sealed};
+
+use crate::decoder::{BuildError, BuildOptions, DecoderShape, build};
+use crate::error::ModelFileError;
+use crate::gguf::GgufFile;
+use crate::llama::{self, LlamaParts};
+use crate::qwen35::{Qwen35, Qwen35Parts};
+use crate::random::{self, RandomParts};
+use crate::tensors::TensorSource;
+use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::weights::ModelWeights;
+use crate::weights_dir::WeightsDir;
+
+/// A model cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// A file is missing or wrong.
+    #[error(transparent)]
+    File(#[from] ModelFileError),
+    /// The tokenizer cannot be made.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// No built-in shape has the name.
+    #[error("there is no model 'random:{name}'; there are {}", random::NAMES.map(|n| format!("random:{n}")).join(", "))]
+    UnknownRandom {
+        /// The name.
+        name: String,
+    },
+    /// The path leads nowhere.
+    #[error("{path}: no such file or folder; give a .gguf file, a Hugging Face folder, or random:NAME")]
+    NotFound {
+        /// The path.
+        path: String,
+    },
+}
+
+enum Weights {
+    Gguf(Arc<GgufFile>),
+    Folder(Arc<WeightsDir>, Qwen35),
+    Random { seed: u64 },
+}
+
+/// A model's files: opened and checked, nothing of them copied.
+pub struct ModelFiles {
+    weights: Weights,
+    shape: DecoderShape,
+    tokenizer: Option<Arc<Tokenizer>>,
+}
+
+/// A model ready for a backend.
+pub struct BuiltModel {
+    /// The plans.
+    pub sealed: Arc<Sealed>,
+    /// The weights.
+    pub weights: ModelWeights,
+    /// BLAKE3 of the weights' content: the weight component of a fingerprint.
+    pub weights_digest: [u8; 32],
+}
+
+impl ModelFiles {
+    /// Opens `random:NAME`, `random:NAME@SEED`, a `.gguf` file or a Hugging Face folder.
+    ///
+    /// # Errors
+    /// If nothing is there, or what is there cannot be understood; the message names file and tensor or key.
+    pub fn open(reference: &str) -> Result<Self, OpenError> {
+        if let Some(name) = reference.strip_prefix("random:") {
+            let unknown = || OpenError::UnknownRandom { name: name.to_owned() };
+            let (base, seed) = match name.split_once('@') {
+                Some((base, seed)) => (base, seed.parse().map_err(|_| unknown())?),
+                None => (name, 0),
+            };
+            let shape = random::shape(base).ok_or_else(unknown)?;
+            return Ok(Self { weights: Weights::Random { seed }, shape, tokenizer: None });
+        }
+        let path = Path::new(reference);
+        if path.is_dir() {
+            let folder = WeightsDir::open(path)?;
+            let model = Qwen35::open(&folder)?;
+            let tokenizer = path.join("tokenizer.json").exists().then(|| Tokenizer::from_dir(path)).transpose()?;
+            let shape = model.shape.clone();
+            return Ok(Self {
+                weights: Weights::Folder(Arc::new(folder), model),
+                shape,
+                tokenizer: tokenizer.map(Arc::new),
+            });
+        }
+        if !path.exists() {
+            return Err(OpenError::NotFound { path: reference.to_owned() });
+        }
+        let file = GgufFile::open(path)?;
+        let shape = llama::shape(&file)?;
+        let tokenizer = Some(Arc::new(Tokenizer::from_gguf(&file)?));
+        Ok(Self { weights: Weights::Gguf(Arc::new(file)), shape, tokenizer })
+    }
+
+    /// The decoder's shape.
+    pub const fn shape(&self) -> &DecoderShape {
+        &self.shape
+    }
+
+    /// The tokenizer, if the model has one.
+    pub const fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
+        self.tokenizer.as_ref()
+    }
+
+    /// Builds and seals the plans. Weights are read later, by the backend.
+    ///
+    /// # Errors
+    /// If a tensor is missing or wrong, or the options fit no plan.
+    pub fn build(&self, options: &BuildOptions) -> Result<BuiltModel, BuildError> {
+        type Tensors = Option<Arc<dyn TensorSource + Send + Sync>>;
+        let (built, tensors, weights_digest): (_, Tensors, _) = match &self.weights {
+            Weights::Gguf(file) => {
+                let built = build(&self.shape, &LlamaParts(file), options)?;
+                (built, Some(Arc::clone(file) as _), file.digest())
+            }
+            Weights::Folder(folder, model) => {
+                let built = build(&self.shape, &Qwen35Parts { model, folder }, options)?;
+                (built, Some(Arc::clone(folder) as _), folder.digest())
+            }
+            Weights::Random { seed } => {
+                let built = build(&self.shape, &RandomParts { seed: *seed, dtype: DType::BF16 }, options)?;
+                let recipe = format!("ampoule.random.v1 {seed} {:?}", self.shape);
+                (built, None, *blake3::hash(recipe.as_bytes()).as_bytes())
+            }
+        };
+        let (sealed, data) = built;
+        let weights = ModelWeights::new(sealed.model().buffers.clone(), data, tensors);
+        Ok(BuiltModel { sealed: Arc::new(sealed), weights, weights_digest })
+    }
+}
