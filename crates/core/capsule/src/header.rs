@@ -153,7 +153,7 @@ impl CapsuleHeader {
         &self.manifest
     }
 
-    /// The manifest, the same without its header.
+    /// What the capsule says about itself, taken out of the header.
     pub fn into_manifest(self) -> Manifest {
         self.manifest
     }
