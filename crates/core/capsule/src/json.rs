@@ -11,14 +11,14 @@ use serde::ser::SerializeMap;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::layout::{MAX_TENSORS, TOKENS};
-use crate::manifest::MAX_NOTE_BYTES;
+use crate::manifest::MAX_JOURNAL_BYTES;
 use crate::writer::PayloadDigests;
 use crate::{Digest, Fingerprint, LineageId, Manifest, Parent, Segment, StateLayout};
 
 /// The version inside the manifest; the same as the format's.
 const MANIFEST_VERSION: u32 = 1;
 /// A JSON literal may take this many bytes: the longest text, each byte escaped as `\u00xx`.
-const MAX_LITERAL_BYTES: usize = 6 * MAX_NOTE_BYTES;
+const MAX_LITERAL_BYTES: usize = 6 * MAX_JOURNAL_BYTES;
 
 #[derive(Serialize)]
 struct Wire<'a> {
@@ -34,6 +34,8 @@ struct Wire<'a> {
     fingerprint: &'a Fingerprint,
     layout: &'a StateLayout,
     blake3: DigestsOut<'a>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    journal: Option<&'a str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     note: Option<&'a str>,
 }
@@ -55,6 +57,8 @@ pub(crate) struct WireOwned {
     fingerprint: Fingerprint,
     layout: StateLayout,
     blake3: DigestsIn,
+    #[serde(default)]
+    journal: Option<String>,
     #[serde(default)]
     note: Option<String>,
 }
@@ -131,6 +135,7 @@ fn wire<'a>(manifest: &'a Manifest, digests: &'a PayloadDigests) -> Wire<'a> {
         fingerprint: &manifest.fingerprint,
         layout: &manifest.layout,
         blake3: DigestsOut(&manifest.layout, digests),
+        journal: manifest.journal.as_deref(),
         note: manifest.note.as_deref(),
     }
 }
@@ -165,6 +170,7 @@ pub(crate) fn read_manifest(header: &[u8]) -> Result<Untrusted, serde_json::Erro
             salt: wire.salt,
             fingerprint: wire.fingerprint,
             layout: wire.layout,
+            journal: wire.journal,
             note: wire.note,
         },
         segments: wire.segments,

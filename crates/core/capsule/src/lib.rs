@@ -52,6 +52,7 @@
 //!     salt,
 //!     fingerprint,
 //!     layout,
+//!     journal: None,
 //!     note: None,
 //! };
 //! let (ancestor_rows, own_rows) = ([0_u8; 16], [1_u8; 8]);
@@ -89,5 +90,5 @@ pub use layout::{
     StateTensor, TOKENS,
 };
 pub use lineage::{History, LineageError, LineageId, LineageScope, Origin, Segment};
-pub use manifest::{MAX_NOTE_BYTES, MAX_TEXT_BYTES, Manifest, Parent};
+pub use manifest::{MAX_JOURNAL_BYTES, MAX_NOTE_BYTES, MAX_TEXT_BYTES, Manifest, Parent};
 pub use writer::{CapsuleWriter, EncodedCapsule, PayloadDigests, encode_header, to_bytes};

@@ -11,6 +11,8 @@ use crate::{
 pub const MAX_TEXT_BYTES: usize = 255;
 /// UTF-8 bytes of a note at most.
 pub const MAX_NOTE_BYTES: usize = 16 * 1024;
+/// UTF-8 bytes of a journal at most.
+pub const MAX_JOURNAL_BYTES: usize = 64 * 1024;
 
 /// The lineage node that a capsule's own node was made from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +46,9 @@ pub struct Manifest {
     pub fingerprint: Fingerprint,
     /// The state tensors, with the most rows there can be.
     pub layout: StateLayout,
+    /// What the engine needs beside the tokens to read them again: its sampler settings, by position. Opaque here; at
+    /// most [`MAX_JOURNAL_BYTES`] bytes.
+    pub journal: Option<String>,
     /// Anything the owner wants to remember, at most [`MAX_NOTE_BYTES`] bytes.
     pub note: Option<String>,
 }
@@ -68,12 +73,13 @@ impl Manifest {
     pub fn validate(&self) -> Result<(), CapsuleError> {
         let texts = [("producer", &self.producer), ("model", &self.model)];
         let labels = Component::ALL.map(|c| (c.name(), self.fingerprint.label(c)));
+        let journal = self.journal.as_deref().unwrap_or_default();
         let note = self.note.as_deref().unwrap_or_default();
         texts
             .map(|(field, text)| (field, text.as_str(), MAX_TEXT_BYTES))
             .into_iter()
             .chain(labels.map(|(field, text)| (field, text, MAX_TEXT_BYTES)))
-            .chain([("note", note, MAX_NOTE_BYTES)])
+            .chain([("journal", journal, MAX_JOURNAL_BYTES), ("note", note, MAX_NOTE_BYTES)])
             .find(|(_, text, max)| text.len() > *max)
             .map_or(Ok(()), |(field, text, max)| {
                 Err(CapsuleError::Text { field, bytes: text.len(), max, text: cut(text) })

@@ -91,6 +91,7 @@ impl Parts {
             salt,
             fingerprint,
             layout,
+            journal: None,
             note: Some("a \"quoted\" \\ note\nof two lines, é".into()),
         };
         Self { manifest, tokens, payload }

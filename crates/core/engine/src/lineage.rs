@@ -1,0 +1,153 @@
+//! The tree of boundaries: what a capsule is in memory, and which rows a slot holds.
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use ampoule_backend::Frozen;
+use ampoule_capsule::{History, LineageId};
+
+use crate::sampling::Stamped;
+
+/// The rows between a boundary and its parent, and how they came about.
+///
+/// Shared by every boundary below it; two slots hold the same rows only if they hold the same node.
+pub(crate) struct RowNode {
+    pub(crate) parent: Option<Arc<RowNode>>,
+    /// Position of the parent.
+    pub(crate) start: u32,
+    /// Tokens of positions `start..`.
+    pub(crate) tokens: Vec<u32>,
+    /// How rows `0..end` were made.
+    pub(crate) history: History,
+    /// Sampler events since the parent; `None` where an imported capsule brought none.
+    pub(crate) events: Option<Vec<Stamped>>,
+    /// The rows themselves; `None` where there are none.
+    pub(crate) rows: Option<Arc<dyn Frozen>>,
+    pub(crate) id: LineageId,
+    /// The boundary at the node's end, while somebody holds it.
+    boundary: Mutex<Weak<Boundary>>,
+}
+
+impl RowNode {
+    pub(crate) fn new(
+        parent: Option<Arc<Self>>,
+        tokens: Vec<u32>,
+        history: History,
+        events: Option<Vec<Stamped>>,
+        rows: Option<Arc<dyn Frozen>>,
+        id: LineageId,
+    ) -> Arc<Self> {
+        let start = parent.as_ref().map_or(0, |p| p.end());
+        Arc::new(Self {
+            parent,
+            start,
+            tokens,
+            history,
+            events,
+            rows,
+            id,
+            boundary: Mutex::default(),
+        })
+    }
+
+    pub(crate) fn end(&self) -> u32 {
+        self.start + self.tokens.len() as u32
+    }
+
+    pub(crate) fn boundary(&self) -> Option<Arc<Boundary>> {
+        self.boundary.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+    }
+}
+
+impl Drop for RowNode {
+    /// A long branch is unlinked step by step: dropped one inside the other it would overflow the stack.
+    fn drop(&mut self) {
+        let mut next = self.parent.take();
+        while let Some(mut node) = next.and_then(|n| Arc::try_unwrap(n).ok()) {
+            next = node.parent.take();
+        }
+    }
+}
+
+/// The nodes from the root to `node`.
+pub(crate) fn path(node: Option<&Arc<RowNode>>) -> Vec<Arc<RowNode>> {
+    let mut nodes = Vec::new();
+    let mut next = node;
+    while let Some(node) = next {
+        nodes.push(Arc::clone(node));
+        next = node.parent.as_ref();
+    }
+    nodes.reverse();
+    nodes
+}
+
+/// How many nodes two paths have in common from the root.
+pub(crate) fn common(a: &[Arc<RowNode>], b: &[Arc<RowNode>]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| Arc::ptr_eq(a, b)).count()
+}
+
+/// A boundary: a node and the fixed state at its end.
+pub(crate) struct Boundary {
+    pub(crate) node: Arc<RowNode>,
+    pub(crate) fixed: Arc<dyn Frozen>,
+    pub(crate) engine: u64,
+}
+
+/// The complete, sealed state of a session at a committed boundary, held in memory.
+///
+/// Cloning shares it. Capsules of one branch share the rows they have in common; dropping one gives back its fixed
+/// state, and the rows once no other capsule or slot descends from them.
+#[derive(Clone)]
+pub struct Capsule(pub(crate) Arc<Boundary>);
+
+impl Capsule {
+    pub(crate) fn new(node: Arc<RowNode>, fixed: Arc<dyn Frozen>, engine: u64) -> Self {
+        let boundary = Arc::new(Boundary { node, fixed, engine });
+        *boundary.node.boundary.lock().unwrap_or_else(PoisonError::into_inner) =
+            Arc::downgrade(&boundary);
+        Self(boundary)
+    }
+
+    /// Tokens read at the boundary.
+    pub fn position(&self) -> u32 {
+        self.0.node.end()
+    }
+
+    /// Those tokens.
+    pub fn tokens(&self) -> Vec<u32> {
+        path(Some(&self.0.node)).iter().flat_map(|n| n.tokens.iter().copied()).collect()
+    }
+
+    /// The identity of the boundary's rows.
+    pub fn lineage(&self) -> LineageId {
+        self.0.node.id
+    }
+
+    /// How the rows were made.
+    pub fn history(&self) -> &History {
+        &self.0.node.history
+    }
+
+    /// Bytes of state that only a boundary at this position needs: the fixed state.
+    pub fn fixed_bytes(&self) -> usize {
+        self.0.fixed.bytes()
+    }
+
+    /// Bytes of the rows since the parent boundary, shared with all descendants.
+    pub fn own_row_bytes(&self) -> usize {
+        self.0.node.rows.as_ref().map_or(0, |r| r.bytes())
+    }
+
+    /// Bytes of all rows up to the boundary: own and shared.
+    pub fn row_bytes(&self) -> usize {
+        path(Some(&self.0.node)).iter().map(|n| n.rows.as_ref().map_or(0, |r| r.bytes())).sum()
+    }
+}
+
+impl std::fmt::Debug for Capsule {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Capsule")
+            .field("position", &self.position())
+            .field("lineage", &self.lineage())
+            .finish_non_exhaustive()
+    }
+}

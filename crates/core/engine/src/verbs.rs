@@ -1,0 +1,219 @@
+//! Snapshot, restore, fork, rollback.
+
+use std::sync::Arc;
+
+use ampoule_backend::{SlotId, fixed_regions, row_regions};
+use ampoule_capsule::{History, Origin};
+
+use crate::engine::{Engine, Slot};
+use crate::lineage::{Capsule, RowNode, common, path};
+use crate::sampling::Stamped;
+use crate::{EngineError, LineageId};
+
+/// What a rollback reads again.
+struct Replay {
+    /// Tokens after the boundary.
+    tokens: Vec<u32>,
+    /// Events at or after the boundary.
+    events: Vec<Stamped>,
+    history: History,
+}
+
+impl Engine {
+    /// Freezes the slot's boundary.
+    ///
+    /// Copies the fixed state and the rows read since the last boundary; rows before it are shared. A second
+    /// snapshot of an unchanged slot is the same capsule and copies nothing.
+    ///
+    /// # Errors
+    /// If the budget for capsules is used up or the device fails; the slot goes on as it was.
+    pub fn snapshot(&mut self, slot: SlotId) -> Result<Capsule, EngineError> {
+        let entry = self.slot(slot)?;
+        if entry.tail.is_empty()
+            && entry.events.is_empty()
+            && let Some(boundary) = entry.chain.as_ref().and_then(|n| n.boundary())
+        {
+            return Ok(Capsule(boundary));
+        }
+        let (start, end) = (entry.chain.as_ref().map_or(0, |n| n.end()), entry.position());
+        let id = self.next_lineage(entry, start)?;
+        let fixed = self.program.freeze(slot, &fixed_regions(&self.model))?;
+        let regions = row_regions(&self.model, &(start as usize..end as usize));
+        let rows =
+            if regions.is_empty() { None } else { Some(self.program.freeze(slot, &regions)?) };
+        let entry = self.slot_mut(slot)?;
+        let (tail, events) = (std::mem::take(&mut entry.tail), std::mem::take(&mut entry.events));
+        let node =
+            RowNode::new(entry.chain.take(), tail, entry.history.clone(), Some(events), rows, id);
+        // The slot holds the rows it just froze. What it holds beyond its position is of another branch.
+        entry.held.truncate(path(Some(&node)).len() - 1);
+        entry.held.push(Arc::clone(&node));
+        entry.chain = Some(Arc::clone(&node));
+        Ok(Capsule::new(node, fixed, self.id))
+    }
+
+    /// The identity of the boundary that a snapshot would make.
+    fn next_lineage(&self, slot: &Slot, start: u32) -> Result<LineageId, EngineError> {
+        let from = slot.chain.as_ref().map_or_else(|| self.scope.root(), |n| n.id);
+        if slot.tail.is_empty() {
+            return Ok(from);
+        }
+        let mut id = from;
+        for segment in slot.history.since(start) {
+            let tokens =
+                &slot.tail[(segment.start - start) as usize..(segment.end - start) as usize];
+            id = self.scope.extend(id, segment, tokens)?;
+        }
+        Ok(id)
+    }
+
+    /// Puts a capsule into a slot, which then goes on exactly as the slot it was taken from would have.
+    ///
+    /// Copies the fixed state, and of the rows only those that the slot does not hold already.
+    ///
+    /// # Errors
+    /// If the capsule belongs to another engine the slot is as it was. If the device fails the slot is empty and
+    /// says so.
+    pub fn restore(&mut self, slot: SlotId, capsule: &Capsule) -> Result<(), EngineError> {
+        if capsule.0.engine != self.id {
+            return Err(EngineError::ForeignCapsule);
+        }
+        let entry = self.slots.get(&slot).ok_or(EngineError::NoSuchSlot { slot: slot.0 })?;
+        let target = path(Some(&capsule.0.node));
+        let shared = common(&entry.held, &target);
+        let mut parts: Vec<_> = target[shared..].iter().filter_map(|n| n.rows.clone()).collect();
+        parts.push(Arc::clone(&capsule.0.fixed));
+        let thawed = self.program.thaw(slot, &parts);
+        self.survive(slot, thawed)?;
+        let entry = self.slots.get_mut(&slot).ok_or(EngineError::NoSuchSlot { slot: slot.0 })?;
+        // A target that is a prefix of what is held leaves the rest valid: it was not overwritten.
+        let held = if shared == target.len() { std::mem::take(&mut entry.held) } else { target };
+        *entry = Slot {
+            chain: Some(Arc::clone(&capsule.0.node)),
+            tail: Vec::new(),
+            history: capsule.0.node.history.clone(),
+            events: Vec::new(),
+            held,
+            failure: None,
+        };
+        Ok(())
+    }
+
+    /// Restores one capsule into one new slot per seed; `None` keeps the capsule's random stream.
+    ///
+    /// # Errors
+    /// If there are not enough free slots, or the device fails; no slot is left behind then.
+    pub fn fork(
+        &mut self,
+        capsule: &Capsule,
+        seeds: &[Option<u64>],
+    ) -> Result<Vec<SlotId>, EngineError> {
+        let mut slots = Vec::with_capacity(seeds.len());
+        for seed in seeds {
+            let made = self.fork_one(capsule, *seed);
+            match made {
+                Ok(slot) => slots.push(slot),
+                Err(error) => {
+                    for slot in slots {
+                        let _ = self.drop_slot(slot);
+                    }
+                    return Err(error);
+                }
+            }
+        }
+        Ok(slots)
+    }
+
+    fn fork_one(&mut self, capsule: &Capsule, seed: Option<u64>) -> Result<SlotId, EngineError> {
+        let slot = self.create_slot()?;
+        let restored = self.restore(slot, capsule);
+        let seeded = restored.and_then(|()| seed.map_or(Ok(()), |seed| self.reseed(slot, seed)));
+        if let Err(error) = seeded {
+            let _ = self.drop_slot(slot);
+            return Err(error);
+        }
+        Ok(slot)
+    }
+
+    /// Returns a slot to an earlier position of its own branch: the state as it was when the slot last stood there.
+    ///
+    /// The nearest earlier boundary that somebody still holds is restored, and the known tokens after it are read
+    /// again as they were read the first time, by prefill or by decode; so the bytes are the same. From a boundary
+    /// at `position` itself it costs the fixed state only.
+    ///
+    /// # Errors
+    /// If `position` is ahead, nothing changes. If the device fails the slot is empty and says so.
+    pub fn rollback(&mut self, slot: SlotId, position: u32) -> Result<(), EngineError> {
+        let entry = self.slot(slot)?;
+        let here = entry.position();
+        if position > here {
+            return Err(EngineError::RollbackAhead {
+                slot: slot.0,
+                position: here,
+                wanted: position,
+            });
+        }
+        let branch = path(entry.chain.as_ref());
+        let mut earlier = branch.iter().enumerate().rev().filter(|(_, n)| n.end() <= position);
+        let boundary = earlier.find_map(|(index, n)| n.boundary().map(|b| (index, b)));
+        let after = &branch[boundary.as_ref().map_or(0, |(index, _)| index + 1)..];
+        if let Some(node) = after.iter().find(|n| n.events.is_none()) {
+            return Err(EngineError::NoJournal { position: node.end(), wanted: position });
+        }
+        let replay = replay(after, entry, position);
+        let start = if let Some((_, boundary)) = boundary {
+            let from = Capsule(boundary);
+            self.restore(slot, &from)?;
+            from.position()
+        } else {
+            self.reset(slot)?;
+            0
+        };
+        self.replay(slot, start, replay)
+    }
+
+    fn replay(&mut self, slot: SlotId, start: u32, replay: Replay) -> Result<(), EngineError> {
+        let mut events = replay.events.into_iter().peekable();
+        for segment in replay.history.since(start).collect::<Vec<_>>() {
+            let mut at = segment.start;
+            while at < segment.end {
+                while let Some(stamped) = events.next_if(|e| e.position <= at) {
+                    self.event(slot, stamped.event)?;
+                }
+                let stop = events.peek().map_or(segment.end, |e| e.position.min(segment.end));
+                let tokens = &replay.tokens[(at - start) as usize..(stop - start) as usize];
+                match segment.origin {
+                    Origin::Prefill => {
+                        self.append(slot, tokens, &mut |_| std::ops::ControlFlow::Continue(()))?;
+                    }
+                    Origin::Decode => {
+                        for token in tokens {
+                            self.step_forced(slot, *token)?;
+                        }
+                    }
+                }
+                at = stop;
+            }
+        }
+        for stamped in events {
+            self.event(slot, stamped.event)?;
+        }
+        Ok(())
+    }
+}
+
+/// What was read and set after the nodes before `nodes`, up to `position`.
+fn replay(nodes: &[Arc<RowNode>], slot: &Slot, position: u32) -> Replay {
+    let mut tokens: Vec<u32> = nodes
+        .iter()
+        .flat_map(|n| n.tokens.iter().copied())
+        .chain(slot.tail.iter().copied())
+        .collect();
+    let start = slot.position() - tokens.len() as u32;
+    tokens.truncate((position - start) as usize);
+    let events = nodes.iter().flat_map(|n| n.events.iter().flatten()).chain(&slot.events);
+    let events = events.filter(|e| e.position <= position).cloned().collect();
+    let mut history = slot.history.clone();
+    history.truncate(position);
+    Replay { tokens, events, history }
+}
