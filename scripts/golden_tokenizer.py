@@ -254,7 +254,16 @@ def pre_tokenizer(name):
 
 def write(name, value):
     path = OUT / name
-    path.write_text(json.dumps(value, ensure_ascii=True, indent=1) + "\n")
+    # One entry a line, so that a change shows as the entries that changed.
+    def lines(value, depth):
+        if depth == 0 or not isinstance(value, (dict, list)):
+            return json.dumps(value)
+        pairs = value.items() if isinstance(value, dict) else [(None, item) for item in value]
+        inner = [(f"{json.dumps(key)}: " if key is not None else "") + lines(item, depth - 1) for key, item in pairs]
+        opening, closing = "{}" if isinstance(value, dict) else "[]"
+        return f"{opening}\n" + ",\n".join(inner) + f"\n{closing}"
+
+    path.write_text(lines(value, 3 if "words" in value else 2) + "\n")
     print("wrote", path.relative_to(ROOT))
 
 

@@ -7,7 +7,7 @@ use ampoule_models::gguf::{GgufFile, MetaArray, MetaValue};
 use ampoule_models::tensors::TensorSource;
 use ampoule_models::tokenizer::Tokenizer;
 use ampoule_plan::DType;
-use support::{GgufWriter, Meta, Seeded, mutate, small_gguf};
+use support::{GgufWriter, Meta, Seeded, mutate, small_gguf, small_gguf_with_tokenizer};
 
 fn open(writer: &GgufWriter) -> Result<GgufFile, ModelFileError> {
     GgufFile::from_bytes("small.gguf", writer.write())
@@ -217,16 +217,7 @@ fn names_from_hostile_files_cannot_flood_or_forge_messages() {
 
 #[test]
 fn ten_thousand_mutations_never_panic() {
-    let tokenizer = small_gguf()
-        .str("tokenizer.ggml.model", "gpt2")
-        .str("tokenizer.ggml.pre", "smollm")
-        .meta(
-            "tokenizer.ggml.tokens",
-            Meta::Strs(["a", "b", "ab", "<|e|>"].map(str::to_owned).to_vec()),
-        )
-        .meta("tokenizer.ggml.token_type", Meta::I32s(vec![1, 1, 1, 3]))
-        .meta("tokenizer.ggml.merges", Meta::Strs(vec!["a b".into()]));
-    let original = tokenizer.write();
+    let original = small_gguf_with_tokenizer().write();
     let mut seeded = Seeded(20_261_121);
     let (mut opened, mut refused) = (0, 0);
     for _ in 0..10_000 {
@@ -253,6 +244,12 @@ fn ten_thousand_mutations_never_panic() {
         opened > 500 && refused > 500,
         "{opened} opened, {refused} refused: the mutations test nothing"
     );
+}
+
+#[test]
+fn the_seeds_of_the_fuzz_target_are_current() {
+    support::seed("gguf/small.gguf", &small_gguf_with_tokenizer().write());
+    support::seed("gguf/version2.gguf", &GgufWriter { version: 2, ..small_gguf() }.write());
 }
 
 #[test]

@@ -186,6 +186,16 @@ fn bad_headers_are_refused_by_tensor() {
 }
 
 #[test]
+fn the_seeds_of_the_fuzz_target_are_current() {
+    // As fuzz/fuzz_targets/safetensors.rs divides its input: 0, then one file; or the length of an index, then two.
+    support::seed("safetensors/single", &[&[0], small().as_slice()].concat());
+    let index = br#"{"weight_map":{"x":"a","y":"b"}}"#;
+    let shard = |name: &str| file(&[(name, Dtype::F32, &[1], &[1; 4])]);
+    let parts = [&[index.len() as u8], index.as_slice(), &shard("x"), &shard("y")];
+    support::seed("safetensors/sharded", &parts.concat());
+}
+
+#[test]
 fn every_truncation_is_refused() {
     let bytes = small();
     for len in 0..bytes.len() {

@@ -185,6 +185,30 @@ pub fn small_gguf() -> GgufWriter {
         .tensor("q41", &[32, 1, 1, 2], 3, vec![5; 40])
 }
 
+/// [`small_gguf`] with a tokenizer.
+pub fn small_gguf_with_tokenizer() -> GgufWriter {
+    let strings = |texts: &[&str]| Meta::Strs(texts.iter().copied().map(str::to_owned).collect());
+    small_gguf()
+        .str("tokenizer.ggml.model", "gpt2")
+        .str("tokenizer.ggml.pre", "smollm")
+        .meta("tokenizer.ggml.tokens", strings(&["a", "b", "ab", "<|e|>"]))
+        .meta("tokenizer.ggml.token_type", Meta::I32s(vec![1, 1, 1, 3]))
+        .meta("tokenizer.ggml.merges", strings(&["a b"]))
+}
+
+/// Checks that the seed of a fuzz target is `bytes`; with AMPOULE_BLESS=1, writes it.
+pub fn seed(name: &str, bytes: &[u8]) {
+    let path = root().join("fuzz/seeds").join(name);
+    if std::env::var_os("AMPOULE_BLESS").is_some_and(|value| value == "1") {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, bytes).unwrap();
+    }
+    assert!(
+        std::fs::read(&path).unwrap() == bytes,
+        "fuzz/seeds/{name} is old: run this test with AMPOULE_BLESS=1"
+    );
+}
+
 /// A pseudo-random sequence (SplitMix64), for tests that say their seed.
 pub struct Seeded(pub u64);
 
