@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use ampoule_plan::{DType, Sealed};
 
-use crate::decoder::{BuildError, BuildOptions, DecoderShape, build};
+use crate::decoder::{BuildError, BuildOptions, Built, DecoderShape, build};
 use crate::error::ModelFileError;
 use crate::gguf::GgufFile;
 use crate::llama::{self, LlamaParts};
@@ -61,6 +61,9 @@ pub struct BuiltModel {
     pub weights: ModelWeights,
     /// BLAKE3 of the weights' content: the weight component of a fingerprint.
     pub weights_digest: [u8; 32],
+    /// BLAKE3 of the plans as they would be for one fixed set of buckets: the plan component of a fingerprint. It
+    /// depends on the ops and their types, but on neither context length nor buckets, which change no result.
+    pub plan_digest: [u8; 32],
 }
 
 impl ModelFiles {
@@ -104,6 +107,11 @@ impl ModelFiles {
         &self.shape
     }
 
+    /// Whether the weights are quantised blocks or halves from a GGUF file.
+    pub const fn is_gguf(&self) -> bool {
+        matches!(self.weights, Weights::Gguf(_))
+    }
+
     /// The tokenizer, if the model has one.
     pub const fn tokenizer(&self) -> Option<&Arc<Tokenizer>> {
         self.tokenizer.as_ref()
@@ -114,24 +122,37 @@ impl ModelFiles {
     /// # Errors
     /// If a tensor is missing or wrong, or the options fit no plan.
     pub fn build(&self, options: &BuildOptions) -> Result<BuiltModel, BuildError> {
-        type Tensors = Option<Arc<dyn TensorSource + Send + Sync>>;
-        let (built, tensors, weights_digest): (_, Tensors, _) = match &self.weights {
-            Weights::Gguf(file) => {
-                let built = build(&self.shape, &LlamaParts(file), options)?;
-                (built, Some(Arc::clone(file) as _), file.digest())
-            }
-            Weights::Folder(folder, model) => {
-                let built = build(&self.shape, &Qwen35Parts { model, folder }, options)?;
-                (built, Some(Arc::clone(folder) as _), folder.digest())
-            }
+        let (sealed, data) = self.plans(options)?;
+        let canonical = BuildOptions {
+            context: 1024,
+            prefill: vec![16],
+            score: 16,
+            decode_contexts: Vec::new(),
+            precision: options.precision,
+        };
+        let plan_digest = self.plans(&canonical)?.0.digest();
+        let weights_digest = match &self.weights {
+            Weights::Gguf(file) => file.digest(),
+            Weights::Folder(folder, _) => folder.digest(),
             Weights::Random { seed } => {
-                let built = build(&self.shape, &RandomParts { seed: *seed, dtype: DType::BF16 }, options)?;
                 let recipe = format!("ampoule.random.v1 {seed} {:?}", self.shape);
-                (built, None, *blake3::hash(recipe.as_bytes()).as_bytes())
+                *blake3::hash(recipe.as_bytes()).as_bytes()
             }
         };
-        let (sealed, data) = built;
+        let tensors: Option<Arc<dyn TensorSource + Send + Sync>> = match &self.weights {
+            Weights::Gguf(file) => Some(Arc::clone(file) as _),
+            Weights::Folder(folder, _) => Some(Arc::clone(folder) as _),
+            Weights::Random { .. } => None,
+        };
         let weights = ModelWeights::new(sealed.model().buffers.clone(), data, tensors);
-        Ok(BuiltModel { sealed: Arc::new(sealed), weights, weights_digest })
+        Ok(BuiltModel { sealed: Arc::new(sealed), weights, weights_digest, plan_digest })
+    }
+
+    fn plans(&self, options: &BuildOptions) -> Result<Built, BuildError> {
+        match &self.weights {
+            Weights::Gguf(file) => build(&self.shape, &LlamaParts(file), options),
+            Weights::Folder(folder, model) => build(&self.shape, &Qwen35Parts { model, folder }, options),
+            Weights::Random { seed } => build(&self.shape, &RandomParts { seed: *seed, dtype: DType::BF16 }, options),
+        }
     }
 }

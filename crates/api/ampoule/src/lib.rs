@@ -1,2 +1,47 @@
 //! Ampoule: low-latency inference with execution-state capsules.
+//!
+//! [`Ampoule::load`] makes a model resident on a device. Tokens go into slots; a slot's complete state can be frozen
+//! as a [`Capsule`], restored, forked, rolled back, saved and loaded, and goes on exactly as if nothing had happened.
+//!
+//! ```no_run
+//! use ampoule::{Ampoule, LoadOptions};
+//!
+//! # fn main() -> Result<(), ampoule::Error> {
+//! let mut model = Ampoule::load("models/SmolLM2-135M-Instruct.Q4_1.gguf", &LoadOptions::default(), &mut |_, _| {})?;
+//! let slot = model.engine.create_slot()?;
+//! let prompt = model.encode_prompt("The quick brown fox")?;
+//! model.append(slot, &prompt)?;
+//! let capsule = model.engine.snapshot(slot)?; // frozen: the whole execution state
+//! let twins = model.engine.fork(&capsule, &[Some(1), Some(2)])?; // nothing is read again
+//! model.save(&capsule, "fox.ampoule".as_ref())?;
+//! # let _ = twins;
+//! # Ok(())
+//! # }
+//! ```
 #![forbid(unsafe_code)]
+
+mod ablate;
+mod error;
+mod files;
+mod load;
+mod reply;
+mod texts;
+mod verify;
+
+pub use ablate::{Ablation, AblationReport};
+pub use error::Error;
+pub use files::write_atomically;
+pub use load::{Ampoule, Device, LoadOptions};
+pub use reply::{Reply, ReplyOptions, ReplyStep};
+pub use texts::{TEXTS, sample_tokens};
+pub use verify::{LevelReport, VerifyOptions, VerifyReport};
+
+pub use ampoule_backend::{Backend, BackendError, fixed_regions, row_regions};
+pub use ampoule_capsule::{CapsuleError, CapsuleFile, CapsuleHeader, Component, Manifest};
+pub use ampoule_engine::{
+    Capsule, Control, Counters, DeviceInfo, Engine, EngineError, EngineOptions, FinishReason, Fingerprint, Generation,
+    History, LineageId, Origin, PrefillProgress, SamplingParams, Segment, SlotId, StopRules,
+};
+pub use ampoule_models::chat::{ChatError, ChatTemplate};
+pub use ampoule_models::tokenizer::{EncodeOptions, StopMatcher, StreamDecoder, Tokenizer};
+pub use ampoule_plan::{Cost, CostPoint, DType, Model as PlanModel, Op, Phase, Plan, Sealed};

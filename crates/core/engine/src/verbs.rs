@@ -99,6 +99,40 @@ impl Engine {
         Ok(())
     }
 
+    /// For experiments: restores `capsule`, but takes the Fixed State buffers that `other` picks by name from `donor`,
+    /// or zeroes them where there is none. What the slot then says is not the model's answer: that is the point.
+    ///
+    /// # Errors
+    /// As [`Engine::restore`].
+    pub fn restore_with_other_state(
+        &mut self,
+        slot: SlotId,
+        capsule: &Capsule,
+        donor: Option<&Capsule>,
+        other: &dyn Fn(&str) -> bool,
+    ) -> Result<(), EngineError> {
+        self.restore(slot, capsule)?;
+        let source = donor.unwrap_or(capsule);
+        if source.0.engine != self.id {
+            return Err(EngineError::ForeignCapsule);
+        }
+        let (mut regions, mut bytes) = (Vec::new(), Vec::new());
+        for (index, region) in source.0.fixed.regions().iter().enumerate() {
+            if other(&self.model.buffer(region.buffer).name) {
+                let mut part = vec![0; region.bytes(self.buffers())];
+                if donor.is_some() {
+                    source.0.fixed.read(index, &mut part)?;
+                }
+                regions.push(region.clone());
+                bytes.push(part);
+            }
+        }
+        let bytes: Vec<&[u8]> = bytes.iter().map(Vec::as_slice).collect();
+        let frozen = self.program.freeze_bytes(&regions, &bytes)?;
+        let thawed = self.program.thaw(slot, &[frozen]);
+        self.survive(slot, thawed)
+    }
+
     /// Restores one capsule into one new slot per seed; `None` keeps the capsule's random stream.
     ///
     /// # Errors

@@ -1,0 +1,112 @@
+//! Hugging Face transformers' answers for tiny Qwen3.5 checkpoints, held against a backend.
+//!
+//! `docs/goldens.md` says how the files in `golden/qwen35` were made and what each exercises.
+
+use std::path::{Path, PathBuf};
+
+use ampoule::{Ampoule, Backend, DType, LoadOptions};
+use safetensors::SafeTensors;
+
+/// What one checkpoint's comparison found.
+#[derive(Clone, Debug)]
+pub struct GoldenReport {
+    /// The checkpoint.
+    pub name: String,
+    /// Rows of logits compared.
+    pub rows: usize,
+    /// Largest `max |difference| / max |expected|` over all sequences.
+    pub max_error: f64,
+    /// Largest relative Frobenius error over all sequences.
+    pub frobenius: f64,
+    /// Greedy tokens that differ.
+    pub greedy_differ: usize,
+    /// Greedy tokens compared.
+    pub greedy: usize,
+}
+
+/// The folder with the checkpoints.
+pub fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/qwen35")
+}
+
+/// The checkpoints' folders, in order of name.
+///
+/// # Errors
+/// If the folder cannot be read.
+pub fn checkpoints(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.join("expected.safetensors").exists() {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn words<T>(file: &SafeTensors<'_>, name: &str, convert: impl Fn([u8; 4]) -> T) -> Option<Vec<T>> {
+    let bytes = file.tensor(name).ok()?.data();
+    Some(bytes.chunks_exact(4).map(|b| convert([b[0], b[1], b[2], b[3]])).collect())
+}
+
+/// Runs one checkpoint.
+///
+/// # Errors
+/// If the files cannot be read or the engine fails, in words.
+pub fn run(backend: &dyn Backend, checkpoint: &Path, precision: Option<DType>) -> Result<GoldenReport, String> {
+    let text = |e: &dyn std::fmt::Display| format!("{}: {e}", checkpoint.display());
+    let bytes = std::fs::read(checkpoint.join("expected.safetensors")).map_err(|e| text(&e))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| text(&e))?;
+    let options = LoadOptions { context: 512, kv_cache: precision.or(Some(DType::F32)), ..LoadOptions::default() };
+    let path = checkpoint.to_str().ok_or("the path is not UTF-8")?;
+    let mut model = Ampoule::load_on(backend, path, &options, &mut |_, _| {}).map_err(|e| text(&e))?;
+    let mut report = GoldenReport {
+        name: checkpoint.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+        rows: 0,
+        max_error: 0.0,
+        frobenius: 0.0,
+        greedy_differ: 0,
+        greedy: 0,
+    };
+    let slot = model.engine.create_slot().map_err(|e| text(&e))?;
+    let vocabulary = model.engine.vocabulary();
+    let mut names: Vec<&str> = file.names().into_iter().filter_map(|n| n.strip_suffix(".input_ids")).collect();
+    names.sort_unstable();
+    for name in names {
+        let tokens = words(&file, &format!("{name}.input_ids"), u32::from_le_bytes).ok_or("no input_ids")?;
+        let positions = words(&file, &format!("{name}.positions"), u32::from_le_bytes).ok_or("no positions")?;
+        let expected = words(&file, &format!("{name}.logits"), f32::from_le_bytes).ok_or("no logits")?;
+        let mut rows: Vec<Vec<f32>> = Vec::new();
+        model.engine.reset(slot).map_err(|e| text(&e))?;
+        let mut sink = |row: &[f32]| {
+            rows.push(row.to_vec());
+            std::ops::ControlFlow::Continue(())
+        };
+        model.engine.score(slot, &tokens, &mut sink).map_err(|e| text(&e))?;
+        let (mut worst, mut largest, mut difference2, mut expected2) = (0.0_f64, 0.0_f64, 0.0, 0.0);
+        for (row, expected) in positions.iter().zip(expected.chunks_exact(vocabulary)) {
+            for (got, wanted) in rows[*row as usize].iter().zip(expected) {
+                let difference = f64::from(got - wanted);
+                // A NaN must not pass as small.
+                worst = if difference.is_nan() { f64::INFINITY } else { worst.max(difference.abs()) };
+                largest = largest.max(f64::from(wanted.abs()));
+                difference2 += difference * difference;
+                expected2 += f64::from(*wanted) * f64::from(*wanted);
+            }
+            report.rows += 1;
+        }
+        report.max_error = report.max_error.max(worst / largest);
+        report.frobenius = report.frobenius.max((difference2 / expected2).sqrt());
+    }
+    let prompt = words(&file, "greedy.prompt", u32::from_le_bytes).ok_or("no greedy.prompt")?;
+    let ids = words(&file, "greedy.ids", u32::from_le_bytes).ok_or("no greedy.ids")?;
+    model.engine.reset(slot).map_err(|e| text(&e))?;
+    model.append(slot, &prompt).map_err(|e| text(&e))?;
+    for wanted in &ids {
+        let got = model.engine.step(slot).map_err(|e| text(&e))?;
+        report.greedy += 1;
+        report.greedy_differ += usize::from(got != *wanted);
+    }
+    Ok(report)
+}

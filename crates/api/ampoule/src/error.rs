@@ -1,0 +1,56 @@
+//! Everything that can go wrong behind the public API.
+
+use std::path::PathBuf;
+
+/// An operation of the public API failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The model's files cannot be opened.
+    #[error(transparent)]
+    Open(#[from] ampoule_models::model::OpenError),
+    /// The model's plans cannot be built.
+    #[error(transparent)]
+    Build(#[from] ampoule_models::decoder::BuildError),
+    /// The engine refused or failed.
+    #[error(transparent)]
+    Engine(#[from] ampoule_engine::EngineError),
+    /// A capsule file is damaged or does not fit.
+    #[error("{path}: {source}", path = path.display())]
+    CapsuleFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: Box<ampoule_engine::EngineError>,
+    },
+    /// A text cannot be tokenized.
+    #[error(transparent)]
+    Tokenizer(#[from] ampoule_models::tokenizer::TokenizerError),
+    /// The chat template failed or refused.
+    #[error(transparent)]
+    Chat(#[from] ampoule_models::chat::ChatError),
+    /// The model has no tokenizer.
+    #[error("this model has no tokenizer, so text cannot be read; give token ids instead")]
+    NoTokenizer,
+    /// The model has no chat template.
+    #[error("this model has no chat template; use plain prompts instead")]
+    NoChatTemplate,
+    /// The device asked for is not there.
+    #[error("device '{device}' is not available: {reason}")]
+    Device {
+        /// The device.
+        device: String,
+        /// Why not.
+        reason: String,
+    },
+    /// A file cannot be read or written.
+    #[error("{path}: cannot {action}: {source}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was being done.
+        action: &'static str,
+        /// What the system says.
+        source: std::io::Error,
+    },
+}

@@ -1,0 +1,241 @@
+//! Loading a model onto a device.
+
+use std::ops::ControlFlow;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use ampoule_backend::{Backend, DeviceInfo};
+use ampoule_cpu::CpuBackend;
+use ampoule_engine::{Capsule, Engine, EngineOptions, Identity, SlotId};
+use ampoule_models::chat::ChatTemplate;
+use ampoule_models::decoder::{BuildOptions, Precision};
+use ampoule_models::model::ModelFiles;
+use ampoule_models::tokenizer::{EncodeOptions, Tokenizer};
+use ampoule_plan::{DType, Sealed};
+use ampoule_reference::ReferenceBackend;
+use serde_json::{Map, Value};
+
+use crate::Error;
+
+/// Where a model runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Device {
+    /// The fastest device there is.
+    #[default]
+    Auto,
+    /// The CPU's tuned kernels.
+    Cpu,
+    /// The scalar interpreter.
+    Reference,
+}
+
+impl FromStr for Device {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "reference" => Ok(Self::Reference),
+            other => Err(format!("unknown device '{other}'; there are auto, cpu and reference")),
+        }
+    }
+}
+
+/// How to load a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Where it runs.
+    pub device: Device,
+    /// Threads of the CPU's kernels; 0 takes all cores. Results do not depend on it.
+    pub threads: usize,
+    /// Tokens a slot holds; 0 takes the model's own context, at most 8192.
+    pub context: usize,
+    /// Element type of the KV cache; `None` takes f16 for GGUF files and f32 otherwise.
+    pub kv_cache: Option<DType>,
+    /// Slots, budget and tenant.
+    pub engine: EngineOptions,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        Self { device: Device::Auto, threads: 0, context: 0, kv_cache: None, engine: EngineOptions::default() }
+    }
+}
+
+/// Context taken where none is asked for, at most.
+const DEFAULT_CONTEXT: usize = 8192;
+/// Token bucket of prefill on the CPU: large enough to reuse a weight tile, small enough to stop soon.
+const CPU_PREFILL: usize = 128;
+const CPU_SCORE: usize = 64;
+
+/// A model on a device, ready to run.
+pub struct Ampoule {
+    /// Slots, prefill, decode and the capsule verbs.
+    pub engine: Engine,
+    name: String,
+    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
+    template: Option<ChatTemplate>,
+}
+
+impl Ampoule {
+    /// Loads a `.gguf` file, a Hugging Face folder, or `random:NAME`; `progress` is told bytes done and in all.
+    ///
+    /// # Errors
+    /// If the model cannot be opened or built, the device is missing, or memory is short.
+    pub fn load(model: &str, options: &LoadOptions, progress: &mut dyn FnMut(u64, u64)) -> Result<Self, Error> {
+        let backend = backend(options);
+        Self::load_on(backend.as_ref(), model, options, progress)
+    }
+
+    /// As [`Ampoule::load`], on a backend of the caller's; `options.device` and `options.threads` are ignored.
+    ///
+    /// # Errors
+    /// As [`Ampoule::load`].
+    pub fn load_on(
+        backend: &dyn Backend,
+        model: &str,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, Error> {
+        let files = ModelFiles::open(model)?;
+        let built = files.build(&build_options(&files, options))?;
+        let name = files.shape().name.clone();
+        let identity = Identity { name: name.clone(), weights: built.weights_digest, plan: built.plan_digest };
+        let engine = Engine::load(backend, built.sealed, &built.weights, &identity, &options.engine, progress)?;
+        let tokenizer = files.tokenizer().cloned();
+        let source = tokenizer.as_ref().and_then(|t| Some((t.chat_template()?, t.template_variables())));
+        let template = source
+            .map(|(source, variables)| Ok::<_, Error>(ChatTemplate::new(source)?.with_variables(variables.clone())))
+            .transpose()?;
+        Ok(Self { engine, name, tokenizer, template })
+    }
+
+    /// The plans of a model, without loading its weights.
+    ///
+    /// # Errors
+    /// If the model cannot be opened or built.
+    pub fn plans(model: &str, options: &LoadOptions) -> Result<Arc<Sealed>, Error> {
+        let files = ModelFiles::open(model)?;
+        Ok(files.build(&build_options(&files, options))?.sealed)
+    }
+
+    /// The model's tokenizer, without loading its weights.
+    ///
+    /// # Errors
+    /// If the model cannot be opened or has none.
+    pub fn tokenizer_of(model: &str) -> Result<Arc<Tokenizer>, Error> {
+        ModelFiles::open(model)?.tokenizer().cloned().ok_or(Error::NoTokenizer)
+    }
+
+    /// What the device is that these options name.
+    pub fn device_info(options: &LoadOptions) -> DeviceInfo {
+        backend(options).info()
+    }
+
+    /// What the model calls itself.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// If the model has none.
+    pub fn tokenizer(&self) -> Result<&Arc<Tokenizer>, Error> {
+        self.tokenizer.as_ref().ok_or(Error::NoTokenizer)
+    }
+
+    /// The chat template.
+    ///
+    /// # Errors
+    /// If the model has none.
+    pub fn template(&self) -> Result<&ChatTemplate, Error> {
+        self.template.as_ref().ok_or(Error::NoChatTemplate)
+    }
+
+    /// Tokens of a raw prompt; special tokens written in it are taken as such.
+    ///
+    /// # Errors
+    /// If the model has no tokenizer or the text cannot be tokenized.
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, Error> {
+        Ok(self.tokenizer()?.encode(text, EncodeOptions::PROMPT)?)
+    }
+
+    /// Tokens of a conversation, by the chat template.
+    ///
+    /// # Errors
+    /// If there is no tokenizer or template, or the template refuses the conversation.
+    pub fn encode_chat(&self, messages: &Value, tools: Option<&Value>, prompt: bool) -> Result<Vec<u32>, Error> {
+        let text = self.template()?.render(messages, tools, prompt, &Map::new())?;
+        Ok(self.tokenizer()?.encode(&text, EncodeOptions::TEMPLATE)?)
+    }
+
+    /// Reads tokens into a slot without asking whether to stop.
+    ///
+    /// # Errors
+    /// As [`Engine::append`].
+    pub fn append(&mut self, slot: SlotId, tokens: &[u32]) -> Result<(), Error> {
+        self.engine.append(slot, tokens, &mut |_| ControlFlow::Continue(()))?;
+        Ok(())
+    }
+
+    /// A new slot that holds `tokens`.
+    ///
+    /// # Errors
+    /// If no slot is free or the tokens cannot be read; no slot is left behind then.
+    pub fn slot_with(&mut self, tokens: &[u32]) -> Result<SlotId, Error> {
+        let slot = self.engine.create_slot()?;
+        match self.append(slot, tokens) {
+            Ok(()) => Ok(slot),
+            Err(error) => {
+                let _ = self.engine.drop_slot(slot);
+                Err(error)
+            }
+        }
+    }
+
+    /// Tokens that end a reply.
+    pub fn end_tokens(&self) -> Vec<u32> {
+        self.tokenizer.as_ref().map(|t| t.eos_ids().to_vec()).unwrap_or_default()
+    }
+
+    /// Saves a capsule; see [`crate::write_atomically`].
+    ///
+    /// # Errors
+    /// If the file cannot be written; an older file of that name is then as it was.
+    pub fn save(&self, capsule: &Capsule, path: &std::path::Path) -> Result<u64, Error> {
+        crate::files::save(&self.engine, capsule, path)
+    }
+
+    /// Loads a capsule from a file, checked before any of it is used.
+    ///
+    /// # Errors
+    /// If the file cannot be read, is damaged, or does not fit this model and device (the error names what differs).
+    pub fn open_capsule(&mut self, path: &std::path::Path) -> Result<Capsule, Error> {
+        crate::files::load(&mut self.engine, path)
+    }
+}
+
+fn backend(options: &LoadOptions) -> Box<dyn Backend> {
+    match options.device {
+        Device::Auto | Device::Cpu => Box::new(CpuBackend::new(options.threads)),
+        Device::Reference => Box::new(ReferenceBackend),
+    }
+}
+
+fn build_options(files: &ModelFiles, options: &LoadOptions) -> BuildOptions {
+    let context = match options.context {
+        0 => files.shape().context.min(DEFAULT_CONTEXT),
+        n => n,
+    };
+    let kv_cache = options.kv_cache.unwrap_or(if files.is_gguf() { DType::F16 } else { DType::F32 });
+    BuildOptions {
+        context,
+        prefill: vec![CPU_PREFILL],
+        score: CPU_SCORE,
+        decode_contexts: Vec::new(),
+        precision: Precision { activation: DType::F32, kv_cache },
+    }
+}
