@@ -1,2 +1,4 @@
 //! One op suite for every backend, one capsule suite for every model.
 #![forbid(unsafe_code)]
+
+pub mod ops;

@@ -1,7 +1,9 @@
-//! Project chores: `cargo xtask check-deps` holds the dependency arrows of ARCHITECTURE.md.
+//! Project chores: `cargo xtask check-deps` holds the dependency arrows of ARCHITECTURE.md, `cargo xtask test` fetches
+//! the small test model once and runs every test that needs no GPU.
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
@@ -60,7 +62,8 @@ const CORE: &[&str] = &["ampoule-plan", "ampoule-backend", "ampoule-capsule", "a
 fn main() -> ExitCode {
     let result = match std::env::args().nth(1).as_deref() {
         Some("check-deps") => check_deps(),
-        _ => Err(anyhow::anyhow!("usage: cargo xtask check-deps")),
+        Some("test") => test(),
+        _ => Err(anyhow::anyhow!("usage: cargo xtask check-deps | cargo xtask test [cargo test options]")),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -71,9 +74,33 @@ fn main() -> ExitCode {
     }
 }
 
+fn cargo() -> Command {
+    Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned()))
+}
+
+/// Fetches the test model unless it is there or its tests are to be skipped, then runs all tests.
+fn test() -> anyhow::Result<()> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("no repository root")?;
+    let skip = std::env::var_os("AMPOULE_SKIP_SMOLLM2").is_some() || std::env::var_os("AMPOULE_SMOLLM2").is_some();
+    if !skip && !root.join("models").join(TEST_MODEL).exists() {
+        let fetch = ["run", "--quiet", "--package", "ampoule-cli", "--bin", "ampoule", "--", "fetch", "smollm2"];
+        let status = cargo().current_dir(root).args(fetch).env("AMPOULE_MODELS", root.join("models")).status()?;
+        if !status.success() {
+            bail!("the test model could not be fetched; AMPOULE_SKIP_SMOLLM2=1 runs the tests that do not need it");
+        }
+    }
+    let options: Vec<String> = std::env::args().skip(2).collect();
+    let status = cargo().current_dir(root).args(["test", "--workspace"]).args(options).status()?;
+    if !status.success() {
+        bail!("tests failed");
+    }
+    Ok(())
+}
+
+const TEST_MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+
 fn check_deps() -> anyhow::Result<()> {
-    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let output = Command::new(cargo).args(["metadata", "--format-version=1", "--no-deps"]).output()?;
+    let output = cargo().args(["metadata", "--format-version=1", "--no-deps"]).output()?;
     if !output.status.success() {
         bail!("cargo metadata failed: {}", String::from_utf8_lossy(&output.stderr));
     }

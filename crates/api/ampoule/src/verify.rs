@@ -70,7 +70,12 @@ const LEVELS: [(&str, &str); 6] = [
     ("E2 file", "export, import, restore: the same state bytes"),
     ("E3 cold", "restore then append(suffix): logits of a cold prefill of the whole, at any split"),
 ];
-const [E1, E2, FORK, ROLLBACK, FILE, E3]: [usize; 6] = [0, 1, 2, 3, 4, 5];
+const E1: usize = 0;
+const E2: usize = 1;
+const FORK: usize = 2;
+const ROLLBACK: usize = 3;
+const FILE: usize = 4;
+const E3: usize = 5;
 
 struct Run<'a> {
     model: &'a mut Ampoule,
