@@ -1,1 +1,32 @@
 //! NVIDIA GPU backend: a plan captured as one graph.
+//!
+//! [`CudaBackend::discover`] says which GPUs there are, or in a sentence why none can be used: libcuda, NVRTC and
+//! cuBLASLt are found at run time, so one binary runs everywhere. Kernels live in `kernels/*.cu`, are compiled by NVRTC
+//! for the device at hand and cached on disk by content.
+//!
+//! Every plan is captured once per slot when a model is loaded (for slots beyond [`CudaOptions::slots_at_load`] when the
+//! slot is first created). A replay is one graph launch: nothing is allocated, captured or waited for. Kernels read the
+//! position from the cursor on the device. The token drawn by a `sample` op reaches the host through mapped memory while
+//! the rest of the replay still runs.
+//!
+//! Frozen state lives in a reservation made at load; freeze and thaw are one kernel over a table of regions.
+
+mod cache;
+mod capture;
+mod compile;
+mod device;
+mod driver;
+mod frozen;
+mod fuse;
+mod kernels;
+mod launch;
+mod libs;
+mod lt;
+mod memory;
+mod pool;
+mod program;
+mod staging;
+mod weights;
+
+pub use device::{CudaBackend, CudaOptions, GpuInfo};
+pub use libs::LIBS_VARIABLE;

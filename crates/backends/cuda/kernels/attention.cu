@@ -1,0 +1,491 @@
+// Causal attention over the static key-value cache; positions come from the cursor on the device.
+//
+// query [T, H*D], caches [C, KH*D], out [T, H*D]; KV type f32, bf16 or f16, query and out any float type.
+// Decode floor: (position + T) x 2 x KH*D elements of cache over memory bandwidth. Prefill floor: 4*H*D FLOP a key and row.
+//
+// Decode (T <= 8): the context is cut at absolute multiples of SPLIT; a block takes one split, one row and G query heads of
+// one KV head, so that keys and values are read once per G heads; a second kernel combines the splits in rising order.
+// Prefill: tiles of keys from position 0 upwards. A tile wholly masked for a row changes no bit of it, so a row does not
+// depend on the rows beside it.
+
+#define SPLIT 256
+#define WARPS 8
+
+struct Attention {
+    View query, key, value, out;
+    View gate;   // combine only: out is also gated into `gated`, if gate.p
+    View gated;
+    const u32* cursor;
+    const u32* count;
+    float* sums;     // [T, H, splits, 2]: maximum, sum
+    float* partial;  // [T, H, splits, D]
+    i64 cache_rows;
+    int rows, heads, kv_heads, head_dim, splits, vec;
+    float scale;
+    int pad;
+};
+
+template <int KV> struct Eight {
+    uint4 raw;
+    __device__ __forceinline__ void load(const View& v, i64 row, i64 col, int n, int vec) {
+        if (vec) {
+            raw = n > 0 ? *(const uint4*)((const u16*)v.p + row * v.ld + col) : make_uint4(0, 0, 0, 0);
+        } else {
+            u32 h[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const u16* p = (const u16*)v.p + row * v.ld + col + 2 * i;
+                h[i] = (2 * i < n ? (u32)p[0] : 0u) | (2 * i + 1 < n ? (u32)p[1] << 16 : 0u);
+            }
+            raw = make_uint4(h[0], h[1], h[2], h[3]);
+        }
+    }
+    __device__ __forceinline__ void unpack(float* f) const {
+        u32 r[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            f[2 * i] = KV == BF16 ? __uint_as_float(r[i] << 16) : f16_to_f32((u16)r[i]);
+            f[2 * i + 1] = KV == BF16 ? __uint_as_float(r[i] & 0xffff0000u) : f16_to_f32((u16)(r[i] >> 16));
+        }
+    }
+};
+template <> struct Eight<F32> {
+    float4 a, b;
+    __device__ __forceinline__ void load(const View& v, i64 row, i64 col, int n, int vec) {
+        const float* p = (const float*)v.p + row * v.ld + col;
+        if (vec) {
+            a = n > 0 ? *(const float4*)p : make_float4(0.f, 0.f, 0.f, 0.f);
+            b = n > 0 ? *(const float4*)(p + 4) : make_float4(0.f, 0.f, 0.f, 0.f);
+        } else {
+            float t[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) t[i] = i < n ? p[i] : 0.f;
+            a = make_float4(t[0], t[1], t[2], t[3]);
+            b = make_float4(t[4], t[5], t[6], t[7]);
+        }
+    }
+    __device__ __forceinline__ void unpack(float* f) const {
+        f[0] = a.x, f[1] = a.y, f[2] = a.z, f[3] = a.w, f[4] = b.x, f[5] = b.y, f[6] = b.z, f[7] = b.w;
+    }
+};
+
+template <int KV, int G> __device__ __forceinline__ void split_body(const Attention& p) {
+    __shared__ float score[G][SPLIT];
+    __shared__ float reduce[WARPS][G][256];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int split = blockIdx.x, h0 = blockIdx.y * G, kh = h0 / (p.heads / p.kv_heads);
+    const i64 t = blockIdx.z;
+    const i64 kv0 = (i64)kh * p.head_dim;
+    pdl_launch();
+    pdl_wait();
+    if ((u32)t >= valid_rows(p.count, p.rows)) return;
+    i64 limit = (i64)*p.cursor + t + 1;
+    if (limit > p.cache_rows) limit = p.cache_rows;
+    const i64 start = (i64)split * SPLIT;
+    if (start >= limit) return;
+    const int n = limit - start < SPLIT ? (int)(limit - start) : SPLIT;
+
+    int lanes = 1;
+    while (lanes * 8 < p.head_dim) lanes *= 2;  // lanes that share a key
+    const int keys = 32 / lanes, sub = lane / lanes, d0 = (lane % lanes) * 8;
+    const int own = p.head_dim - d0;  // elements this lane holds, if positive
+    float q[G][8];
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) q[g][i] = i < own ? load1(p.query, t, (i64)(h0 + g) * p.head_dim + d0 + i) : 0.f;
+
+    for (int j0 = warp * keys; j0 < n; j0 += WARPS * keys * 4) {
+        Eight<KV> k[4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+            int j = j0 + u * WARPS * keys + sub;
+            k[u].load(p.key, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
+        }
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+            int j = j0 + u * WARPS * keys + sub;
+            float f[8];
+            k[u].unpack(f);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                float s = 0.f;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) s = fmaf(q[g][i], f[i], s);
+                for (int d = lanes / 2; d > 0; d >>= 1) s += __shfl_xor_sync(FULL, s, d);
+                if (d0 == 0 && j < n) score[g][j] = s * p.scale;
+            }
+        }
+    }
+    __syncthreads();
+    const i64 slot = (t * p.heads + h0) * p.splits + split;
+    if (warp < G) {
+        float m = -INFINITY, l = 0.f;
+        for (int j = lane; j < n; j += 32) m = fmaxf(m, score[warp][j]);
+        m = warp_max(m);
+        for (int j = lane; j < n; j += 32) {
+            float e = expf(score[warp][j] - m);
+            score[warp][j] = e;
+            l += e;
+        }
+        l = warp_sum(l);
+        if (lane == 0) {
+            float* at = p.sums + (slot + (i64)warp * p.splits) * 2;
+            at[0] = m;
+            at[1] = l;
+        }
+    }
+    __syncthreads();
+    float acc[G][8];
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+#pragma unroll
+        for (int i = 0; i < 8; ++i) acc[g][i] = 0.f;
+    for (int j0 = warp * keys; j0 < n; j0 += WARPS * keys * 4) {
+        Eight<KV> v[4];
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+            int j = j0 + u * WARPS * keys + sub;
+            v[u].load(p.value, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
+        }
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+            int j = j0 + u * WARPS * keys + sub;
+            float f[8];
+            v[u].unpack(f);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                float e = j < n ? score[g][j] : 0.f;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) acc[g][i] = fmaf(e, f[i], acc[g][i]);
+            }
+        }
+    }
+#pragma unroll
+    for (int g = 0; g < G; ++g)
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            for (int d = lanes; d < 32; d <<= 1) acc[g][i] += __shfl_xor_sync(FULL, acc[g][i], d);
+    if (sub == 0)
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (i < own) reduce[warp][g][d0 + i] = acc[g][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < G * p.head_dim; i += BLOCK) {
+        int g = i / p.head_dim, d = i % p.head_dim;
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) sum += reduce[w][g][d];
+        p.partial[(slot + (i64)g * p.splits) * p.head_dim + d] = sum;
+    }
+}
+#define SPLITS(name, KV, G)                                                                                      \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 2) name(const __grid_constant__ Attention p) { split_body<KV, G>(p); }
+SPLITS(attention_split_f32_1, F32, 1)
+SPLITS(attention_split_f32_2, F32, 2)
+SPLITS(attention_split_f32_4, F32, 4)
+SPLITS(attention_split_bf16_1, BF16, 1)
+SPLITS(attention_split_bf16_2, BF16, 2)
+SPLITS(attention_split_bf16_4, BF16, 4)
+SPLITS(attention_split_f16_1, F16, 1)
+SPLITS(attention_split_f16_2, F16, 2)
+SPLITS(attention_split_f16_4, F16, 4)
+
+// One block per (head, row).
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_combine(const __grid_constant__ Attention p) {
+    __shared__ float weight[1024];
+    __shared__ float total;
+    pdl_launch();
+    pdl_wait();
+    const i64 t = blockIdx.y;
+    const int h = blockIdx.x;
+    if ((u32)t >= valid_rows(p.count, p.rows)) return;
+    i64 limit = (i64)*p.cursor + t + 1;
+    if (limit > p.cache_rows) limit = p.cache_rows;
+    const int n = (int)((limit + SPLIT - 1) / SPLIT);
+    const i64 slot = (t * p.heads + h) * p.splits;
+    const float* sums = p.sums + slot * 2;
+    if (threadIdx.x < 32) {
+        float m = -INFINITY, l = 0.f;
+        for (int s = threadIdx.x; s < n; s += 32) m = fmaxf(m, sums[2 * s]);
+        m = warp_max(m);
+        for (int s = threadIdx.x; s < n; s += 32) {
+            float e = expf(sums[2 * s] - m);
+            weight[s] = e;
+            l = fmaf(e, sums[2 * s + 1], l);
+        }
+        l = warp_sum(l);
+        if (threadIdx.x == 0) total = l;
+    }
+    __syncthreads();
+    for (int d = threadIdx.x; d < p.head_dim; d += BLOCK) {
+        const float* a = p.partial + slot * p.head_dim + d;
+        float sum = 0.f;
+#pragma unroll 4
+        for (int s = 0; s < n; ++s) sum = fmaf(weight[s], a[(i64)s * p.head_dim], sum);
+        const i64 c = (i64)h * p.head_dim + d;
+        float v = rounded(sum / total, p.out.dtype);
+        store1(p.out, t, c, v);
+        if (p.gate.p) store1(p.gated, t, c, v * sigmoid(load1(p.gate, t, c)));
+    }
+}
+
+// Prefill without tensor cores: any types, D <= 256. A block of 128 threads takes 16 rows of one head.
+#define ROWS 16
+#define KEYS 32
+extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_constant__ Attention p) {
+    extern __shared__ float4 rows_shared[];
+    const int D = p.head_dim, ld = D + 1;
+    float* qs = (float*)rows_shared;      // [ROWS][ld]
+    float* ks = qs + ROWS * ld;      // [KEYS][ld]: keys, then values
+    float* ss = ks + KEYS * ld;      // [ROWS][KEYS + 1]
+    pdl_launch();
+    pdl_wait();
+    const int h = blockIdx.x, kh = h / (p.heads / p.kv_heads);
+    const i64 t0 = (i64)blockIdx.y * ROWS, q0 = (i64)h * D, kv0 = (i64)kh * D;
+    const i64 valid = valid_rows(p.count, p.rows);
+    if (t0 >= valid) return;
+    const i64 position = *p.cursor;
+    const i64 last = t0 + ROWS < valid ? t0 + ROWS : valid;
+    i64 limit = position + last;
+    if (limit > p.cache_rows) limit = p.cache_rows;
+    for (int i = threadIdx.x; i < ROWS * D; i += 128) {
+        int r = i / D, d = i % D;
+        qs[r * ld + d] = t0 + r < valid ? load1(p.query, t0 + r, q0 + d) : 0.f;
+    }
+    const int r = threadIdx.x >> 3, sub = threadIdx.x & 7;
+    float acc[32];
+#pragma unroll
+    for (int i = 0; i < 32; ++i) acc[i] = 0.f;
+    float m = -INFINITY, l = 0.f;
+    for (i64 j0 = 0; j0 < limit; j0 += KEYS) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < KEYS * D; i += 128) {
+            int j = i / D, d = i % D;
+            ks[j * ld + d] = j0 + j < limit ? load1(p.key, j0 + j, kv0 + d) : 0.f;
+        }
+        __syncthreads();
+        float s[4], top = m;
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+            const int j = sub + 8 * u;
+            float dot = 0.f;
+            for (int d = 0; d < D; ++d) dot = fmaf(qs[r * ld + d], ks[j * ld + d], dot);
+            s[u] = j0 + j <= position + t0 + r && j0 + j < limit ? dot * p.scale : -INFINITY;
+            top = fmaxf(top, s[u]);
+        }
+#pragma unroll
+        for (int d = 4; d > 0; d >>= 1) top = fmaxf(top, __shfl_xor_sync(FULL, top, d));
+        float sum = 0.f;
+#pragma unroll
+        for (int u = 0; u < 4; ++u) {
+            float e = s[u] == -INFINITY ? 0.f : expf(s[u] - top);
+            ss[r * (KEYS + 1) + sub + 8 * u] = e;
+            sum += e;
+        }
+#pragma unroll
+        for (int d = 4; d > 0; d >>= 1) sum += __shfl_xor_sync(FULL, sum, d);
+        const float keep = m == top ? 1.f : expf(m - top);
+        m = top;
+        l = fmaf(l, keep, sum);
+        __syncthreads();
+        for (int i = threadIdx.x; i < KEYS * D; i += 128) {
+            int j = i / D, d = i % D;
+            ks[j * ld + d] = j0 + j < limit ? load1(p.value, j0 + j, kv0 + d) : 0.f;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            const int d = sub + 8 * i;
+            if (d < D) {
+                float a = acc[i] * keep;
+                for (int j = 0; j < KEYS; ++j) a = fmaf(ss[r * (KEYS + 1) + j], ks[j * ld + d], a);
+                acc[i] = a;
+            }
+        }
+    }
+    if (t0 + r < valid) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) {
+            const int d = sub + 8 * i;
+            if (d < D) store1(p.out, t0 + r, q0 + d, acc[i] / l);
+        }
+    }
+}
+
+// Prefill on tensor cores: KV bf16 or f16, D 64, 128 or 256. Four warps, 16 query rows each; operands are rounded to the
+// cache's type, products accumulate in float32.
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool live) {
+    int bytes = live ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
+}
+__device__ __forceinline__ void commit_async() { asm volatile("cp.async.commit_group;"); }
+template <int N> __device__ __forceinline__ void wait_async() { asm volatile("cp.async.wait_group %0;" ::"n"(N)); }
+__device__ __forceinline__ void ldmatrix4(u32* r, const void* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
+}
+__device__ __forceinline__ void ldmatrix4t(u32* r, const void* p) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(p)));
+}
+template <int KV> __device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
+    if (KV == BF16)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <int KV> __device__ __forceinline__ u32 pack(float low, float high) {
+    return KV == BF16 ? (u32)f32_to_bf16(low) | (u32)f32_to_bf16(high) << 16 : (u32)f32_to_f16(low) | (u32)f32_to_f16(high) << 16;
+}
+
+template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(const Attention& p) {
+    const int BM = 64, LD = D + 8;  // rows are 16 bytes apart in the banks
+    extern __shared__ float4 shared[];
+    u16* qs = (u16*)shared;  // [BM][LD]
+    u16* ks = qs + BM * LD;  // [BN][LD]
+    u16* vs = ks + BN * LD;  // [BN][LD]
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    pdl_launch();
+    pdl_wait();
+    const int h = blockIdx.x, kh = h / (p.heads / p.kv_heads);
+    const i64 t0 = (i64)(gridDim.y - 1 - blockIdx.y) * BM;  // longest rows first
+    const i64 valid = valid_rows(p.count, p.rows);
+    if (t0 >= valid) return;
+    const i64 position = *p.cursor;
+    const i64 last = t0 + BM < valid ? t0 + BM : valid;
+    i64 limit = position + last;
+    if (limit > p.cache_rows) limit = p.cache_rows;
+    const u16* key = (const u16*)p.key.p + (i64)kh * D;
+    const u16* value = (const u16*)p.value.p + (i64)kh * D;
+    auto stage = [&](u16* into, const u16* from, i64 ld, i64 j0) {
+        for (int i = threadIdx.x; i < BN * (D / 8); i += 128) {
+            int j = i / (D / 8), d = i % (D / 8) * 8;
+            bool live = j0 + j < limit;
+            copy_async(into + j * LD + d, from + (live ? j0 + j : 0) * ld + d, live);
+        }
+        commit_async();
+    };
+    stage(ks, key, p.key.ld, 0);
+    for (int i = threadIdx.x; i < BM * (D / 4); i += 128) {
+        int r = i / (D / 4), d = i % (D / 4) * 4;
+        float4 q = t0 + r < valid ? load4(p.query, t0 + r, (i64)h * D + d, (i64)(h + 1) * D) : make_float4(0.f, 0.f, 0.f, 0.f);
+        uint2 w;
+        w.x = pack<KV>(q.x, q.y);
+        w.y = pack<KV>(q.z, q.w);
+        *(uint2*)(qs + r * LD + d) = w;
+    }
+    float o[D / 8][4];
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
+    float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f};
+    // Rows of this lane: its fragment's rows lane/4 and lane/4 + 8.
+    const i64 see0 = position + t0 + warp * 16 + lane / 4, see1 = see0 + 8;
+    const float log2e = 1.4426950408889634f;
+    for (i64 j0 = 0; j0 < limit; j0 += BN) {
+        stage(vs, value, p.value.ld, j0);
+        wait_async<1>();
+        __syncthreads();
+        float s[BN / 8][4];
+#pragma unroll
+        for (int i = 0; i < BN / 8; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.f;
+#pragma unroll
+        for (int d = 0; d < D; d += 16) {
+            u32 a[4];
+            ldmatrix4(a, qs + (warp * 16 + (lane & 15)) * LD + d + (lane >> 4) * 8);
+#pragma unroll
+            for (int j = 0; j < BN; j += 16) {
+                u32 b[4];
+                ldmatrix4(b, ks + (j + (lane & 7) + (lane >> 4) * 8) * LD + d + ((lane >> 3) & 1) * 8);
+                mma<KV>(s[j / 8], a, b[0], b[1]);
+                mma<KV>(s[j / 8 + 1], a, b[2], b[3]);
+            }
+        }
+        __syncthreads();
+        if (j0 + BN < limit) stage(ks, key, p.key.ld, j0 + BN);
+        else commit_async();
+        float top[2] = {m[0], m[1]};
+#pragma unroll
+        for (int i = 0; i < BN / 8; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const i64 j = j0 + i * 8 + (lane & 3) * 2 + (e & 1);
+                const float v = j <= (e < 2 ? see0 : see1) && j < limit ? s[i][e] * p.scale : -INFINITY;
+                s[i][e] = v;
+                top[e >> 1] = fmaxf(top[e >> 1], v);
+            }
+        float keep[2], sum[2] = {0.f, 0.f};
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            top[e] = fmaxf(top[e], __shfl_xor_sync(FULL, top[e], 1));
+            top[e] = fmaxf(top[e], __shfl_xor_sync(FULL, top[e], 2));
+            keep[e] = m[e] == top[e] ? 1.f : exp2f((m[e] - top[e]) * log2e);
+            m[e] = top[e];
+        }
+        u32 pa[BN / 8][2];
+#pragma unroll
+        for (int i = 0; i < BN / 8; ++i) {
+            float v[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                v[e] = s[i][e] == -INFINITY ? 0.f : exp2f((s[i][e] - m[e >> 1]) * log2e);
+                sum[e >> 1] += v[e];
+            }
+            pa[i][0] = pack<KV>(v[0], v[1]);
+            pa[i][1] = pack<KV>(v[2], v[3]);
+        }
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            sum[e] += __shfl_xor_sync(FULL, sum[e], 1);
+            sum[e] += __shfl_xor_sync(FULL, sum[e], 2);
+            l[e] = fmaf(l[e], keep[e], sum[e]);
+        }
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i) {
+            o[i][0] *= keep[0];
+            o[i][1] *= keep[0];
+            o[i][2] *= keep[1];
+            o[i][3] *= keep[1];
+        }
+        wait_async<1>();
+        __syncthreads();
+#pragma unroll
+        for (int j = 0; j < BN; j += 16) {
+            const u32 a[4] = {pa[j / 8][0], pa[j / 8][1], pa[j / 8 + 1][0], pa[j / 8 + 1][1]};
+#pragma unroll
+            for (int d = 0; d < D; d += 16) {
+                u32 b[4];
+                ldmatrix4t(b, vs + (j + (lane & 15)) * LD + d + (lane >> 4) * 8);
+                mma<KV>(o[d / 8], a, b[0], b[1]);
+                mma<KV>(o[d / 8 + 1], a, b[2], b[3]);
+            }
+        }
+        __syncthreads();
+    }
+    wait_async<0>();
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const i64 t = t0 + warp * 16 + lane / 4 + e * 8;
+        if (t >= valid) continue;
+        const float inverse = 1.f / l[e];
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i) {
+            const i64 c = (i64)h * D + i * 8 + (lane & 3) * 2;
+            store1(p.out, t, c, o[i][2 * e] * inverse);
+            store1(p.out, t, c + 1, o[i][2 * e + 1] * inverse);
+        }
+    }
+}
+#define TILES(name, KV, D, BN)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ Attention p) { tiles_body<KV, D, BN>(p); }
+TILES(attention_tiles_bf16_64, BF16, 64, 64)
+TILES(attention_tiles_bf16_128, BF16, 128, 64)
+TILES(attention_tiles_bf16_256, BF16, 256, 32)
+TILES(attention_tiles_f16_64, F16, 64, 64)
+TILES(attention_tiles_f16_128, F16, 128, 64)
+TILES(attention_tiles_f16_256, F16, 256, 32)

@@ -1,0 +1,251 @@
+// Linear and LinearAdd for M = 1..8 token rows: weights are streamed once, x stays in shared memory.
+//
+// x [M, K] any float type, weights [N, K] row-major of type W, out [M, N]. Floor: N*K weight bytes over memory
+// bandwidth (2 FLOP a weight and row are far below the arithmetic limit).
+//
+// One launch serves up to SEGMENTS linears of one x. A warp owns a row of weights; each lane holds four 16-byte loads
+// in flight while it multiplies the four before. Lane l sums the elements l*E..l*E+E of every chunk of 32*E in rising
+// order, then a butterfly: the order depends on K alone, so neither M, nor fusion, nor the grid changes a bit.
+//
+// Prologue: x may be the RMS norm of another row (norm_weight != null); block 0 also writes it where the plan has it.
+// Epilogues: store, add to out, store then causal convolution of one new row, SwiGLU of a pair of linears.
+// Every buffer that the separate ops would write is written with the same bits.
+
+#define SEGMENTS 6
+#define STORE 0
+#define ADD 1
+#define CONV 2
+#define PAIR 3
+#define UNROLL 4
+
+struct Segment {
+    const void* w;
+    const void* w2;      // PAIR: the second linear
+    const float* bias;   // of w, or null
+    const float* bias2;
+    View out;            // of w
+    View out2;           // PAIR: of w2; CONV: of the convolution
+    View out3;           // PAIR: of silu(out) * out2
+    const float* conv_weight;  // [N, taps]
+    const float* conv_bias;
+    float* conv_state;   // [taps - 1, N]
+    int rows;
+    int mode;
+    int taps;
+    int first_unit;
+};
+struct Gemv {
+    View x;              // before the norm, if there is one
+    View normed;         // where the plan has the norm's result
+    const float* norm_weight;
+    float eps;
+    int centered;
+    int k;
+    int segments;
+    int units;
+    int pad;
+    Segment segment[SEGMENTS];
+};
+
+template <int W> struct Weights;
+template <> struct Weights<F32> {
+    static const int E = 4;
+    typedef float T;
+};
+template <> struct Weights<BF16> {
+    static const int E = 8;
+    typedef u16 T;
+};
+template <> struct Weights<F16> {
+    static const int E = 8;
+    typedef u16 T;
+};
+
+// Where element e of x lies: for 8 elements a lane two planes of 4, so that 16-byte reads meet no bank twice.
+template <int E> __device__ __forceinline__ int place(int e) {
+    if (E == 4) return e;
+    return (e & ~255) + ((e >> 2) & 1) * 128 + ((e >> 3) & 31) * 4 + (e & 3);
+}
+
+template <int W> __device__ __forceinline__ void unpack(uint4 raw, float* w) {
+    u32 r[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        if (W == F32) {
+            w[i] = __uint_as_float(r[i]);
+        } else if (W == BF16) {
+            w[2 * i] = __uint_as_float(r[i] << 16);
+            w[2 * i + 1] = __uint_as_float(r[i] & 0xffff0000u);
+        } else {
+            w[2 * i] = f16_to_f32((u16)r[i]);
+            w[2 * i + 1] = f16_to_f32((u16)(r[i] >> 16));
+        }
+    }
+}
+
+__device__ __forceinline__ uint4 stream_load(const void* p) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+
+template <int W, int M>
+__device__ __forceinline__ void gemv_body(const Gemv& g) {
+    const int E = Weights<W>::E;
+    const int CHUNK = 32 * E, STEP = CHUNK * UNROLL;
+    typedef typename Weights<W>::T T;
+    extern __shared__ float4 shared[];
+    float* xs = (float*)shared;
+    __shared__ float part[8];
+    const int lane = threadIdx.x & 31;
+    const int padded = (g.k + CHUNK - 1) / CHUNK * CHUNK;
+    const int steps = (g.k + STEP - 1) / STEP;
+    const int stride = gridDim.x * (BLOCK / 32);
+
+    int unit = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;  // neighbours in a unit's order lie on different SMs
+    int s = 0;                                               // index of the segment of `unit`
+    auto locate = [&](int u, int from) {
+        while (from + 1 < g.segments && u >= g.segment[from + 1].first_unit) ++from;
+        return from;
+    };
+    auto row_of = [&](int u, int seg, int half) {
+        const Segment& p = g.segment[seg];
+        return (const T*)(half ? p.w2 : p.w) + (i64)(u - p.first_unit) * g.k;
+    };
+    uint4 now[UNROLL], next[UNROLL];
+    auto fetch = [&](uint4* into, const T* row, int step) {
+#pragma unroll
+        for (int j = 0; j < UNROLL; ++j) {
+            int e = step * STEP + j * CHUNK + lane * E;
+            into[j] = e < g.k ? stream_load(row + e) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    s = locate(unit, 0);
+    const T* row = 0;
+    if (unit < g.units) {
+        row = row_of(unit, s, 0);
+        fetch(now, row, 0);  // weights are nobody's output: no need to wait
+    }
+    pdl_launch();
+    pdl_wait();
+
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        float scale = 1.f;
+        if (g.norm_weight) scale = rms_scale(block_squares(g.x, m, 0, g.k, part), g.k, g.eps);
+        for (int c = threadIdx.x * 4; c < padded; c += BLOCK * 4) {
+            float4 q = load4(g.x, m, c, g.k);
+            if (g.norm_weight) {
+                float base = g.centered ? 1.f : 0.f;
+                q.x = c < g.k ? rounded(q.x * scale * (g.norm_weight[c] + base), g.normed.dtype) : 0.f;
+                q.y = c + 1 < g.k ? rounded(q.y * scale * (g.norm_weight[c + 1] + base), g.normed.dtype) : 0.f;
+                q.z = c + 2 < g.k ? rounded(q.z * scale * (g.norm_weight[c + 2] + base), g.normed.dtype) : 0.f;
+                q.w = c + 3 < g.k ? rounded(q.w * scale * (g.norm_weight[c + 3] + base), g.normed.dtype) : 0.f;
+                if (blockIdx.x == 0) store4(g.normed, m, c, g.k, q);
+            }
+            *(float4*)(xs + m * padded + place<E>(c)) = q;
+        }
+    }
+    __syncthreads();
+
+    while (unit < g.units) {
+        const Segment& p = g.segment[s];
+        const int n = unit - p.first_unit;
+        const int halves = p.mode == PAIR ? 2 : 1;
+        float first[M];
+        const int unit2 = unit + stride;
+        const int s2 = locate(unit2, s);
+        for (int half = 0; half < halves; ++half) {
+            float acc[M];
+#pragma unroll
+            for (int m = 0; m < M; ++m) acc[m] = 0.f;
+            for (int step = 0; step < steps; ++step) {
+                if (step + 1 < steps) {
+                    fetch(next, row, step + 1);
+                } else if (half + 1 < halves) {
+                    row = row_of(unit, s, 1);
+                    fetch(next, row, 0);
+                } else if (unit2 < g.units) {
+                    row = row_of(unit2, s2, 0);
+                    fetch(next, row, 0);
+                }
+#pragma unroll
+                for (int j = 0; j < UNROLL; ++j) {
+                    int chunk = step * STEP + j * CHUNK;
+                    if (chunk < g.k) {
+                        float w[E];
+                        unpack<W>(now[j], w);
+#pragma unroll
+                        for (int m = 0; m < M; ++m) {
+                            const float* xm = xs + m * padded + chunk + lane * 4;
+#pragma unroll
+                            for (int q = 0; q < E / 4; ++q) {
+                                float4 x = *(const float4*)(xm + q * 128);
+                                acc[m] = fmaf(w[4 * q], x.x, acc[m]);
+                                acc[m] = fmaf(w[4 * q + 1], x.y, acc[m]);
+                                acc[m] = fmaf(w[4 * q + 2], x.z, acc[m]);
+                                acc[m] = fmaf(w[4 * q + 3], x.w, acc[m]);
+                            }
+                        }
+                    }
+                }
+#pragma unroll
+                for (int j = 0; j < UNROLL; ++j) now[j] = next[j];
+            }
+#pragma unroll
+            for (int m = 0; m < M; ++m) acc[m] = warp_sum(acc[m]);
+            if (lane == 0) {
+                const float* bias = half ? p.bias2 : p.bias;
+                float b = bias ? bias[n] : 0.f;
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    float v = acc[m] + b;
+                    if (p.mode == ADD) {
+                        store1(p.out, m, n, load1(p.out, m, n) + v);
+                    } else if (p.mode == STORE) {
+                        store1(p.out, m, n, v);
+                    } else if (p.mode == PAIR) {
+                        const View& o = half ? p.out2 : p.out;
+                        v = rounded(v, o.dtype);
+                        store1(o, m, n, v);
+                        if (half) store1(p.out3, m, n, silu(first[m]) * v);
+                        else first[m] = v;
+                    } else if (m == 0) {  // CONV: the plan has one row
+                        v = rounded(v, p.out.dtype);
+                        store1(p.out, 0, n, v);
+                        float sum = 0.f;
+                        for (int j = 0; j + 1 < p.taps; ++j) {
+                            float old = p.conv_state[(i64)j * p.rows + n];
+                            sum = fmaf(p.conv_weight[(i64)n * p.taps + j], old, sum);
+                            if (j) p.conv_state[(i64)(j - 1) * p.rows + n] = old;
+                        }
+                        sum = fmaf(p.conv_weight[(i64)n * p.taps + p.taps - 1], v, sum);
+                        p.conv_state[(i64)(p.taps - 2) * p.rows + n] = v;
+                        if (p.conv_bias) sum += p.conv_bias[n];
+                        store1(p.out2, 0, n, silu(sum));
+                    }
+                }
+            }
+        }
+        unit = unit2;
+        s = s2;
+    }
+}
+
+#define GEMV(name, W, M, PER_SM)                                                                  \
+    extern "C" __global__ void __launch_bounds__(BLOCK, PER_SM) name(const __grid_constant__ Gemv g) { \
+        gemv_body<W, M>(g);                                                                       \
+    }
+GEMV(gemv_f32_1, F32, 1, 4)
+GEMV(gemv_f32_2, F32, 2, 2)
+GEMV(gemv_f32_4, F32, 4, 2)
+GEMV(gemv_f32_8, F32, 8, 1)
+GEMV(gemv_bf16_1, BF16, 1, 4)
+GEMV(gemv_bf16_2, BF16, 2, 2)
+GEMV(gemv_bf16_4, BF16, 4, 2)
+GEMV(gemv_bf16_8, BF16, 8, 1)
+GEMV(gemv_f16_1, F16, 1, 4)
+GEMV(gemv_f16_2, F16, 2, 2)
+GEMV(gemv_f16_4, F16, 4, 2)
+GEMV(gemv_f16_8, F16, 8, 1)

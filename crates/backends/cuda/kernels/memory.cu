@@ -1,0 +1,121 @@
+// Region copy, random weights, dequantisation, comparison of bits.
+//
+// copy_regions: floor 2 bytes moved per byte copied. The table is a kernel parameter; blocks share the work by vectors of
+// 16 bytes, so a table of one large and many small regions loads every multiprocessor alike.
+// random_fill: bit for bit ampoule_plan::RandomFill. dequantise: GGML blocks to bf16.
+
+struct Piece {
+    const u8* from;
+    u8* to;
+    i64 bytes;
+};
+template <int N> struct Pieces {
+    int count;
+    int pad;
+    i64 first[N + 1];  // vectors before each piece; both ends have the same address modulo 16
+    Piece piece[N];
+};
+
+template <int N> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
+    const i64 total = t.first[t.count];
+    const i64 share = (total + gridDim.x - 1) / gridDim.x;
+    i64 at = (i64)blockIdx.x * share;
+    const i64 end = at + share < total ? at + share : total;
+    if (at >= end) return;
+    int low = 0, high = t.count - 1;
+    while (low < high) {
+        int mid = (low + high + 1) / 2;
+        if (t.first[mid] <= at) low = mid;
+        else high = mid - 1;
+    }
+    for (int i = low; i < t.count && at < end; ++i) {
+        const Piece p = t.piece[i];
+        const i64 base = t.first[i];
+        const i64 stop = t.first[i + 1] < end ? t.first[i + 1] : end;
+        // Vector 0 of a piece begins at the 16-byte boundary at or below its start.
+        const i64 skew = (i64)((u64)p.from & 15);
+        i64 v = at - base + threadIdx.x;
+        const i64 v_end = stop - base;
+        const i64 whole = (p.bytes + skew) / 16;  // vectors before this one end inside the piece
+        const uint4* from = (const uint4*)(p.from - skew);
+        uint4* to = (uint4*)(p.to - skew);
+        for (; v + 3 * BLOCK < v_end && v + 3 * BLOCK < whole && (skew == 0 || v > 0); v += 4 * BLOCK) {
+            uint4 a = __ldcs(from + v), b = __ldcs(from + v + BLOCK), c = __ldcs(from + v + 2 * BLOCK), d = __ldcs(from + v + 3 * BLOCK);
+            __stcs(to + v, a);
+            __stcs(to + v + BLOCK, b);
+            __stcs(to + v + 2 * BLOCK, c);
+            __stcs(to + v + 3 * BLOCK, d);
+        }
+        for (; v < v_end; v += BLOCK) {
+            if (v < whole && (v > 0 || skew == 0)) {
+                to[v] = from[v];
+            } else {
+                i64 b0 = v * 16 - skew, b1 = b0 + 16;
+                if (b0 < 0) b0 = 0;
+                if (b1 > p.bytes) b1 = p.bytes;
+                for (i64 b = b0; b < b1; ++b) p.to[b] = p.from[b];
+            }
+        }
+        at = stop;
+    }
+}
+extern "C" __global__ void __launch_bounds__(BLOCK) copy_regions_96(const __grid_constant__ Pieces<96> t) {
+    copy_body<96>(t);
+}
+extern "C" __global__ void __launch_bounds__(BLOCK) copy_regions_960(const __grid_constant__ Pieces<960> t) {
+    copy_body<960>(t);
+}
+
+__device__ __forceinline__ float random_value(u64 seed, float centre, float half_width, u64 index) {
+    u64 z = seed + (index + 1) * 0x9E3779B97F4A7C15ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    float u = __fsub_rn(__fmul_rn((float)(u32)(z >> 40), 1.1920928955078125e-7f), 1.f);
+    return __fmaf_rn(u, half_width, centre);
+}
+extern "C" __global__ void __launch_bounds__(BLOCK)
+random_fill(void* out, i64 elements, int dtype, u64 seed, float centre, float half_width) {
+    View v = {out, 0, dtype, 1};
+    for (i64 i = ((i64)blockIdx.x * BLOCK + threadIdx.x) * 4; i < elements; i += (i64)gridDim.x * BLOCK * 4) {
+        float4 q;
+        q.x = random_value(seed, centre, half_width, i);
+        q.y = random_value(seed, centre, half_width, i + 1);
+        q.z = random_value(seed, centre, half_width, i + 2);
+        q.w = random_value(seed, centre, half_width, i + 3);
+        store4(v, 0, i, elements, q);
+    }
+}
+// Rows that repeat with period `period`: for checking that a row's bits do not depend on its neighbours.
+extern "C" __global__ void __launch_bounds__(BLOCK) periodic_fill(View out, i64 rows, int cols, int period, u64 seed, float half_width) {
+    for (i64 i = (i64)blockIdx.x * BLOCK + threadIdx.x; i < rows * cols; i += (i64)gridDim.x * BLOCK) {
+        i64 r = i / cols, c = i % cols;
+        store1(out, r, c, random_value(seed, 0.f, half_width, (u64)((r % period) * cols + c)));
+    }
+}
+// Counts elements of `out` whose bits differ from those of row `row % period` of `reference`.
+extern "C" __global__ void __launch_bounds__(BLOCK) count_differences(View out, View reference, i64 rows, i64 cols, int period, u32* differences) {
+    u32 wrong = 0;
+    for (i64 i = (i64)blockIdx.x * BLOCK + threadIdx.x; i < rows * cols; i += (i64)gridDim.x * BLOCK) {
+        i64 r = i / cols, c = i % cols;
+        wrong += __float_as_uint(load1(out, r, c)) != __float_as_uint(load1(reference, r % period, c));
+    }
+    if (wrong) atomicAdd(differences, wrong);
+}
+
+// type: 0 Q8_0, 1 Q4_0, 2 Q4_1. One warp per block of 32 elements.
+extern "C" __global__ void __launch_bounds__(BLOCK) dequantise(const u8* blocks, u16* out, i64 count, int type) {
+    const int lane = threadIdx.x & 31;
+    for (i64 b = (i64)blockIdx.x * (BLOCK / 32) + (threadIdx.x >> 5); b < count; b += (i64)gridDim.x * (BLOCK / 32)) {
+        const u8* p = blocks + b * (type == 0 ? 34 : type == 1 ? 18 : 20);
+        float d = f16_to_f32((u16)(p[0] | p[1] << 8)), value;
+        if (type == 0) {
+            value = __fmul_rn(d, (float)(signed char)p[2 + lane]);
+        } else {
+            u8 byte = p[(type == 1 ? 2 : 4) + (lane & 15)];
+            int q = lane < 16 ? byte & 15 : byte >> 4;
+            value = type == 1 ? __fmul_rn(d, (float)(q - 8)) : __fadd_rn(__fmul_rn(d, (float)q), f16_to_f32((u16)(p[2] | p[3] << 8)));
+        }
+        out[b * 32 + lane] = f32_to_bf16(value);
+    }
+}

@@ -1,0 +1,238 @@
+// Causal convolution and the gated delta rule.
+//
+// causal_conv: x [T, C], state f32 [K-1, C], weight f32 [C, K]. Floor: T x C read and written, state read and written.
+// gated_delta: qkv [T, 2*KH*KD + VH*VD], state f32 [VH*KD, VD]. Floor: state read and written once, 7 FLOP per element
+// of the state and token; the chain over tokens is serial.
+//
+// gated_delta: a block owns COLUMNS value columns of one value head; eight lanes share a column pair and split the
+// key rows, in registers for the whole launch. Tokens come in tiles of 16: all warps normalise queries and keys of the
+// tile into shared memory, then run its tokens one after another without a barrier. A token's arithmetic does not depend
+// on where a launch starts or ends, so prefill by any buckets and decode give the same bits.
+//   a = g (S^T k), c = g (S^T q), d = (v - a) b, out = c + d (k . q), S = g S + k d^T
+// which is the definition with S^T q taken before the update.
+
+extern "C" __global__ void __launch_bounds__(BLOCK)
+causal_conv(View x, const float* weight, const float* bias, const u32* count, float* state, View out, int rows, int channels, int taps, int span) {
+    pdl_launch();
+    pdl_wait();
+    int c = blockIdx.x * BLOCK + threadIdx.x;
+    if (c >= channels) return;
+    const int keep = taps - 1;
+    int valid = (int)valid_rows(count, rows);
+    int t0 = blockIdx.y * span;
+    int t1 = t0 + span < valid ? t0 + span : valid;
+    auto seq = [&](int i) { return i < keep ? state[(i64)i * channels + c] : load1(x, i - keep, c); };
+    if (taps == 4) {
+        // The usual kernel: taps and window in registers.
+        float w0 = weight[(i64)c * 4], w1 = weight[(i64)c * 4 + 1], w2 = weight[(i64)c * 4 + 2], w3 = weight[(i64)c * 4 + 3];
+        if (t0 < t1) {
+            float a = seq(t0), b = seq(t0 + 1), d = seq(t0 + 2);
+            for (int t = t0; t < t1; ++t) {
+                float e = load1(x, t, c);
+                float sum = fmaf(w3, e, fmaf(w2, d, fmaf(w1, b, fmaf(w0, a, 0.f))));
+                if (bias) sum += bias[c];
+                store1(out, t, c, silu(sum));
+                a = b;
+                b = d;
+                d = e;
+            }
+        }
+    } else {
+        for (int t = t0; t < t1; ++t) {
+            float sum = 0.f;
+            for (int j = 0; j < taps; ++j) sum = fmaf(weight[(i64)c * taps + j], seq(t + j), sum);
+            if (bias) sum += bias[c];
+            store1(out, t, c, silu(sum));
+        }
+    }
+    // Only the first span reads the old state, so it alone may replace it: rising j reads row j + valid before writing j.
+    if (blockIdx.y == 0 && valid > 0)
+        for (int j = 0; j < keep; ++j) state[(i64)j * channels + c] = seq(j + valid);
+}
+
+#define TOKENS 16
+#define GROUPS 8  // lanes that share a column pair
+
+struct Delta {
+    View qkv, decay, beta, out;
+    const float* a_log;
+    const float* dt_bias;
+    const u32* count;
+    float* state;
+    int rows, key_heads, value_heads, key_dim, value_dim, columns;
+    // Decode only: norm and gate of the head's output (gate.p == null: none).
+    View gate;
+    View normed;
+    const float* norm_weight;
+    float eps;
+    int pad;
+};
+
+__device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
+
+// CHUNKS chunks of 32 key rows; a lane holds four rows of each, of two columns.
+template <int CHUNKS>
+__device__ __forceinline__ void delta_body(const Delta& p) {
+    const int KD = CHUNKS * 32;
+    __shared__ float ks[TOKENS][KD];
+    __shared__ float qs[TOKENS][KD];
+    __shared__ float gs[TOKENS], bs[TOKENS], kq[TOKENS];
+    __shared__ float head_out[512];
+    __shared__ float part[8];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    const int h = blockIdx.x;
+    const int kh = h / (p.value_heads / p.key_heads);
+    const int group = lane & (GROUPS - 1);
+    const int pair = threadIdx.x / GROUPS;
+    const int col = blockIdx.y * p.columns + pair * 2;
+    const bool own0 = pair * 2 < p.columns && col < p.value_dim, own1 = pair * 2 + 1 < p.columns && col + 1 < p.value_dim;
+    const i64 q0 = (i64)kh * p.key_dim, k0 = (i64)(p.key_heads + kh) * p.key_dim;
+    const i64 v0 = 2 * (i64)p.key_heads * p.key_dim + (i64)h * p.value_dim;
+    const bool wide = (p.value_dim & 1) == 0;
+    float* state = p.state + (i64)h * p.key_dim * p.value_dim;
+
+    pdl_launch();
+    pdl_wait();
+    const int valid = (int)valid_rows(p.count, p.rows);
+    float s0[CHUNKS * 4], s1[CHUNKS * 4];
+#pragma unroll
+    for (int i = 0; i < CHUNKS * 4; ++i) {
+        int r = (i >> 2) * 32 + group * 4 + (i & 3);
+        s0[i] = s1[i] = 0.f;
+        if (r < p.key_dim) {
+            const float* at = state + (i64)r * p.value_dim + col;
+            if (own0 && own1 && wide) {
+                float2 v = *(const float2*)at;
+                s0[i] = v.x;
+                s1[i] = v.y;
+            } else {
+                if (own0) s0[i] = at[0];
+                if (own1) s1[i] = at[1];
+            }
+        }
+    }
+    const float rate = expf(p.a_log[h]), dt = p.dt_bias[h];
+    const float root = sqrtf((float)p.key_dim);
+
+    for (int base = 0; base < valid; base += TOKENS) {
+        const int here = valid - base < TOKENS ? valid - base : TOKENS;
+        __syncthreads();
+        for (int i = warp; i < here; i += warps) {
+            i64 t = base + i;
+            float qv[CHUNKS], kv[CHUNKS];
+            float qq = 0.f, kk = 0.f;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) {
+                int r = c * 32 + lane;
+                qv[c] = r < p.key_dim ? load1(p.qkv, t, q0 + r) : 0.f;
+                kv[c] = r < p.key_dim ? load1(p.qkv, t, k0 + r) : 0.f;
+                qq = fmaf(qv[c], qv[c], qq);
+                kk = fmaf(kv[c], kv[c], kk);
+            }
+            qq = sqrtf(warp_sum(qq) + 1e-6f);
+            kk = sqrtf(warp_sum(kk) + 1e-6f);
+            float dot = 0.f;
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) {
+                float q = qv[c] / qq / root, k = kv[c] / kk;
+                qs[i][c * 32 + lane] = q;
+                ks[i][c * 32 + lane] = k;
+                dot = fmaf(k, q, dot);
+            }
+            dot = warp_sum(dot);
+            if (lane == 0) {
+                kq[i] = dot;
+                gs[i] = expf(-rate * softplus(load1(p.decay, t, h) + dt));
+                bs[i] = sigmoid(load1(p.beta, t, h));
+            }
+        }
+        __syncthreads();
+        float nv0 = own0 ? load1(p.qkv, base, v0 + col) : 0.f, nv1 = own1 ? load1(p.qkv, base, v0 + col + 1) : 0.f;
+        for (int i = 0; i < here; ++i) {
+            const i64 t = base + i;
+            const float v_0 = nv0, v_1 = nv1;
+            if (i + 1 < here) {
+                nv0 = own0 ? load1(p.qkv, t + 1, v0 + col) : 0.f;
+                nv1 = own1 ? load1(p.qkv, t + 1, v0 + col + 1) : 0.f;
+            }
+            const float g = gs[i];
+            float a0 = 0.f, a1 = 0.f, c0 = 0.f, c1 = 0.f;
+            float kr[CHUNKS * 4];
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) {
+                float4 k = *(const float4*)&ks[i][c * 32 + group * 4];
+                float4 q = *(const float4*)&qs[i][c * 32 + group * 4];
+                float kx[4] = {k.x, k.y, k.z, k.w}, qx[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int r = c * 4 + j;
+                    kr[r] = kx[j];
+                    a0 = fmaf(s0[r], kx[j], a0);
+                    a1 = fmaf(s1[r], kx[j], a1);
+                    c0 = fmaf(s0[r], qx[j], c0);
+                    c1 = fmaf(s1[r], qx[j], c1);
+                }
+            }
+#pragma unroll
+            for (int d = GROUPS / 2; d > 0; d >>= 1) {
+                a0 += __shfl_xor_sync(FULL, a0, d);
+                a1 += __shfl_xor_sync(FULL, a1, d);
+                c0 += __shfl_xor_sync(FULL, c0, d);
+                c1 += __shfl_xor_sync(FULL, c1, d);
+            }
+            const float d0 = (v_0 - g * a0) * bs[i], d1 = (v_1 - g * a1) * bs[i];
+#pragma unroll
+            for (int r = 0; r < CHUNKS * 4; ++r) {
+                s0[r] = fmaf(kr[r], d0, g * s0[r]);
+                s1[r] = fmaf(kr[r], d1, g * s1[r]);
+            }
+            if (group == 0) {
+                const i64 o = (i64)h * p.value_dim + col;
+                const float o0 = fmaf(kq[i], d0, g * c0), o1 = fmaf(kq[i], d1, g * c1);
+                if (own0) store1(p.out, t, o, o0);
+                if (own1) store1(p.out, t, o + 1, o1);
+                if (p.gate.p && i == 0) {
+                    if (own0) head_out[pair * 2] = rounded(o0, p.out.dtype);
+                    if (own1) head_out[pair * 2 + 1] = rounded(o1, p.out.dtype);
+                }
+            }
+        }
+    }
+    if (valid > 0) {
+#pragma unroll
+        for (int i = 0; i < CHUNKS * 4; ++i) {
+            int r = (i >> 2) * 32 + group * 4 + (i & 3);
+            if (r < p.key_dim) {
+                float* at = state + (i64)r * p.value_dim + col;
+                if (own0 && own1 && wide) {
+                    *(float2*)at = make_float2(s0[i], s1[i]);
+                } else {
+                    if (own0) at[0] = s0[i];
+                    if (own1) at[1] = s1[i];
+                }
+            }
+        }
+    }
+    if (p.gate.p) {
+        // The plan has one row and this block the whole head: gated norm, in the order of the separate kernel.
+        __syncthreads();
+        View local = {head_out, 0, F32, 1};
+        if (warp == 0) {
+            float s = warp_squares(local, 0, 0, p.value_dim);
+            if (lane == 0) part[0] = s;
+        }
+        __syncthreads();
+        const float scale = rms_scale(part[0], p.value_dim, p.eps);
+        const i64 first = (i64)h * p.value_dim;
+        for (int c = threadIdx.x; c < p.value_dim; c += blockDim.x)
+            store1(p.normed, 0, first + c, head_out[c] * scale * p.norm_weight[c] * silu(load1(p.gate, 0, first + c)));
+    }
+}
+#define DELTA(name, CHUNKS, THREADS)                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Delta p) { \
+        delta_body<CHUNKS>(p);                                                                      \
+    }
+DELTA(gated_delta_1, 1, 512)
+DELTA(gated_delta_2, 2, 512)
+DELTA(gated_delta_4, 4, 512)
+DELTA(gated_delta_8, 8, 512)

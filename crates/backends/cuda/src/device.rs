@@ -1,0 +1,266 @@
+//! Which GPUs there are, and the backend on one of them.
+
+use std::sync::Arc;
+
+use ampoule_backend::{
+    Backend, BackendError, DeviceInfo, LoadOptions, Program, Progress, WeightSource,
+};
+use ampoule_plan::Sealed;
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
+
+use crate::driver::{Context, check, device_attribute, device_error};
+use crate::kernels::Kernels;
+use crate::lt::Lt;
+use crate::{compile, libs, program};
+
+/// A GPU that the backend can use.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GpuInfo {
+    /// The driver's number of it.
+    pub ordinal: usize,
+    /// Its product name.
+    pub name: String,
+    /// Compute capability, major and minor.
+    pub capability: (i32, i32),
+    /// Streaming multiprocessors.
+    pub multiprocessors: usize,
+    /// Bytes of memory.
+    pub memory: u64,
+}
+
+/// Switches of the backend. Results with and without [`Self::fusion`] and [`Self::programmatic_launch`] are the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Runs of ops become one kernel where they can. `AMPOULE_CUDA_FUSION=0` turns it off.
+    pub fusion: bool,
+    /// Kernels may begin before their predecessors have ended, from compute capability 9.0 on. `AMPOULE_CUDA_PDL=0`.
+    pub programmatic_launch: bool,
+    /// Times the candidate algorithms of every matrix product at load. `AMPOULE_CUDA_TUNE=0`.
+    pub tune: bool,
+    /// Uses cuBLASLt for 16-bit matrix products of prefill. `AMPOULE_CUDA_CUBLASLT=0`.
+    pub cublaslt: bool,
+    /// Blocks of the matrix-vector kernel per multiprocessor. `AMPOULE_CUDA_GEMV_BLOCKS`.
+    pub gemv_blocks: u32,
+    /// Prints what each plan became, to standard error. `AMPOULE_CUDA_TRACE=1`.
+    pub trace: bool,
+    /// Slots whose graphs are captured at load; those of the others are captured when the slot is first created.
+    pub slots_at_load: usize,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        Self {
+            fusion: true,
+            programmatic_launch: true,
+            tune: true,
+            cublaslt: true,
+            gemv_blocks: 2,
+            trace: false,
+            slots_at_load: 8,
+        }
+    }
+}
+
+impl CudaOptions {
+    /// The defaults, changed by the environment.
+    #[must_use]
+    pub fn from_environment() -> Self {
+        let on = |name: &str| std::env::var(name).map_or(true, |v| v != "0");
+        let number = |name: &str, default: u32| {
+            std::env::var(name)
+                .ok()
+                .and_then(|v| v.parse().ok())
+                .filter(|&n| n > 0)
+                .unwrap_or(default)
+        };
+        let defaults = Self::default();
+        Self {
+            fusion: on("AMPOULE_CUDA_FUSION"),
+            programmatic_launch: on("AMPOULE_CUDA_PDL"),
+            tune: on("AMPOULE_CUDA_TUNE"),
+            cublaslt: on("AMPOULE_CUDA_CUBLASLT"),
+            gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks),
+            trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),
+            slots_at_load: defaults.slots_at_load,
+        }
+    }
+}
+
+/// What one device can do, as kernels and launches need it.
+#[derive(Clone, Debug)]
+pub(crate) struct Limits {
+    pub(crate) multiprocessors: u32,
+    pub(crate) shared_per_block: u32,
+    pub(crate) programmatic: bool,
+}
+
+/// The backend on one GPU.
+pub struct CudaBackend {
+    gpu: GpuInfo,
+    options: CudaOptions,
+    shared: Arc<Device>,
+}
+
+/// What programs on one device share.
+pub(crate) struct Device {
+    pub(crate) context: Arc<Context>,
+    pub(crate) kernels: Kernels,
+    pub(crate) lt: Option<Lt>,
+    pub(crate) lt_missing: Option<String>,
+    pub(crate) limits: Limits,
+}
+
+impl CudaBackend {
+    /// The GPUs that the backend can use.
+    ///
+    /// # Errors
+    /// A sentence that says what is missing: the driver, a GPU of compute capability 8.0 or newer, or NVRTC.
+    pub fn discover() -> Result<Vec<GpuInfo>, BackendError> {
+        libs::driver()?;
+        // SAFETY: libcuda is loaded.
+        check(unsafe { sys::cuInit(0) }, "starting the driver")?;
+        let mut count = 0;
+        // SAFETY: `count` is written.
+        check(unsafe { sys::cuDeviceGetCount(&raw mut count) }, "counting devices")?;
+        let mut found = Vec::new();
+        for ordinal in 0..count {
+            found.push(describe(ordinal)?);
+        }
+        let (usable, old): (Vec<_>, Vec<_>) = found.into_iter().partition(|g| g.capability.0 >= 8);
+        if usable.is_empty() {
+            let problem = old.first().map_or("there is no GPU".to_owned(), |g| {
+                let (major, minor) = g.capability;
+                format!("{} has compute capability {major}.{minor}; 8.0 or newer is needed", g.name)
+            });
+            return Err(device_error(problem));
+        }
+        libs::nvrtc()?;
+        Ok(usable)
+    }
+
+    /// The backend on the GPU with this number, with the options of the environment.
+    ///
+    /// # Errors
+    /// If [`Self::discover`] fails, there is no such GPU, or the kernels do not compile.
+    pub fn new(ordinal: usize) -> Result<Self, BackendError> {
+        Self::with_options(ordinal, CudaOptions::from_environment())
+    }
+
+    /// The backend on the GPU with this number.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn with_options(ordinal: usize, options: CudaOptions) -> Result<Self, BackendError> {
+        let Some(gpu) = Self::discover()?.into_iter().find(|g| g.ordinal == ordinal) else {
+            return Err(device_error(format!("there is no usable GPU {ordinal}")));
+        };
+        let context = Context::retain(device_of(ordinal as i32)?)?;
+        let limits = Limits {
+            multiprocessors: gpu.multiprocessors as u32,
+            shared_per_block: context
+                .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                as u32,
+            programmatic: options.programmatic_launch && gpu.capability.0 >= 9,
+        };
+        let (major, minor) = gpu.capability;
+        let kernels =
+            Kernels::load(&context, &compile::architecture(major, minor), limits.shared_per_block)?;
+        let (lt, lt_missing) = if options.cublaslt {
+            match Lt::new(&context) {
+                Ok(lt) => (Some(lt), None),
+                Err(error) => (None, Some(error.to_string())),
+            }
+        } else {
+            (None, Some("cuBLASLt is turned off".to_owned()))
+        };
+        let shared = Arc::new(Device { context, kernels, lt, lt_missing, limits });
+        Ok(Self { gpu, options, shared })
+    }
+
+    /// The GPU it runs on.
+    pub const fn gpu(&self) -> &GpuInfo {
+        &self.gpu
+    }
+
+    /// Why prefill runs on the slow float32 kernels instead of cuBLASLt, if it does.
+    pub fn without_cublaslt(&self) -> Option<&str> {
+        self.shared.lt_missing.as_deref()
+    }
+
+    pub(crate) const fn device(&self) -> &Arc<Device> {
+        &self.shared
+    }
+}
+
+impl Backend for CudaBackend {
+    fn info(&self) -> DeviceInfo {
+        let (major, minor) = self.gpu.capability;
+        let nvrtc = compile::version().map_or("none".to_owned(), |(a, b)| format!("{a}.{b}"));
+        let lt = self.shared.lt.as_ref().map_or("none".to_owned(), |lt| lt.version().to_string());
+        let digest = compile::source_digest().to_hex();
+        DeviceInfo {
+            backend: "cuda",
+            class: format!("cuda sm_{major}{minor} {}", self.gpu.name),
+            kernels: format!(
+                "cuda kernels {} nvrtc {nvrtc} cublaslt {lt} driver {}",
+                &digest[..16],
+                driver_version() / 1000
+            ),
+            description: format!(
+                "{}, {} multiprocessors, {} GiB{}",
+                self.gpu.name,
+                self.gpu.multiprocessors,
+                self.gpu.memory >> 30,
+                self.without_cublaslt().map_or(String::new(), |why| format!(" ({why})"))
+            ),
+        }
+    }
+
+    fn load(
+        &self,
+        model: Arc<Sealed>,
+        weights: &dyn WeightSource,
+        options: LoadOptions,
+        progress: Progress<'_>,
+    ) -> Result<Box<dyn Program>, BackendError> {
+        program::load(self.device(), self.options, &model, weights, options, progress)
+    }
+}
+
+fn driver_version() -> i32 {
+    let mut version = 0;
+    // SAFETY: libcuda is loaded, or there would be no backend; `version` is written.
+    unsafe { sys::cuDriverGetVersion(&raw mut version) };
+    version
+}
+
+fn device_of(ordinal: i32) -> Result<sys::CUdevice, BackendError> {
+    let mut device = 0;
+    // SAFETY: the driver is initialised; `device` is written.
+    check(unsafe { sys::cuDeviceGet(&raw mut device, ordinal) }, "opening the device")?;
+    Ok(device)
+}
+
+fn describe(ordinal: i32) -> Result<GpuInfo, BackendError> {
+    let device = device_of(ordinal)?;
+    let mut name = [0_u8; 256];
+    // SAFETY: the driver writes at most 256 bytes, NUL included.
+    let status = unsafe { sys::cuDeviceGetName(name.as_mut_ptr().cast(), 256, device) };
+    check(status, "asking for the device's name")?;
+    let end = name.iter().position(|&b| b == 0).unwrap_or(name.len());
+    let mut memory = 0;
+    // SAFETY: `memory` is written.
+    let status = unsafe { sys::cuDeviceTotalMem_v2(&raw mut memory, device) };
+    check(status, "asking for the device's memory")?;
+    let attribute = |which| device_attribute(device, which);
+    Ok(GpuInfo {
+        ordinal: ordinal as usize,
+        name: String::from_utf8_lossy(&name[..end]).into_owned(),
+        capability: (
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+            attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+        ),
+        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+        memory: memory as u64,
+    })
+}

@@ -1,0 +1,351 @@
+//! Frozen state in the capsule reservation, and copies of regions by one kernel over a table.
+
+use std::any::Any;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ampoule_backend::{BackendError, Frozen, Region};
+use ampoule_plan::BufferId;
+
+use crate::driver::{Event, Launch, Stream};
+use crate::launch::arguments::Piece;
+use crate::launch::{Launcher, args};
+use crate::memory::Resident;
+use crate::pool::Pool;
+use crate::staging::Downloader;
+
+/// Bytes of each of the two areas through which frozen state is read.
+const DOWNLOAD: usize = 4 << 20;
+
+/// The reservation for frozen state of one program. Frozen state keeps it, and so the device's memory, alive.
+pub(crate) struct CapsuleStore {
+    resident: Arc<Resident>,
+    ranges: Mutex<Ranges>,
+    downloads: Mutex<Option<Downloader>>,
+    copies: Arc<Stream>,
+    budget: usize,
+    pub(crate) synchronizations: AtomicU64,
+}
+
+struct Ranges {
+    pool: Pool,
+    used: usize,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl CapsuleStore {
+    /// The store over the resident's reservation.
+    pub(crate) fn new(resident: &Arc<Resident>, budget: usize) -> Result<Arc<Self>, BackendError> {
+        let pool = Pool::new(if budget == 0 { 0 } else { resident.capsules.bytes() });
+        let copies = Stream::new(&resident.device.context)?;
+        Ok(Arc::new(Self {
+            resident: Arc::clone(resident),
+            ranges: Mutex::new(Ranges { pool, used: 0 }),
+            downloads: Mutex::new(None),
+            copies,
+            budget,
+            synchronizations: AtomicU64::new(0),
+        }))
+    }
+
+    /// Bytes of frozen state alive, and the budget.
+    pub(crate) fn usage(&self) -> (usize, usize) {
+        (lock(&self.ranges).used, self.budget)
+    }
+
+    /// Reserves room for regions whose slot addresses are `sources`; nothing is copied.
+    pub(crate) fn reserve(
+        self: &Arc<Self>,
+        regions: &[Region],
+        sources: &[u64],
+    ) -> Result<CudaFrozen, BackendError> {
+        let table = &self.resident.model.model().buffers;
+        let mut offsets = Vec::with_capacity(regions.len());
+        let (mut bytes, mut length) = (0, 0_usize);
+        for (region, source) in regions.iter().zip(sources) {
+            // Both ends of a copy have the same address modulo 16, so that it goes by vectors.
+            let offset = length.next_multiple_of(16) + (source % 16) as usize;
+            offsets.push(offset);
+            length = offset + region.bytes(table);
+            bytes += region.bytes(table);
+        }
+        let mut ranges = lock(&self.ranges);
+        let refused =
+            |used| BackendError::CapsuleBudget { wanted: bytes, used, budget: self.budget };
+        if ranges.used.checked_add(bytes).is_none_or(|sum| sum > self.budget) {
+            return Err(refused(ranges.used));
+        }
+        let at = if bytes == 0 {
+            None
+        } else {
+            Some(ranges.pool.allocate(length).ok_or_else(|| refused(ranges.used))?)
+        };
+        ranges.used += bytes;
+        drop(ranges);
+        Ok(CudaFrozen {
+            store: Arc::clone(self),
+            regions: regions.to_vec(),
+            offsets,
+            at,
+            length,
+            bytes,
+            ready: None,
+        })
+    }
+}
+
+/// Regions frozen on the device.
+pub(crate) struct CudaFrozen {
+    store: Arc<CapsuleStore>,
+    regions: Vec<Region>,
+    /// Of each region, from the start of this range.
+    offsets: Vec<usize>,
+    /// Where in the reservation the range lies; none if nothing was frozen.
+    at: Option<usize>,
+    length: usize,
+    bytes: usize,
+    /// Recorded after the copy that filled it.
+    ready: Option<Event>,
+}
+
+impl CudaFrozen {
+    /// Whether it lies in this store.
+    pub(crate) fn is_of(&self, store: &Arc<CapsuleStore>) -> bool {
+        Arc::ptr_eq(&self.store, store)
+    }
+
+    /// The device address of region `index`.
+    pub(crate) fn address(&self, index: usize) -> u64 {
+        let base = self.store.resident.capsules.at() + self.at.unwrap_or(0) as u64;
+        base + self.offsets[index] as u64
+    }
+
+    /// Marks the copies enqueued so far as those that fill it.
+    pub(crate) fn filled(&mut self) -> Result<(), BackendError> {
+        let event = Event::new(&self.store.resident.device.context, false)?;
+        event.record(&self.store.resident.stream)?;
+        self.ready = Some(event);
+        Ok(())
+    }
+}
+
+impl Drop for CudaFrozen {
+    fn drop(&mut self) {
+        // Copies from and to the range that are still pending come before whatever fills it next: both are enqueued on
+        // the program's stream. Reads hold a reference until they are done.
+        let mut ranges = lock(&self.store.ranges);
+        if let Some(at) = self.at {
+            ranges.pool.release(at, self.length);
+        }
+        ranges.used -= self.bytes;
+    }
+}
+
+impl Frozen for CudaFrozen {
+    fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn read(&self, index: usize, into: &mut [u8]) -> Result<(), BackendError> {
+        let wrong =
+            |problem| BackendError::WrongBuffer { buffer: "frozen state".to_owned(), problem };
+        let Some(region) = self.regions.get(index) else {
+            return Err(wrong(format!("has {} regions, not {index}", self.regions.len())));
+        };
+        let bytes = region.bytes(&self.store.resident.model.model().buffers);
+        if bytes != into.len() {
+            return Err(wrong(format!("region {index} has {bytes} bytes, not {}", into.len())));
+        }
+        if let Some(ready) = &self.ready {
+            self.store.copies.wait(ready)?;
+        }
+        let mut downloads = lock(&self.store.downloads);
+        if downloads.is_none() {
+            *downloads = Some(Downloader::new(&self.store.resident.device.context, DOWNLOAD)?);
+        }
+        self.store.synchronizations.fetch_add(1, Ordering::Relaxed);
+        let Some(downloads) = downloads.as_mut() else { return Ok(()) };
+        // SAFETY: the region lies in the reservation, which lives as long as the store.
+        unsafe { downloads.download(&self.store.copies, self.address(index), into) }
+    }
+
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+}
+
+/// A copy of bytes on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Transfer {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    pub(crate) bytes: usize,
+}
+
+/// Enqueues copies as one kernel, or as few as their number allows. Ranges written must not overlap.
+pub(crate) fn copy(resident: &Resident, transfers: &[Transfer]) -> Result<(), BackendError> {
+    let transfers: Vec<Transfer> = transfers.iter().copied().filter(|t| t.bytes > 0).collect();
+    for part in transfers.chunks(960) {
+        if part.len() <= 96 {
+            launch_copy::<97, 96>(resident, "copy_regions_96", part)?;
+        } else {
+            launch_copy::<961, 960>(resident, "copy_regions_960", part)?;
+        }
+    }
+    Ok(())
+}
+
+/// `Pieces<N>` of `memory.cu`.
+#[repr(C)]
+struct Table<const ENDS: usize, const N: usize> {
+    count: i32,
+    pad: i32,
+    first: [i64; ENDS],
+    piece: [Piece; N],
+}
+
+fn launch_copy<const ENDS: usize, const N: usize>(
+    resident: &Resident,
+    name: &str,
+    transfers: &[Transfer],
+) -> Result<(), BackendError> {
+    let mut table = Table::<ENDS, N> {
+        count: transfers.len() as i32,
+        pad: 0,
+        first: [0; ENDS],
+        piece: [Piece::default(); N],
+    };
+    let mut vectors = 0;
+    for (i, t) in transfers.iter().enumerate() {
+        debug_assert_eq!(t.from % 16, t.to % 16);
+        table.piece[i] = Piece { from: t.from, to: t.to, bytes: t.bytes as i64 };
+        vectors += ((t.from % 16) as i64 + t.bytes as i64 + 15) / 16;
+        table.first[i + 1] = vectors;
+    }
+    let launcher = Launcher::plain(resident);
+    // Blocks of 256 threads that each move at least four vectors a thread, eight blocks a multiprocessor.
+    let most = resident.device.limits.multiprocessors * 8;
+    let blocks = (vectors as u64).div_ceil(1024).clamp(1, u64::from(most)) as u32;
+    launcher.go(name, Launch::new([blocks, 1, 1], 256), args![table])
+}
+
+/// Rows of one buffer to be thawed: part, region, and rows counted from the region's first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    pub(crate) part: usize,
+    pub(crate) region: usize,
+    pub(crate) buffer: BufferId,
+    pub(crate) rows: Range<usize>,
+}
+
+/// What remains of regions when of two that overlap the later wins, so that no byte is written twice.
+pub(crate) fn resolve(parts: &[&[Region]]) -> Vec<Wanted> {
+    let mut covered: std::collections::HashMap<BufferId, Vec<Range<usize>>> =
+        std::collections::HashMap::new();
+    let mut wanted = Vec::new();
+    for (part, regions) in parts.iter().enumerate().rev() {
+        for (region, r) in regions.iter().enumerate().rev() {
+            let taken = covered.entry(r.buffer).or_default();
+            for rows in uncovered(&r.rows, taken) {
+                wanted.push(Wanted { part, region, buffer: r.buffer, rows });
+            }
+            taken.push(r.rows.clone());
+        }
+    }
+    wanted.reverse();
+    wanted
+}
+
+fn uncovered(rows: &Range<usize>, taken: &[Range<usize>]) -> Vec<Range<usize>> {
+    let mut open = vec![rows.clone()];
+    for t in taken {
+        let mut rest = Vec::with_capacity(open.len());
+        for piece in open {
+            if t.end <= piece.start || piece.end <= t.start {
+                rest.push(piece);
+            } else {
+                rest.extend(
+                    [piece.start..t.start, t.end..piece.end]
+                        .into_iter()
+                        .filter(|p| p.start < p.end),
+                );
+            }
+        }
+        open = rest;
+    }
+    open.retain(|p| p.start < p.end);
+    open
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn region(buffer: u32, rows: Range<usize>) -> Region {
+        Region { buffer: BufferId(buffer), rows }
+    }
+
+    #[test]
+    fn the_later_of_two_overlapping_regions_wins() {
+        let first = [region(0, 0..10), region(1, 0..4)];
+        let second = [region(0, 4..6), region(1, 0..4)];
+        let got: Vec<_> =
+            resolve(&[&first, &second]).into_iter().map(|w| (w.part, w.region, w.rows)).collect();
+        assert_eq!(got.len(), 4);
+        assert!(got.contains(&(0, 0, 0..4)) && got.contains(&(0, 0, 6..10)));
+        assert!(got.contains(&(1, 0, 4..6)) && got.contains(&(1, 1, 0..4)));
+    }
+
+    #[test]
+    fn resolved_regions_write_each_row_once_with_the_last_value() {
+        let fill = ampoule_plan::RandomFill { seed: 9, centre: 0.5, half_width: 0.5 };
+        for round in 0..200_u64 {
+            let pick = |i: u64, n: usize| (fill.value(round * 64 + i) * n as f32) as usize % n;
+            let regions: Vec<Vec<Region>> = (0..4)
+                .map(|p| {
+                    (0..3)
+                        .map(|r| {
+                            let start = pick(p * 16 + r * 2, 20);
+                            region(
+                                pick(p * 16 + r * 2 + 8, 2) as u32,
+                                start..start + pick(p * 16 + r * 2 + 1, 12),
+                            )
+                        })
+                        .collect()
+                })
+                .collect();
+            let parts: Vec<&[Region]> = regions.iter().map(Vec::as_slice).collect();
+            let mut expected = vec![[None; 40]; 2];
+            for (p, part) in regions.iter().enumerate() {
+                for (r, region) in part.iter().enumerate() {
+                    for row in region.rows.clone() {
+                        expected[region.buffer.index()][row] = Some((p, r));
+                    }
+                }
+            }
+            let mut got = vec![[None; 40]; 2];
+            for w in resolve(&parts) {
+                for row in w.rows {
+                    let cell = &mut got[w.buffer.index()][row];
+                    assert_eq!(cell.replace((w.part, w.region)), None, "written twice");
+                }
+            }
+            assert_eq!(got, expected);
+        }
+    }
+
+    #[test]
+    fn the_tables_are_those_of_the_kernel() {
+        assert_eq!(size_of::<Table<97, 96>>(), 8 + 97 * 8 + 96 * 24);
+        assert!(size_of::<Table<97, 96>>() <= 4096);
+        assert!(size_of::<Table<961, 960>>() <= 32764);
+    }
+}

@@ -1,0 +1,205 @@
+//! The compiled kernels of one device, by name.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use ampoule_backend::BackendError;
+use cudarc::driver::sys::{self, CUfunction, CUfunction_attribute as Attribute};
+
+use crate::cache::Cache;
+use crate::compile;
+use crate::driver::{Context, Module, check, device_error};
+
+/// Kernels of each source.
+const NAMES: &[(&str, &[&str])] = &[
+    (
+        "elementwise",
+        &[
+            "embed",
+            "rms_norm_block",
+            "rms_norm_warp",
+            "gated_rms_norm",
+            "sigmoid_gate",
+            "swiglu",
+            "rope",
+            "kv_append",
+            "last_row",
+            "observe",
+            "begin_reply",
+            "advance",
+            "fill",
+            "copy_rows",
+            "add_bias",
+            "norm_rope_append",
+        ],
+    ),
+    (
+        "gemv",
+        &[
+            "gemv_f32_1",
+            "gemv_f32_2",
+            "gemv_f32_4",
+            "gemv_f32_8",
+            "gemv_bf16_1",
+            "gemv_bf16_2",
+            "gemv_bf16_4",
+            "gemv_bf16_8",
+            "gemv_f16_1",
+            "gemv_f16_2",
+            "gemv_f16_4",
+            "gemv_f16_8",
+        ],
+    ),
+    ("gemm", &["gemm_f32", "gemm_bf16", "gemm_f16"]),
+    (
+        "attention",
+        &[
+            "attention_split_f32_1",
+            "attention_split_f32_2",
+            "attention_split_f32_4",
+            "attention_split_bf16_1",
+            "attention_split_bf16_2",
+            "attention_split_bf16_4",
+            "attention_split_f16_1",
+            "attention_split_f16_2",
+            "attention_split_f16_4",
+            "attention_combine",
+            "attention_rows",
+            "attention_tiles_bf16_64",
+            "attention_tiles_bf16_128",
+            "attention_tiles_bf16_256",
+            "attention_tiles_f16_64",
+            "attention_tiles_f16_128",
+            "attention_tiles_f16_256",
+        ],
+    ),
+    (
+        "recurrent",
+        &["causal_conv", "gated_delta_1", "gated_delta_2", "gated_delta_4", "gated_delta_8"],
+    ),
+    ("sample", &["sample"]),
+    (
+        "memory",
+        &[
+            "copy_regions_96",
+            "copy_regions_960",
+            "random_fill",
+            "periodic_fill",
+            "count_differences",
+            "dequantise",
+        ],
+    ),
+];
+
+/// Kernels whose shared memory is sized at launch.
+const DYNAMIC: &[&str] = &["gemv_", "attention_rows", "attention_tiles_", "sample"];
+
+/// A kernel and the most shared memory a launch may ask for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Kernel {
+    pub(crate) function: CUfunction,
+    pub(crate) shared_limit: u32,
+}
+
+/// Every kernel, compiled for one device.
+pub(crate) struct Kernels {
+    by_name: HashMap<&'static str, Kernel>,
+    /// Keeps the functions valid.
+    #[allow(dead_code)]
+    modules: Vec<Module>,
+}
+
+// SAFETY: functions are process-wide handles, valid while their modules are loaded.
+unsafe impl Send for Kernels {}
+// SAFETY: as above.
+unsafe impl Sync for Kernels {}
+
+impl Kernels {
+    /// Compiles or reads from the cache, and loads. Sources compile side by side.
+    pub(crate) fn load(
+        context: &Arc<Context>,
+        architecture: &str,
+        shared_per_block: u32,
+    ) -> Result<Self, BackendError> {
+        let cache = Cache::of_user();
+        let compiled: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = NAMES
+                .iter()
+                .map(|(source, _)| scope.spawn(|| compile::cubin(&cache, source, architecture)))
+                .collect();
+            threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
+        });
+        let mut by_name = HashMap::new();
+        let mut modules = Vec::new();
+        for ((source, names), cubin) in NAMES.iter().zip(compiled) {
+            let cubin =
+                cubin.map_err(|_| device_error(format!("compiling '{source}' panicked")))??;
+            let module = Module::load(context, &cubin, source)?;
+            for name in *names {
+                let function = module.function(name)?;
+                let mut shared_limit = 0;
+                if DYNAMIC.iter().any(|d| name.starts_with(d)) {
+                    shared_limit = raise_shared_limit(function, name, shared_per_block)?;
+                }
+                by_name.insert(*name, Kernel { function, shared_limit });
+            }
+            modules.push(module);
+        }
+        Ok(Self { by_name, modules })
+    }
+
+    /// The kernel called `name`.
+    pub(crate) fn find(&self, name: &str) -> Result<Kernel, BackendError> {
+        self.by_name
+            .get(name)
+            .copied()
+            .ok_or_else(|| device_error(format!("there is no kernel '{name}'")))
+    }
+}
+
+fn raise_shared_limit(
+    function: CUfunction,
+    name: &str,
+    shared_per_block: u32,
+) -> Result<u32, BackendError> {
+    let mut fixed = 0;
+    // SAFETY: the function is loaded; `fixed` is written.
+    let status = unsafe {
+        sys::cuFuncGetAttribute(
+            &raw mut fixed,
+            Attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+            function,
+        )
+    };
+    check(status, &format!("asking for the shared memory of '{name}'"))?;
+    let limit = shared_per_block.saturating_sub(fixed as u32);
+    // SAFETY: the function is loaded.
+    let status = unsafe {
+        sys::cuFuncSetAttribute(
+            function,
+            Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            limit as i32,
+        )
+    };
+    check(status, &format!("raising the shared memory of '{name}'"))?;
+    Ok(limit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_is_in_its_source() {
+        for (source, names) in NAMES {
+            let (_, text) = compile::SOURCES.iter().find(|(n, _)| n == source).unwrap();
+            for name in *names {
+                let base = name.trim_end_matches(|c: char| c.is_ascii_digit());
+                assert!(
+                    text.contains(name) || text.contains(base),
+                    "'{name}' is not in {source}.cu"
+                );
+            }
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! Launches of `attention.cu`.
+
+use ampoule_backend::BackendError;
+use ampoule_plan::{Attention, BufferTable, DType, Phase, Plan, SigmoidGate};
+
+use super::arguments::{AttentionArgs, dtype_suffix};
+use super::{BLOCK, DECODE_ROWS, Launcher, args};
+use crate::driver::Launch;
+use crate::memory::WorkspaceSizes;
+
+/// Positions of one split: `SPLIT` in `attention.cu`.
+const SPLIT: usize = 256;
+/// Most splits the combining kernel can hold.
+const MOST_SPLITS: usize = 1024;
+
+/// Whether the kernel for few rows takes the op.
+pub(crate) fn decodes_by_splits(phase: Phase, o: &Attention) -> bool {
+    phase == Phase::Decode && o.query.height() <= DECODE_ROWS && o.head_dim <= 256
+}
+
+fn splits(cache_rows: usize, context: usize) -> usize {
+    let reach = if context == 0 { cache_rows } else { cache_rows.min(context) };
+    reach.div_ceil(SPLIT).max(1)
+}
+
+/// Working memory for all attention ops of a plan.
+pub(crate) fn attention_workspace(plan: &Plan, sizes: &mut WorkspaceSizes) {
+    for op in &plan.ops {
+        if let ampoule_plan::Op::Attention(o) = op
+            && decodes_by_splits(plan.key.phase, o)
+        {
+            let parts = o.query.height() * o.heads * splits(o.key_cache.height(), plan.key.context);
+            sizes.attention_sums = sizes.attention_sums.max(parts * 8);
+            sizes.attention_partial = sizes.attention_partial.max(parts * o.head_dim * 4);
+        }
+    }
+}
+
+/// Whether 16-byte reads of cache rows are aligned.
+fn aligned(table: &BufferTable, o: &Attention) -> bool {
+    let element = table[o.key_cache.buffer].dtype.block_bytes();
+    o.head_dim.is_multiple_of(8)
+        && (table[o.key_cache.buffer].cols() * element).is_multiple_of(16)
+        && table[o.value_cache.buffer].dtype == table[o.key_cache.buffer].dtype
+}
+
+impl Launcher<'_> {
+    pub(super) fn attention(
+        &self,
+        o: &Attention,
+        gate: Option<&SigmoidGate>,
+    ) -> Result<(), BackendError> {
+        if o.head_dim > 256 {
+            return Err(self.unsupported(format!("heads of {} elements; at most 256", o.head_dim)));
+        }
+        let table = &self.resident.model.model().buffers;
+        let key_type = table[o.key_cache.buffer].dtype;
+        let same = table[o.value_cache.buffer].dtype == key_type;
+        let rows = o.query.height();
+        let splits = splits(o.key_cache.height(), self.context);
+        let mut a = AttentionArgs {
+            query: self.matrix(&o.query),
+            key: self.matrix(&o.key_cache),
+            value: self.matrix(&o.value_cache),
+            out: self.matrix(&o.out),
+            cursor: self.address(&o.cursor),
+            count: self.optional(o.count.as_ref()),
+            sums: self.resident.attention_sums.at(),
+            partial: self.resident.attention_partial.at(),
+            cache_rows: o.key_cache.height() as i64,
+            rows: rows as i32,
+            heads: o.heads as i32,
+            kv_heads: o.kv_heads as i32,
+            head_dim: o.head_dim as i32,
+            splits: splits as i32,
+            vec: i32::from(aligned(table, o)),
+            scale: o.scale,
+            ..AttentionArgs::default()
+        };
+        if decodes_by_splits(self.phase, o) && splits <= MOST_SPLITS && same {
+            if let Some(gate) = gate {
+                a.gate = self.matrix(&gate.gate);
+                a.gated = self.matrix(&gate.out);
+            }
+            let shared = o.heads / o.kv_heads;
+            let group = [4, 2, 1].into_iter().find(|g| shared.is_multiple_of(*g)).unwrap_or(1);
+            let name = format!("attention_split_{}_{group}", dtype_suffix(a.key.dtype));
+            let grid = [splits as u32, (o.heads / group) as u32, rows as u32];
+            self.go(&name, self.early(grid, BLOCK), args![a])?;
+            let how = self.early([o.heads as u32, rows as u32, 1], BLOCK);
+            return self.go("attention_combine", how, args![a]);
+        }
+        let tiles = same
+            && a.vec == 1
+            && matches!(key_type, DType::BF16 | DType::F16)
+            && matches!(o.head_dim, 64 | 128 | 256);
+        if tiles {
+            let keys = if o.head_dim == 256 { 32 } else { 64 };
+            let name = format!("attention_tiles_{}_{}", dtype_suffix(a.key.dtype), o.head_dim);
+            let how = Launch {
+                shared: ((64 + 2 * keys) * (o.head_dim + 8) * 2) as u32,
+                ..self.early([o.heads as u32, rows.div_ceil(64) as u32, 1], 128)
+            };
+            self.go(&name, how, args![a])?;
+        } else {
+            let floats = (16 + 32) * (o.head_dim + 1) + 16 * 33;
+            let how = Launch {
+                shared: (floats * 4) as u32,
+                ..self.early([o.heads as u32, rows.div_ceil(16) as u32, 1], 128)
+            };
+            self.go("attention_rows", how, args![a])?;
+        }
+        gate.map_or(Ok(()), |gate| self.sigmoid_gate(gate))
+    }
+}

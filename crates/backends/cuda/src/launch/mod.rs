@@ -1,0 +1,206 @@
+//! From steps of a plan to kernels on a stream. What is enqueued here is captured; nothing is allocated or waited for.
+
+pub(crate) mod arguments;
+mod attention;
+mod elementwise;
+mod linear;
+mod recurrent;
+mod sample;
+
+use std::ffi::c_void;
+
+use ampoule_backend::BackendError;
+use ampoule_plan::{Op, Phase, Plan, Role, View};
+
+use crate::device::CudaOptions;
+use crate::driver::{self, Launch};
+use crate::fuse::Step;
+use crate::lt::Products;
+use crate::memory::Resident;
+use arguments::{MatrixView, WordView};
+
+pub(crate) use attention::{attention_workspace, decodes_by_splits};
+pub(crate) use linear::{gemv_fits, product_shape};
+
+/// Pointers to the arguments, which must be places (locals or fields).
+macro_rules! args {
+    ($($place:expr),* $(,)?) => { &mut [$( (&raw const $place).cast_mut().cast::<std::ffi::c_void>() ),*] };
+}
+pub(crate) use args;
+
+/// Most token rows of the decode kernels.
+pub(crate) const DECODE_ROWS: usize = 8;
+const BLOCK: u32 = 256;
+
+/// Enqueues the kernels of one plan for one slot.
+pub(crate) struct Launcher<'a> {
+    pub(crate) resident: &'a Resident,
+    slot: usize,
+    plan: usize,
+    phase: Phase,
+    context: usize,
+    options: CudaOptions,
+    products: Option<&'a Products>,
+    /// Named in errors.
+    op: std::cell::Cell<&'static str>,
+}
+
+impl<'a> Launcher<'a> {
+    /// For kernels outside a plan.
+    pub(crate) fn plain(resident: &'a Resident) -> Self {
+        Self {
+            resident,
+            slot: 0,
+            plan: 0,
+            phase: Phase::Reset,
+            context: 0,
+            options: CudaOptions { programmatic_launch: false, ..CudaOptions::default() },
+            products: None,
+            op: std::cell::Cell::new(""),
+        }
+    }
+
+    /// For a plan's steps.
+    pub(crate) fn new(
+        resident: &'a Resident,
+        slot: usize,
+        plan: usize,
+        options: CudaOptions,
+        products: &'a Products,
+    ) -> Self {
+        let key = resident.model.model().plans[plan].key;
+        Self {
+            resident,
+            slot,
+            plan,
+            phase: key.phase,
+            context: key.context,
+            options,
+            products: Some(products),
+            op: std::cell::Cell::new(""),
+        }
+    }
+
+    /// Enqueues a step.
+    pub(crate) fn step(&self, plan: &Plan, step: &Step) -> Result<(), BackendError> {
+        let first = step.first_op();
+        self.op.set(plan.ops[first].name());
+        let result = match step {
+            Step::Op(index) => self.op(*index, &plan.ops[*index]),
+            Step::Gemv(group) => self.gemv_group(plan, group),
+            Step::NormRopeAppend(fused) => self.norm_rope_append(plan, fused),
+            Step::AttentionGate { attention, gate } => {
+                match (&plan.ops[*attention], &plan.ops[*gate]) {
+                    (Op::Attention(a), Op::SigmoidGate(g)) => self.attention(a, Some(g)),
+                    _ => Err(self.unsupported("the fusion does not fit the plan".to_owned())),
+                }
+            }
+            Step::DeltaNorm { delta, norm } => match (&plan.ops[*delta], &plan.ops[*norm]) {
+                (Op::GatedDelta(d), Op::GatedRmsNorm(n)) => self.gated_delta(d, Some(n)),
+                _ => Err(self.unsupported("the fusion does not fit the plan".to_owned())),
+            },
+        };
+        result.map_err(|error| match error {
+            BackendError::Device { device, problem } => BackendError::Device {
+                device,
+                problem: format!(
+                    "plan '{}', op {first} ({}): {problem}",
+                    plan.key,
+                    plan.ops[first].name()
+                ),
+            },
+            other => other,
+        })
+    }
+
+    fn op(&self, index: usize, op: &Op) -> Result<(), BackendError> {
+        match op {
+            Op::Embed(o) => self.embed(o),
+            Op::RmsNorm(o) => self.rms_norm(o),
+            Op::Linear(o) => self.linear(index, &o.x, &o.weight, o.bias.as_ref(), &o.out, false),
+            Op::LinearAdd(o) => self.linear(index, &o.x, &o.weight, o.bias.as_ref(), &o.out, true),
+            Op::Rope(o) => self.rope(o),
+            Op::KvAppend(o) => self.kv_append(o),
+            Op::Attention(o) => self.attention(o, None),
+            Op::CausalConv(o) => self.causal_conv(o),
+            Op::GatedDelta(o) => self.gated_delta(o, None),
+            Op::GatedRmsNorm(o) => self.gated_rms_norm(o),
+            Op::SigmoidGate(o) => self.sigmoid_gate(o),
+            Op::SwiGlu(o) => self.swiglu(o),
+            Op::LastRow(o) => self.last_row(o),
+            Op::Observe(o) => self.observe(o),
+            Op::BeginReply(o) => self.begin_reply(o),
+            Op::Sample(o) => self.sample(o),
+            Op::Advance(o) => self.advance(o),
+            Op::Fill(o) => self.fill(o),
+            Op::Copy(o) => self.copy(o),
+        }
+    }
+
+    /// Enqueues a kernel with arguments of its parameters' types.
+    pub(crate) fn go(
+        &self,
+        name: &str,
+        how: Launch,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), BackendError> {
+        let kernel = self.resident.device.kernels.find(name)?;
+        if how.shared > 0 && how.shared > kernel.shared_limit {
+            return Err(self.unsupported(format!(
+                "kernel '{name}' would need {} bytes of shared memory, of which a block has {}",
+                how.shared, kernel.shared_limit
+            )));
+        }
+        // SAFETY: the callers in this module pass each kernel's parameters in order, as its source declares them; all
+        // addresses come from the resident arenas, which the captured graph keeps alive, and the plan's check holds
+        // every view inside its buffer.
+        unsafe { driver::launch(&self.resident.stream, kernel.function, name, how, arguments) }
+    }
+
+    /// A launch that may begin early, where the device can.
+    fn early(&self, grid: [u32; 3], block: u32) -> Launch {
+        Launch { programmatic: self.programmatic(), ..Launch::new(grid, block) }
+    }
+
+    fn programmatic(&self) -> bool {
+        self.options.programmatic_launch && self.resident.device.limits.programmatic
+    }
+
+    /// Blocks of 256 threads for so many threads, at most 16 per multiprocessor: kernels loop over the rest.
+    pub(crate) fn blocks_for(&self, threads: usize) -> u32 {
+        let most = self.resident.device.limits.multiprocessors as usize * 16;
+        threads.div_ceil(BLOCK as usize).clamp(1, most) as u32
+    }
+
+    /// A grid of one row of blocks per token row, each thread taking four columns at a time.
+    fn row_grid(&self, rows: usize, cols: usize) -> [u32; 3] {
+        let across = cols.div_ceil(4 * BLOCK as usize).max(1);
+        // Few rows: spread the columns; many rows: let each block loop.
+        let most = (self.resident.device.limits.multiprocessors as usize * 8).div_ceil(rows).max(1);
+        [rows as u32, across.min(most) as u32, 1]
+    }
+
+    fn matrix(&self, view: &View) -> MatrixView {
+        self.resident.matrix(view, self.slot)
+    }
+
+    fn words(&self, view: &View) -> WordView {
+        self.resident.words(view, self.slot)
+    }
+
+    fn address(&self, view: &View) -> u64 {
+        self.resident.view_address(view, self.slot)
+    }
+
+    fn optional(&self, view: Option<&View>) -> u64 {
+        view.map_or(0, |v| self.address(v))
+    }
+
+    fn is_weight(&self, view: &View) -> bool {
+        self.resident.model.buffer(view.buffer).role == Role::Weight
+    }
+
+    fn unsupported(&self, problem: String) -> BackendError {
+        BackendError::Unsupported { backend: "cuda", op: self.op.get(), problem }
+    }
+}

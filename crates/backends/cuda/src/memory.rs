@@ -1,0 +1,231 @@
+//! Where every buffer of a model lies on the device: three kinds of arena, everything allocated at load.
+
+use std::sync::Arc;
+
+use ampoule_backend::{BackendError, LoadOptions};
+use ampoule_plan::{BufferId, DType, Role, Sealed, View};
+
+use crate::device::Device;
+use crate::driver::{Context, DeviceMemory, Stream};
+use crate::launch::arguments::{MatrixView, WordView};
+
+const ALIGNMENT: usize = 256;
+
+/// Which arena a buffer lies in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arena {
+    /// Weights, as resident.
+    Weights,
+    /// Scratch, Output and Input: one for all slots, because replays run one after another.
+    Transient,
+    /// State, once per slot.
+    Slot,
+}
+
+/// A buffer's place.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) arena: Arena,
+    pub(crate) offset: usize,
+    /// Element type on the device: quantised weights are held as bf16.
+    pub(crate) dtype: DType,
+}
+
+/// Offsets of all buffers and sizes of the arenas.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    places: Vec<Place>,
+    pub(crate) weights: usize,
+    pub(crate) transient: usize,
+    pub(crate) slot: usize,
+}
+
+/// The type a weight has on the device.
+pub(crate) const fn resident_dtype(dtype: DType) -> DType {
+    if dtype.is_quantized() { DType::BF16 } else { dtype }
+}
+
+impl Layout {
+    /// Lays the model's buffers out.
+    pub(crate) fn new(model: &Sealed) -> Result<Self, BackendError> {
+        let mut layout = Self { places: Vec::new(), weights: 0, transient: 0, slot: 0 };
+        for (_, buffer) in model.model().buffers.iter() {
+            let (arena, total) = match buffer.role {
+                Role::Weight => (Arena::Weights, &mut layout.weights),
+                Role::Input | Role::Output | Role::Scratch => {
+                    (Arena::Transient, &mut layout.transient)
+                }
+                Role::State { .. } => (Arena::Slot, &mut layout.slot),
+            };
+            if buffer.dtype.is_quantized() && arena != Arena::Weights {
+                let problem = format!("has elements of {}, which only weights may", buffer.dtype);
+                return Err(BackendError::WrongBuffer { buffer: buffer.name.clone(), problem });
+            }
+            let dtype = resident_dtype(buffer.dtype);
+            let bytes = dtype.bytes_for(buffer.elements()).unwrap_or(0);
+            layout.places.push(Place { arena, offset: *total, dtype });
+            *total = (*total + bytes).next_multiple_of(ALIGNMENT);
+        }
+        Ok(layout)
+    }
+
+    /// The buffer's place.
+    pub(crate) fn place(&self, buffer: BufferId) -> Place {
+        self.places[buffer.index()]
+    }
+}
+
+/// Sizes of the working memory that kernels need besides the plan's buffers.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct WorkspaceSizes {
+    pub(crate) attention_sums: usize,
+    pub(crate) attention_partial: usize,
+    pub(crate) product: usize,
+}
+
+/// Everything resident on the device for one program. Graphs hold it, so it outlives them.
+pub(crate) struct Resident {
+    pub(crate) stream: Arc<Stream>,
+    pub(crate) model: Arc<Sealed>,
+    pub(crate) layout: Layout,
+    pub(crate) weights: DeviceMemory,
+    pub(crate) transient: DeviceMemory,
+    pub(crate) slots: Vec<DeviceMemory>,
+    pub(crate) capsules: DeviceMemory,
+    pub(crate) attention_sums: DeviceMemory,
+    pub(crate) attention_partial: DeviceMemory,
+    pub(crate) product: DeviceMemory,
+    pub(crate) sample_work: DeviceMemory,
+    pub(crate) mirror: crate::driver::PinnedMemory,
+    pub(crate) allocations: u64,
+    /// Last, so that kernels stay loaded while memory goes.
+    pub(crate) device: Arc<Device>,
+}
+
+impl Drop for Resident {
+    fn drop(&mut self) {
+        // Copies may still run over the memory that goes next.
+        let _ = self.stream.synchronize();
+    }
+}
+
+/// Bytes of `SampleWork` in `sample.cu`: six histograms of 2048 and 48 bytes before them, rounded up.
+pub(crate) const SAMPLE_WORK_BYTES: usize = 6 * 2048 * 8 + 256;
+/// Entries of the ring of mirrored tokens: `MIRRORS` in `sample.cu`.
+pub(crate) const MIRRORS: usize = 64;
+
+impl Resident {
+    /// Allocates everything, after checking that it fits.
+    pub(crate) fn allocate(
+        device: &Arc<Device>,
+        model: &Arc<Sealed>,
+        options: LoadOptions,
+        sizes: WorkspaceSizes,
+    ) -> Result<Self, BackendError> {
+        let layout = Layout::new(model)?;
+        let context: &Arc<Context> = &device.context;
+        let capsules = capsule_reservation(options.capsule_bytes);
+        let wanted = [
+            layout.weights,
+            layout.transient,
+            layout.slot.saturating_mul(options.slots),
+            capsules,
+            sizes.attention_sums,
+            sizes.attention_partial,
+            sizes.product,
+        ]
+        .iter()
+        .fold(0_usize, |sum, &n| sum.saturating_add(n));
+        let (free, _) = context.memory()?;
+        if wanted > free {
+            return Err(BackendError::OutOfMemory {
+                what: format!(
+                    "the model (weights {}, working memory {}, {} slots of {}, capsules {})",
+                    layout.weights, layout.transient, options.slots, layout.slot, capsules
+                ),
+                wanted: wanted as u64,
+                available: free as u64,
+            });
+        }
+        let mut allocations = 0;
+        let mut take = |bytes: usize, what: &str| {
+            allocations += 1;
+            DeviceMemory::new(context, bytes, what)
+        };
+        let weights = take(layout.weights, "weights")?;
+        let transient = take(layout.transient, "working memory")?;
+        let mut slots = Vec::with_capacity(options.slots);
+        for _ in 0..options.slots {
+            slots.push(take(layout.slot, "a slot")?);
+        }
+        let capsules = take(capsules, "capsules")?;
+        let attention_sums = take(sizes.attention_sums, "attention")?;
+        let attention_partial = take(sizes.attention_partial, "attention")?;
+        let product = take(sizes.product, "matrix products")?;
+        let sample_work = take(SAMPLE_WORK_BYTES, "sampling")?;
+        let stream = Stream::new(context)?;
+        let mirror = crate::driver::PinnedMemory::new(context, MIRRORS * 8)?;
+        // SAFETY: both ranges are the whole allocations just made.
+        unsafe {
+            stream.fill(sample_work.at(), 0, SAMPLE_WORK_BYTES / 4)?;
+            stream.fill(transient.at(), 0, transient.bytes() / 4)?;
+        }
+        for slot in &slots {
+            // SAFETY: the whole allocation.
+            unsafe { stream.fill(slot.at(), 0, slot.bytes() / 4)? };
+        }
+        Ok(Self {
+            device: Arc::clone(device),
+            stream,
+            model: Arc::clone(model),
+            layout,
+            weights,
+            transient,
+            slots,
+            capsules,
+            attention_sums,
+            attention_partial,
+            product,
+            sample_work,
+            mirror,
+            allocations,
+        })
+    }
+
+    /// The device address of a buffer, for a slot.
+    pub(crate) fn address(&self, buffer: BufferId, slot: usize) -> u64 {
+        let place = self.layout.place(buffer);
+        let base = match place.arena {
+            Arena::Weights => self.weights.at(),
+            Arena::Transient => self.transient.at(),
+            Arena::Slot => self.slots[slot].at(),
+        };
+        base + place.offset as u64
+    }
+
+    /// The device address of a view's first element.
+    pub(crate) fn view_address(&self, view: &View, slot: usize) -> u64 {
+        let buffer = self.model.buffer(view.buffer);
+        let first = view.rows.start * buffer.cols() + view.cols.start;
+        let element = self.layout.place(view.buffer).dtype.block_bytes();
+        self.address(view.buffer, slot) + (first * element) as u64
+    }
+
+    /// A view of floats as kernels take it.
+    pub(crate) fn matrix(&self, view: &View, slot: usize) -> MatrixView {
+        let dtype = self.layout.place(view.buffer).dtype;
+        let ld = self.model.buffer(view.buffer).cols();
+        MatrixView::new(self.view_address(view, slot), ld, dtype)
+    }
+
+    /// A view of 32-bit words as kernels take it.
+    pub(crate) fn words(&self, view: &View, slot: usize) -> WordView {
+        let ld = self.model.buffer(view.buffer).cols();
+        WordView { at: self.view_address(view, slot), ld: ld as i64 }
+    }
+}
+
+/// What is reserved for a budget: alignment and fragmentation cost something.
+pub(crate) const fn capsule_reservation(budget: usize) -> usize {
+    if budget == 0 { 0 } else { budget.saturating_add(budget / 16).saturating_add(1 << 20) }
+}

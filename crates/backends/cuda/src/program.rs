@@ -1,0 +1,488 @@
+//! A model resident on a GPU: slots, graphs, inputs, outputs, frozen state.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use ampoule_backend::{
+    BackendError, Counters, Frozen, LoadOptions, Program, Progress, Region, SlotId, WeightSource,
+    check_regions,
+};
+use ampoule_plan::{Access, Buffer, BufferId, Op, Role, Sealed};
+
+use crate::capture::{CaptureGuard, Graph};
+use crate::device::{CudaOptions, Device};
+use crate::driver::device_error;
+use crate::frozen::{CapsuleStore, CudaFrozen, Transfer, copy, resolve};
+use crate::fuse::{self, Step};
+use crate::launch::{Launcher, attention_workspace};
+use crate::lt::{self, Products};
+use crate::memory::{MIRRORS, Resident, WorkspaceSizes};
+use crate::staging::{Downloader, UploadRing};
+use crate::weights;
+
+/// Bytes of one of the eight segments through which inputs go.
+const UPLOAD_SEGMENT: usize = 1 << 20;
+/// Bytes of each of the two areas through which outputs come.
+const DOWNLOAD: usize = 4 << 20;
+/// Inputs up to this size are remembered, and not sent again while they stay the same.
+const REMEMBERED: usize = 4096;
+/// A quiet NaN as f32, and two as bf16 or f16.
+const POISON: u32 = 0x7FC0_7FC0;
+/// How long a token may take before the device is taken for hung.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What a graph keeps alive.
+struct Owned {
+    #[allow(dead_code)]
+    resident: Arc<Resident>,
+    #[allow(dead_code)]
+    products: Arc<Products>,
+}
+
+struct Slot {
+    used: bool,
+    /// One per plan, once captured.
+    graphs: Vec<Graph<Owned>>,
+}
+
+/// What a plan does besides its kernels.
+struct PlanFacts {
+    steps: Vec<Step>,
+    /// Outputs it writes; those with `true` are token outputs of its only sample op, mirrored to the host.
+    outputs: Vec<(BufferId, bool)>,
+    samples: u64,
+}
+
+pub(crate) struct CudaProgram {
+    // Graphs go before what they run over.
+    slots: Vec<Slot>,
+    resident: Arc<Resident>,
+    products: Arc<Products>,
+    store: Arc<CapsuleStore>,
+    facts: Vec<PlanFacts>,
+    options: CudaOptions,
+    uploads: UploadRing,
+    downloads: Downloader,
+    remembered: HashMap<BufferId, Vec<u8>>,
+    /// Of token outputs whose last value is in the mirror: its number.
+    mirrored: HashMap<BufferId, u64>,
+    /// Sample ops enqueued since load.
+    sampled: u64,
+    counters: Counters,
+}
+
+/// Loads a model.
+pub(crate) fn load(
+    device: &Arc<Device>,
+    options: CudaOptions,
+    model: &Arc<Sealed>,
+    source: &dyn WeightSource,
+    load: LoadOptions,
+    progress: Progress<'_>,
+) -> Result<Box<dyn Program>, BackendError> {
+    let plans = &model.model().plans;
+    let mut sizes = WorkspaceSizes { product: lt::WORKSPACE, ..WorkspaceSizes::default() };
+    for plan in plans {
+        attention_workspace(plan, &mut sizes);
+    }
+    let facts = plans
+        .iter()
+        .map(|plan| PlanFacts {
+            steps: fuse::steps(&model.model().buffers, plan, options.fusion),
+            outputs: outputs_of(model, &plan.ops),
+            samples: plan.ops.iter().filter(|op| matches!(op, Op::Sample(_))).count() as u64,
+        })
+        .collect();
+    let resident = Arc::new(Resident::allocate(device, model, load, sizes)?);
+    weights::load(&resident, source, progress)?;
+    let products =
+        if load.slots == 0 { Products::default() } else { Products::choose(&resident, options)? };
+    let products = Arc::new(products);
+    let context = &device.context;
+    let store = CapsuleStore::new(&resident, load.capsule_bytes)?;
+    let slots = (0..load.slots).map(|_| Slot { used: false, graphs: Vec::new() }).collect();
+    let mut program = CudaProgram {
+        slots,
+        uploads: UploadRing::new(context, UPLOAD_SEGMENT)?,
+        downloads: Downloader::new(context, DOWNLOAD)?,
+        counters: Counters { allocations: resident.allocations, ..Counters::default() },
+        resident,
+        products,
+        store,
+        facts,
+        options,
+        remembered: HashMap::new(),
+        mirrored: HashMap::new(),
+        sampled: 0,
+    };
+    for slot in 0..load.slots.min(options.slots_at_load) {
+        program.capture(slot)?;
+    }
+    program.resident.stream.synchronize()?;
+    Ok(Box::new(program))
+}
+
+/// Outputs that ops write, and whether a token output is written by one sample op alone.
+fn outputs_of(model: &Sealed, ops: &[Op]) -> Vec<(BufferId, bool)> {
+    let mut writers: HashMap<BufferId, Vec<bool>> = HashMap::new();
+    for op in ops {
+        for operand in op.operands() {
+            let buffer = model.buffer(operand.view.buffer);
+            let writes = matches!(operand.access, Access::Write | Access::Update);
+            if writes && buffer.role == Role::Output {
+                let token = matches!(op, Op::Sample(_)) && operand.field == "token";
+                writers.entry(operand.view.buffer).or_default().push(token && buffer.bytes() == 4);
+            }
+        }
+    }
+    let samples = ops.iter().filter(|op| matches!(op, Op::Sample(_))).count();
+    writers.into_iter().map(|(id, w)| (id, samples == 1 && w == [true])).collect()
+}
+
+impl CudaProgram {
+    fn model(&self) -> &Arc<Sealed> {
+        &self.resident.model
+    }
+
+    fn slot(&self, slot: SlotId) -> Result<usize, BackendError> {
+        let index = slot.0 as usize;
+        match self.slots.get(index) {
+            Some(s) if s.used => Ok(index),
+            _ => Err(BackendError::NoSuchSlot { slot: slot.0 }),
+        }
+    }
+
+    fn buffer(&self, id: BufferId) -> Result<&Buffer, BackendError> {
+        self.resident.model.model().buffers.lookup(id).ok_or_else(|| BackendError::WrongBuffer {
+            buffer: format!("#{}", id.0),
+            problem: "is of another model".to_owned(),
+        })
+    }
+
+    /// Captures every plan for a slot.
+    fn capture(&mut self, slot: usize) -> Result<(), BackendError> {
+        let model = Arc::clone(self.model());
+        let mut graphs = Vec::with_capacity(model.model().plans.len());
+        for (index, plan) in model.model().plans.iter().enumerate() {
+            let launcher = Launcher::new(&self.resident, slot, index, self.options, &self.products);
+            let guard = CaptureGuard::begin(&self.resident.stream)?;
+            for step in &self.facts[index].steps {
+                launcher.step(plan, step)?;
+            }
+            let owned = Owned {
+                resident: Arc::clone(&self.resident),
+                products: Arc::clone(&self.products),
+            };
+            let graph = guard.finish(Arc::new(owned))?;
+            if self.options.trace {
+                let (ops, steps) = (plan.ops.len(), self.facts[index].steps.len());
+                let nodes = graph.nodes();
+                eprintln!(
+                    "ampoule-cuda: '{}': {ops} ops, {steps} steps, {nodes} kernels",
+                    plan.key
+                );
+            }
+            graphs.push(graph);
+            self.counters.captures += 1;
+        }
+        self.slots[slot].graphs = graphs;
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<(), BackendError> {
+        self.counters.synchronizations += 1;
+        self.resident.stream.synchronize()
+    }
+
+    /// Waits for the token with this number in mapped host memory.
+    fn mirrored_token(&mut self, number: u64) -> Result<u32, BackendError> {
+        self.counters.synchronizations += 1;
+        let entry = (number - 1) as usize % MIRRORS;
+        let expected = number as u32;
+        // SAFETY: the entry lies in the mirror.
+        let at = unsafe { self.resident.mirror.words().add(entry) };
+        let begun = Instant::now();
+        let mut spins = 0_u32;
+        loop {
+            // SAFETY: aligned and mapped; the device writes the word in one store.
+            let word = unsafe { at.read_volatile() };
+            if (word >> 32) as u32 == expected {
+                std::sync::atomic::fence(Ordering::Acquire);
+                return Ok(word as u32);
+            }
+            std::hint::spin_loop();
+            spins = spins.wrapping_add(1);
+            if spins.is_multiple_of(1 << 14) {
+                if self.resident.stream.idle()? {
+                    // SAFETY: as above. The store may have landed between the two looks.
+                    let word = unsafe { at.read_volatile() };
+                    if (word >> 32) as u32 == expected {
+                        return Ok(word as u32);
+                    }
+                    return Err(device_error("op sample: the token did not arrive".to_owned()));
+                }
+                if begun.elapsed() > PATIENCE {
+                    return Err(device_error(format!("op sample: no token within {PATIENCE:?}")));
+                }
+            }
+        }
+    }
+
+    fn upload(&mut self, at: u64, bytes: &[u8]) -> Result<(), BackendError> {
+        for (i, part) in bytes.chunks(self.uploads.segment()).enumerate() {
+            let to = at + (i * self.uploads.segment()) as u64;
+            // SAFETY: the callers check that the bytes lie in a buffer or a frozen range.
+            let waited = unsafe {
+                self.uploads.upload(&self.resident.stream, to, part.len(), |area| {
+                    area.copy_from_slice(part);
+                    Ok(())
+                })?
+            };
+            self.counters.synchronizations += u64::from(waited);
+        }
+        Ok(())
+    }
+
+    fn region_addresses(&self, slot: usize, regions: &[Region]) -> Vec<u64> {
+        let table = &self.resident.model.model().buffers;
+        let at = |r: &Region| {
+            self.resident.address(r.buffer, slot)
+                + (r.rows.start * table[r.buffer].row_bytes()) as u64
+        };
+        regions.iter().map(at).collect()
+    }
+}
+
+fn wrong(buffer: &Buffer, problem: String) -> BackendError {
+    BackendError::WrongBuffer { buffer: buffer.name.clone(), problem }
+}
+
+impl Program for CudaProgram {
+    fn model(&self) -> &Arc<Sealed> {
+        &self.resident.model
+    }
+
+    fn create_slot(&mut self) -> Result<SlotId, BackendError> {
+        let Some(index) = self.slots.iter().position(|s| !s.used) else {
+            return Err(BackendError::NoFreeSlot { slots: self.slots.len() });
+        };
+        if self.slots[index].graphs.is_empty() {
+            self.capture(index)?;
+        }
+        self.slots[index].used = true;
+        Ok(SlotId(index as u32))
+    }
+
+    fn drop_slot(&mut self, slot: SlotId) -> Result<(), BackendError> {
+        let index = self.slot(slot)?;
+        self.slots[index].used = false;
+        Ok(())
+    }
+
+    fn write_input(&mut self, buffer: BufferId, bytes: &[u8]) -> Result<(), BackendError> {
+        let b = self.buffer(buffer)?;
+        if b.role != Role::Input {
+            return Err(wrong(b, "is no Input".to_owned()));
+        }
+        if bytes.len() > b.bytes() {
+            return Err(wrong(b, format!("has {} bytes, not {}", b.bytes(), bytes.len())));
+        }
+        if self.remembered.get(&buffer).is_some_and(|old| old.starts_with(bytes)) {
+            return Ok(());
+        }
+        self.upload(self.resident.address(buffer, 0), bytes)?;
+        if bytes.len() <= REMEMBERED {
+            let known = self.remembered.entry(buffer).or_default();
+            if known.len() < bytes.len() {
+                known.resize(bytes.len(), 0);
+            }
+            known[..bytes.len()].copy_from_slice(bytes);
+        } else {
+            self.remembered.remove(&buffer);
+        }
+        Ok(())
+    }
+
+    fn run(&mut self, slot: SlotId, plan: usize) -> Result<(), BackendError> {
+        let index = self.slot(slot)?;
+        let plans = self.facts.len();
+        let Some(graph) = self.slots[index].graphs.get(plan) else {
+            return Err(BackendError::NoSuchPlan { plan, plans });
+        };
+        graph.launch()?;
+        self.counters.launches += 1;
+        let facts = &self.facts[plan];
+        self.sampled += facts.samples;
+        for &(output, mirrored) in &facts.outputs {
+            if mirrored {
+                self.mirrored.insert(output, self.sampled);
+            } else {
+                self.mirrored.remove(&output);
+            }
+        }
+        Ok(())
+    }
+
+    fn read_output(
+        &mut self,
+        buffer: BufferId,
+        offset: usize,
+        into: &mut [u8],
+    ) -> Result<(), BackendError> {
+        let b = self.buffer(buffer)?;
+        if b.role != Role::Output {
+            return Err(wrong(b, "is no Output".to_owned()));
+        }
+        let end = offset.checked_add(into.len());
+        if end.is_none_or(|end| end > b.bytes()) {
+            let (all, count) = (b.bytes(), into.len());
+            return Err(wrong(b, format!("has {all} bytes, not {count} from {offset} on")));
+        }
+        if let Some(&number) = self.mirrored.get(&buffer)
+            && self.sampled - number < MIRRORS as u64
+        {
+            let token = self.mirrored_token(number)?.to_le_bytes();
+            into.copy_from_slice(&token[offset..offset + into.len()]);
+            return Ok(());
+        }
+        self.counters.synchronizations += 1;
+        let from = self.resident.address(buffer, 0) + offset as u64;
+        // SAFETY: the range was checked to lie in the buffer.
+        unsafe { self.downloads.download(&self.resident.stream, from, into) }
+    }
+
+    fn read_state(
+        &mut self,
+        slot: SlotId,
+        region: &Region,
+        into: &mut [u8],
+    ) -> Result<(), BackendError> {
+        let index = self.slot(slot)?;
+        let bytes = check_regions(self.model(), std::slice::from_ref(region))?;
+        if bytes != into.len() {
+            let b = self.buffer(region.buffer)?;
+            return Err(wrong(
+                b,
+                format!("rows {:?} have {bytes} bytes, not {}", region.rows, into.len()),
+            ));
+        }
+        let from = self.region_addresses(index, std::slice::from_ref(region))[0];
+        self.counters.synchronizations += 1;
+        // SAFETY: the region was checked to lie in the buffer.
+        unsafe { self.downloads.download(&self.resident.stream, from, into) }
+    }
+
+    fn freeze(
+        &mut self,
+        slot: SlotId,
+        regions: &[Region],
+    ) -> Result<Arc<dyn Frozen>, BackendError> {
+        let index = self.slot(slot)?;
+        check_regions(self.model(), regions)?;
+        let sources = self.region_addresses(index, regions);
+        let mut frozen = self.store.reserve(regions, &sources)?;
+        let table = &self.resident.model.model().buffers;
+        let transfers: Vec<Transfer> = regions
+            .iter()
+            .enumerate()
+            .map(|(i, r)| Transfer {
+                from: sources[i],
+                to: frozen.address(i),
+                bytes: r.bytes(table),
+            })
+            .collect();
+        copy(&self.resident, &transfers)?;
+        frozen.filled()?;
+        Ok(Arc::new(frozen))
+    }
+
+    fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError> {
+        let index = self.slot(slot)?;
+        let own = |part: &Arc<dyn Frozen>| {
+            part.as_any().downcast_ref::<CudaFrozen>().is_some_and(|f| f.is_of(&self.store))
+        };
+        if !parts.iter().all(own) {
+            return Err(BackendError::ForeignState);
+        }
+        let regions: Vec<&[Region]> = parts.iter().map(|p| p.regions()).collect();
+        let table = &self.resident.model.model().buffers;
+        let mut transfers = Vec::new();
+        for wanted in resolve(&regions) {
+            let Some(frozen) = parts[wanted.part].as_any().downcast_ref::<CudaFrozen>() else {
+                return Err(BackendError::ForeignState);
+            };
+            let row = table[wanted.buffer].row_bytes();
+            let first = regions[wanted.part][wanted.region].rows.start;
+            transfers.push(Transfer {
+                from: frozen.address(wanted.region) + ((wanted.rows.start - first) * row) as u64,
+                to: self.resident.address(wanted.buffer, index) + (wanted.rows.start * row) as u64,
+                bytes: (wanted.rows.end - wanted.rows.start) * row,
+            });
+        }
+        copy(&self.resident, &transfers)
+    }
+
+    fn freeze_bytes(
+        &mut self,
+        regions: &[Region],
+        bytes: &[&[u8]],
+    ) -> Result<Arc<dyn Frozen>, BackendError> {
+        check_regions(self.model(), regions)?;
+        let table = &self.resident.model.model().buffers;
+        if regions.len() != bytes.len() {
+            let problem = format!("{} regions, but bytes for {}", regions.len(), bytes.len());
+            return Err(BackendError::WrongBuffer { buffer: "frozen state".to_owned(), problem });
+        }
+        for (region, part) in regions.iter().zip(bytes) {
+            let wanted = region.bytes(table);
+            if part.len() != wanted {
+                let b = &table[region.buffer];
+                let problem =
+                    format!("rows {:?} have {wanted} bytes, not {}", region.rows, part.len());
+                return Err(wrong(b, problem));
+            }
+        }
+        // Regions get the alignment they would have in a slot, so that thawing goes by vectors.
+        let sources = if self.slots.is_empty() {
+            vec![0; regions.len()]
+        } else {
+            self.region_addresses(0, regions)
+        };
+        let mut frozen = self.store.reserve(regions, &sources)?;
+        for (i, part) in bytes.iter().enumerate() {
+            self.upload(frozen.address(i), part)?;
+        }
+        frozen.filled()?;
+        Ok(Arc::new(frozen))
+    }
+
+    fn poison(&mut self) -> Result<(), BackendError> {
+        self.remembered.clear();
+        self.mirrored.clear();
+        for memory in [
+            &self.resident.transient,
+            &self.resident.attention_sums,
+            &self.resident.attention_partial,
+            &self.resident.product,
+        ] {
+            // SAFETY: the whole allocation; sizes are multiples of 4.
+            unsafe { self.resident.stream.fill(memory.at(), POISON, memory.bytes() / 4)? };
+        }
+        Ok(())
+    }
+
+    fn synchronize(&mut self) -> Result<(), BackendError> {
+        self.wait()
+    }
+
+    fn counters(&self) -> Counters {
+        let reads = self.store.synchronizations.load(Ordering::Relaxed);
+        Counters { synchronizations: self.counters.synchronizations + reads, ..self.counters }
+    }
+
+    fn frozen_bytes(&self) -> (usize, usize) {
+        self.store.usage()
+    }
+}
