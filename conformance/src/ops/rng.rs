@@ -130,14 +130,17 @@ fn random_block(rng: &mut Rng, dtype: DType, values: Values) -> Vec<u8> {
     block
 }
 
-/// One element that no valid result may depend on: NaN, or an impossible token.
+/// Fills token rows past the count: a valid token, so that counting it would show.
+pub(crate) const POISON_TOKEN: usize = 3;
+
+/// Elements that no valid result may depend on: NaN, or [`POISON_TOKEN`].
 pub(crate) fn poison_bytes(dtype: DType, elements: usize) -> Vec<u8> {
     let size = dtype.bytes_for(elements).expect("rows of whole blocks");
     match dtype {
         DType::F32 => f32::NAN.to_le_bytes().repeat(elements),
         DType::F16 => f16::NAN.to_le_bytes().repeat(elements),
         DType::BF16 => half::bf16::NAN.to_le_bytes().repeat(elements),
-        DType::I32 => 3_i32.to_le_bytes().repeat(elements), // a valid token: it would be counted
+        DType::I32 => (POISON_TOKEN as i32).to_le_bytes().repeat(elements),
         _ => vec![0x7f; size],
     }
 }

@@ -4,7 +4,7 @@ use ampoule_plan::{BeginReply, Copy, DType, Fill, Observe, Op, SEEN_AS_PROMPT, S
 
 use super::build::{Build, Layout, Tokens};
 use super::case::{Case, Reading, Tolerance};
-use super::rng::{Rng, Values, random_bytes};
+use super::rng::{POISON_TOKEN, Rng, Values, random_bytes};
 use super::spec::Family;
 
 /// Counts of a session: most tokens never seen, some read, some generated, one counted to the top.
@@ -42,7 +42,8 @@ impl Family for CountsCase {
 
     fn build(&self, rng: Rng) -> Case {
         let mut b = Build::new(self.tokens, rng);
-        let bytes = random_counts(&mut b.rng, self.vocabulary);
+        let mut bytes = random_counts(&mut b.rng, self.vocabulary);
+        bytes[4 * POISON_TOKEN..][..4].fill(0); // so that counting it would show
         let counts = b.state("counts", StateKind::Sampler, DType::U32, [1, self.vocabulary], bytes);
         let values = Values::Tokens(self.vocabulary);
         let tokens = (!self.begin).then(|| b.operand("tokens", DType::I32, 1, self.layout, values));
