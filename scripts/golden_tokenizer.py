@@ -180,6 +180,7 @@ TOOL_CONVERSATIONS = CONVERSATIONS + [
 # Small templates, each for one habit of Jinja2 on Python.
 SNIPPETS = {
     "printing": "{{ true }} {{ false }} {{ none }} {{ 1 }} {{ 1.0 }} {{ 1e20 }} {{ [1, 'a', \"it's\"] }} {{ {'a': [none]} }} {{ missing }}|",
+    "strings": "{{ 1e20 | string }} {{ 1e-7 | string }} {{ [1e20, true, 'a'] | string }} {{ none | string }} {{ missing | string }}|{{ [1.0, none] ~ true ~ 1.5 }}",
     "tests": "{% for v in ['s', 1, 1.5, true, none, [], {}, missing] %}{{ v is string }}{{ v is number }}{{ v is integer }}{{ v is float }}"
     "{{ v is boolean }}{{ v is mapping }}{{ v is sequence }}{{ v is iterable }}{{ v is none }}{{ v is defined }}{{ v is true }};{% endfor %}",
     "methods": "{{ ' ab '.strip() }}{{ 'xxabxx'.strip('x') }}{{ 'a,b,c'.split(',') }}{{ 'a  b'.split() }}{{ 'a,b,c'.split(',', 1) }}"

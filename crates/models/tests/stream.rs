@@ -43,6 +43,31 @@ fn could_begin(end: &str, stops: &[String]) -> bool {
     stops.iter().any(|stop| stop.len() > end.len() && stop.starts_with(end))
 }
 
+/// Divides the text and compares with the definition.
+fn check_stops(text: &str, stops: &[String], cuts: &[usize]) -> Result<(), TestCaseError> {
+    let (expected, index) = stopped(text, stops);
+    let mut matcher = StopMatcher::new(stops);
+    let mut out = String::new();
+    let chars: Vec<char> = text.chars().collect();
+    for part in parts(chars.len(), cuts) {
+        let piece: String = chars[part].iter().collect();
+        let passed = matcher.push(&piece);
+        out.push_str(&passed.text);
+        // What passed is final, and no more is held back than the rule says.
+        prop_assert!(expected.starts_with(&out), "{out} is not a beginning of {expected}");
+        if passed.stopped.is_none() && !matcher.held().is_empty() {
+            prop_assert!(could_begin(matcher.held(), stops));
+        }
+    }
+    let found = matcher.stopped();
+    if found.is_none() {
+        out.push_str(&matcher.finish());
+    }
+    prop_assert_eq!(out, expected);
+    prop_assert_eq!(found.map(|i| &stops[i]), index.map(|i| &stops[i]));
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
@@ -78,26 +103,16 @@ proptest! {
         stops in proptest::collection::vec("[abé]{0,6}", 0..4),
         cuts in proptest::collection::vec(any::<usize>(), 0..12),
     ) {
-        let (expected, index) = stopped(&text, &stops);
-        let mut matcher = StopMatcher::new(&stops);
-        let mut out = String::new();
-        let chars: Vec<char> = text.chars().collect();
-        for part in parts(chars.len(), &cuts) {
-            let piece: String = chars[part.clone()].iter().collect();
-            let passed = matcher.push(&piece);
-            out.push_str(&passed.text);
-            // What passed is final, and no more is held back than the rule says.
-            prop_assert!(expected.starts_with(&out), "{out} is not a beginning of {expected}");
-            if passed.stopped.is_none() && !matcher.held().is_empty() {
-                prop_assert!(could_begin(matcher.held(), &stops));
-            }
-        }
-        let found = matcher.stopped();
-        if found.is_none() {
-            out.push_str(&matcher.finish());
-        }
-        prop_assert_eq!(out, expected);
-        prop_assert_eq!(found.map(|i| &stops[i]), index.map(|i| &stops[i]));
+        check_stops(&text, &stops, &cuts)?;
+    }
+
+    #[test]
+    fn stop_strings_that_repeat_themselves_are_found(
+        text in "(aab|aaab|a|b){0,20}",
+        stops in proptest::collection::vec("(aab|a|b){3,6}", 1..3),
+        cuts in proptest::collection::vec(any::<usize>(), 0..4),
+    ) {
+        check_stops(&text, &stops, &cuts)?;
     }
 }
 
@@ -128,6 +143,13 @@ fn a_stop_string_across_tokens_is_found_and_cut_off() {
     assert_eq!(matcher.push("more").text, "");
     assert_eq!(matcher.finish(), "");
     assert_eq!(matcher.push("again").text, "again", "finish makes the matcher new");
+}
+
+#[test]
+fn a_stop_string_that_begins_within_a_failed_one_is_found() {
+    let mut matcher = StopMatcher::new(["aabaaac"]);
+    let passed = matcher.push("aabaaabaaac");
+    assert_eq!((passed.text.as_str(), passed.stopped), ("aaba", Some(0)));
 }
 
 #[test]

@@ -111,6 +111,14 @@ fn composed_form_is_used_where_the_model_does_so() {
 }
 
 #[test]
+fn added_tokens_are_found_in_the_text_as_written() {
+    let tokens = strings(&["a", "b", "ab", "Ġ", "Ã", "©", "<|im_end|>", "<é>", "[PAD]", "<s>"]);
+    let tokenizer = open(&set(writer("qwen35"), "tokenizer.ggml.tokens", tokens)).unwrap();
+    assert_eq!(tokenizer.encode("<é>", PLAIN).unwrap(), [7]);
+    assert!(!tokenizer.encode("<e\u{301}>", PLAIN).unwrap().contains(&7));
+}
+
+#[test]
 fn unknown_vocabularies_are_refused_by_name() {
     let llama = set(writer("smollm"), "tokenizer.ggml.model", Meta::Str("llama".into()));
     says(open(&llama), &["small.gguf", "'llama'", "gpt2"]);

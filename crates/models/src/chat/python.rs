@@ -36,10 +36,6 @@ pub(super) fn install(environment: &mut Environment<'static>) {
             matches!(kind, ValueKind::Seq | ValueKind::Map | ValueKind::String | ValueKind::Bytes);
         plain || matches!(kind, ValueKind::Iterable | ValueKind::Undefined)
     });
-    // Python: booleans are numbers.
-    environment.add_test("number", |value: &Value| {
-        matches!(value.kind(), ValueKind::Number | ValueKind::Bool)
-    });
     environment.set_unknown_method_callback(method);
 }
 

@@ -70,7 +70,7 @@ impl Tokenizer {
         let (prefix, suffix) = reader.affixes(&json)?;
 
         // From the value that was checked: text with repeated keys could say something else the second time.
-        let mut inner: tokenizers::Tokenizer =
+        let inner: tokenizers::Tokenizer =
             serde_json::from_value(json).map_err(|e| reader.invalid(shown(&e.to_string())))?;
         if let Some(token) =
             added.iter().find(|token| inner.token_to_id(&token.text) != Some(token.id))
@@ -80,8 +80,6 @@ impl Tokenizer {
                 "added token '{text}' has id {id}, which leaves a gap behind the vocabulary"
             )));
         }
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| reader.invalid(shown(&e.to_string())))?;
         let table = reader.table(&vocab, &added)?;
         if let Some(id) = prefix.iter().chain(&suffix).find(|&&id| id as usize >= table.len()) {
             return Err(reader.invalid(format!(
