@@ -1,0 +1,536 @@
+//! The command line: every command, its options and its examples.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use ampoule::{DType, Device, EngineOptions, LoadOptions, SamplingParams};
+use clap::{ArgGroup, Args, Parser, Subcommand};
+
+use crate::models;
+
+/// Low-latency inference with execution-state capsules.
+///
+/// A capsule is the complete state of a model at one point of a text. Freeze one, restore it, fork it, save it: the
+/// model goes on exactly as if nothing had happened, and nothing is read twice.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ampoule",
+    version,
+    max_term_width = 110,
+    after_help = "Examples:\n  \
+        ampoule demo\n  \
+        ampoule fetch smollm2\n  \
+        ampoule chat --model smollm2\n  \
+        ampoule generate --model smollm2 --prompt 'The sea was' --max-tokens 40 --save sea.ampoule\n  \
+        ampoule generate --model smollm2 --restore sea.ampoule --prompt ' Then' --json\n  \
+        ampoule verify --model random:qwen3.5-tiny\n\n\
+        A model is a .gguf file, a Hugging Face folder, 'smollm2', or random:NAME (random weights of a real shape).\n\
+        'ampoule COMMAND --help' has the options and examples of a command."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    #[command(flatten)]
+    pub global: GlobalArgs,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Continue a prompt; save or restore the state around it.
+    Generate(Box<GenerateArgs>),
+    /// Talk to a model; branch, undo, save and load the conversation.
+    Chat(Box<ChatArgs>),
+    /// Write the logits after every token of a list to a safetensors file.
+    Logits(LogitsArgs),
+    /// Turn text into token ids.
+    Tokenize(TokenizeArgs),
+    /// Turn token ids into text.
+    Detokenize(DetokenizeArgs),
+    /// Measure how well a model predicts a text.
+    Perplexity(PerplexityArgs),
+    /// Check the exactness promises on this machine, bit for bit.
+    Verify(VerifyArgs),
+    /// Show what a capsule without its recurrent state would be worth.
+    Ablate(AblateArgs),
+    /// Look into capsule files; needs no model.
+    #[command(subcommand)]
+    Capsule(CapsuleCommand),
+    /// Look into a model's plans; loads no weights.
+    #[command(subcommand)]
+    Plan(PlanCommand),
+    /// Describe this machine: CPU, memory, bandwidth, devices, model folders.
+    Doctor(DoctorArgs),
+    /// Measure time to first token, decode, or the capsule verbs.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// The tour: every claim is checked as it is shown.
+    Demo(DemoArgs),
+    /// Download a model that is known by name.
+    Fetch(FetchArgs),
+}
+
+/// Options of every command that loads a model.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Model loading")]
+pub struct GlobalArgs {
+    /// Where the model runs: auto, cpu, or reference (the slow definition of every op).
+    #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
+    pub device: Device,
+    /// Threads; 0 takes all cores. Results do not depend on it.
+    #[arg(long, global = true, default_value_t = 0, value_name = "N")]
+    pub threads: usize,
+    /// Tokens that a slot holds; 0 takes the model's own, at most 8192.
+    #[arg(long, global = true, default_value_t = 0, value_name = "N")]
+    pub context: usize,
+    /// Element type of the KV cache: f32, f16 or bf16; by default f16 for GGUF files, f32 otherwise.
+    #[arg(long, global = true, value_name = "TYPE", value_parser = kv_dtype)]
+    pub kv_dtype: Option<DType>,
+    /// Slots: live states at once.
+    #[arg(long, global = true, default_value_t = 4, value_name = "N")]
+    pub slots: usize,
+    /// Memory for capsules, in MiB.
+    #[arg(long, global = true, default_value_t = 4096, value_name = "MIB")]
+    pub capsule_mib: usize,
+}
+
+impl GlobalArgs {
+    /// For the library. A command that needs less than the default context says how much.
+    pub fn load_options(&self, enough: Option<usize>) -> LoadOptions {
+        LoadOptions {
+            device: self.device,
+            threads: self.threads,
+            context: if self.context == 0 { enough.unwrap_or(0) } else { self.context },
+            kv_cache: self.kv_dtype,
+            engine: EngineOptions {
+                slots: self.slots,
+                capsule_bytes: self.capsule_mib.saturating_mul(1 << 20),
+                ..EngineOptions::default()
+            },
+        }
+    }
+}
+
+fn kv_dtype(text: &str) -> Result<DType, String> {
+    match text {
+        "f32" => Ok(DType::F32),
+        "f16" => Ok(DType::F16),
+        "bf16" => Ok(DType::BF16),
+        other => Err(format!("unknown type '{other}'; there are f32, f16 and bf16")),
+    }
+}
+
+/// Which model.
+#[derive(Clone, Debug, Args)]
+pub struct ModelArg {
+    /// A .gguf file, a Hugging Face folder, 'smollm2', or random:NAME.
+    #[arg(long, short, value_name = "MODEL")]
+    pub model: models::ModelRef,
+}
+
+/// How tokens are drawn.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Sampling")]
+pub struct SamplingArgs {
+    /// Divides the logits; 0 takes the likeliest token.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub temperature: Option<f32>,
+    /// Keep the N likeliest tokens; 0 keeps all.
+    #[arg(long, value_name = "N")]
+    pub top_k: Option<u32>,
+    /// Keep the likeliest tokens that together have this probability; 1 keeps all.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub top_p: Option<f32>,
+    /// Keep tokens with at least this share of the likeliest token's probability; 0 keeps all.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub min_p: Option<f32>,
+    /// Make tokens read or generated before less likely; 1 is none.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub repetition_penalty: Option<f32>,
+    /// Subtracted from the logits of tokens generated in this reply.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub presence_penalty: Option<f32>,
+    /// Subtracted from them once per occurrence.
+    #[arg(long, value_name = "X", allow_negative_numbers = true)]
+    pub frequency_penalty: Option<f32>,
+    /// Key of the random stream; the same seed draws the same tokens.
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// Added to the logit of one token; repeat for more.
+    #[arg(long, value_name = "ID=V", value_parser = logit_bias, allow_hyphen_values = true)]
+    pub logit_bias: Vec<(u32, f32)>,
+}
+
+impl SamplingArgs {
+    /// What was asked for, over `default`.
+    pub fn over(&self, default: &SamplingParams) -> SamplingParams {
+        SamplingParams {
+            temperature: self.temperature.unwrap_or(default.temperature),
+            top_k: self.top_k.unwrap_or(default.top_k),
+            top_p: self.top_p.unwrap_or(default.top_p),
+            min_p: self.min_p.unwrap_or(default.min_p),
+            repetition_penalty: self.repetition_penalty.unwrap_or(default.repetition_penalty),
+            presence_penalty: self.presence_penalty.unwrap_or(default.presence_penalty),
+            frequency_penalty: self.frequency_penalty.unwrap_or(default.frequency_penalty),
+            seed: self.seed.unwrap_or(default.seed),
+            logit_bias: if self.logit_bias.is_empty() {
+                default.logit_bias.clone()
+            } else {
+                self.logit_bias.clone()
+            },
+        }
+    }
+
+    /// Whether anything but the seed was asked for.
+    pub fn beyond_seed(&self) -> bool {
+        !self.logit_bias.is_empty()
+            || self.temperature.is_some()
+            || self.top_k.is_some()
+            || self.top_p.is_some()
+            || self.min_p.is_some()
+            || self.repetition_penalty.is_some()
+            || self.presence_penalty.is_some()
+            || self.frequency_penalty.is_some()
+    }
+}
+
+fn logit_bias(text: &str) -> Result<(u32, f32), String> {
+    let wrong = || format!("'{text}' is not ID=VALUE, such as 42=-5.5");
+    let (id, value) = text.split_once('=').ok_or_else(wrong)?;
+    let (id, value) = (id.trim().parse(), value.trim().parse());
+    id.ok().zip(value.ok()).ok_or_else(wrong)
+}
+
+/// Token ids separated by commas or white space.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenList(pub Vec<u32>);
+
+impl FromStr for TokenList {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let words = text.split(|c: char| c == ',' || c.is_whitespace()).filter(|w| !w.is_empty());
+        let tokens = words.map(|w| w.parse().map_err(|_| format!("'{w}' is not a token id")));
+        let tokens: Vec<u32> = tokens.collect::<Result<_, _>>()?;
+        if tokens.is_empty() { Err("there are no token ids".to_owned()) } else { Ok(Self(tokens)) }
+    }
+}
+
+impl fmt::Display for TokenList {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, token) in self.0.iter().enumerate() {
+            write!(f, "{}{token}", if index == 0 { "" } else { "," })?;
+        }
+        Ok(())
+    }
+}
+
+/// A list of sizes: `512,1024,2048`.
+fn size(text: &str) -> Result<usize, String> {
+    let value = text.trim().parse::<usize>().ok().filter(|&n| n > 0);
+    value.ok_or_else(|| format!("'{text}' is not a size; give numbers above 0 separated by commas"))
+}
+
+fn above_zero(text: &str) -> Result<usize, String> {
+    let value = text.trim().parse::<usize>().ok().filter(|&n| n > 0);
+    value.ok_or_else(|| "it must be a number above 0".to_owned())
+}
+
+#[derive(Debug, Args)]
+#[command(
+    group(ArgGroup::new("input").args(["prompt", "prompt_file", "tokens"])),
+    after_help = "Examples:\n  \
+        ampoule generate --model smollm2 --prompt 'Once upon a time' --max-tokens 60\n  \
+        ampoule generate --model smollm2 --chat --prompt 'Name three rivers.' --temperature 0.7 --seed 1\n  \
+        ampoule generate --model smollm2 --prompt-file manual.txt --max-tokens 0 --save manual.ampoule\n  \
+        ampoule generate --model smollm2 --restore manual.ampoule --prompt 'In short:' --json\n  \
+        ampoule generate --model random:qwen3.5-tiny --tokens 1,2,3 --max-tokens 8 --json\n\n\
+        With --restore the prompt is appended to the capsule's state. Without a prompt the capsule's reply goes on as if\n\
+        it had never been interrupted. Sampling comes from the capsule too: --seed changes the random stream alone, and\n\
+        any other sampling option replaces all of it."
+)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// The text to continue; special tokens written in it are taken as such.
+    #[arg(long, short, value_name = "TEXT", required_unless_present_any = ["prompt_file", "tokens", "restore"])]
+    pub prompt: Option<String>,
+    /// A file with the text to continue; - reads standard input.
+    #[arg(long, value_name = "FILE")]
+    pub prompt_file: Option<PathBuf>,
+    /// Token ids to continue, separated by commas.
+    #[arg(long, value_name = "IDS")]
+    pub tokens: Option<TokenList>,
+    /// Treat the prompt as a user's message: the chat template goes around it.
+    #[arg(long, conflicts_with = "tokens")]
+    pub chat: bool,
+    /// Generate at most so many tokens; 0 only reads the prompt.
+    #[arg(long, short = 'n', default_value_t = 256, value_name = "N")]
+    pub max_tokens: usize,
+    /// Text that ends the reply; repeat for more.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+    /// Go on past the model's own end tokens.
+    #[arg(long)]
+    pub ignore_end: bool,
+    /// Start from the state in this capsule file.
+    #[arg(long, value_name = "FILE")]
+    pub restore: Option<PathBuf>,
+    /// Save the state at the end as a capsule file.
+    #[arg(long, value_name = "FILE")]
+    pub save: Option<PathBuf>,
+    /// Print one JSON object instead of streaming text.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+        ampoule chat --model smollm2\n  \
+        ampoule chat --model smollm2 --system 'You answer in one sentence.' --temperature 0\n  \
+        printf 'Hello\\n/fork idea\\nTell me more\\n/switch main\\n' | ampoule chat --model smollm2\n\n\
+        Type /help inside for the commands: /fork, /switch, /branches, /undo, /retry, /save, /load, /stats, /quit.\n\
+        Unless told otherwise the temperature is 0.6, top-p 0.95, and the seed 0.")]
+pub struct ChatArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// The system message.
+    #[arg(long, value_name = "TEXT")]
+    pub system: Option<String>,
+    /// Tokens of a reply at most.
+    #[arg(long, short = 'n', default_value_t = 512, value_name = "N", value_parser = above_zero)]
+    pub max_tokens: usize,
+    /// Print one JSON object per line: replies and what commands did.
+    #[arg(long)]
+    pub json: bool,
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  \
+        ampoule logits --model smollm2 --tokens-file ids.txt --out logits.safetensors\n\n\
+        The file holds one tensor, 'logits', f32 of shape [tokens, vocabulary]: row i is what the model\n\
+        predicts after token i.")]
+pub struct LogitsArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// Token ids separated by commas or white space.
+    #[arg(long, value_name = "FILE")]
+    pub tokens_file: PathBuf,
+    /// Where the logits go.
+    #[arg(long, short, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Print what was written as JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    group(ArgGroup::new("input").args(["text", "file"]).required(true)),
+    after_help = "Examples:\n  \
+        ampoule tokenize --model smollm2 --text 'Hello, world'\n  \
+        ampoule tokenize --model smollm2 --file prompt.txt --special --json"
+)]
+pub struct TokenizeArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// The text.
+    #[arg(long, short, value_name = "TEXT")]
+    pub text: Option<String>,
+    /// A file with the text; - reads standard input.
+    #[arg(long, short, value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Add the tokens that the model wants around a text, and take special tokens written in it as such.
+    #[arg(long)]
+    pub special: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ampoule detokenize --model smollm2 --tokens 19556,28,905")]
+pub struct DetokenizeArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// Token ids separated by commas.
+    #[arg(long, short, value_name = "IDS")]
+    pub tokens: TokenList,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  \
+        ampoule perplexity --model smollm2 --file book.txt --context 1024\n\n\
+        The text is cut into windows of --context tokens (1024 unless given), each read from an empty state; every\n\
+        token but a window's first is predicted. Printed are the mean negative log-likelihood in nats and its exponential.")]
+pub struct PerplexityArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// A file with the text; - reads standard input.
+    #[arg(long, short, value_name = "FILE")]
+    pub file: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+        ampoule verify --model smollm2\n  \
+        ampoule verify --model random:qwen3.5-tiny --trials 200 --seed 7 --poison\n\n\
+        The exit code is 1 if anything differs by a single bit.")]
+pub struct VerifyArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// Trials: texts, split points and samplers.
+    #[arg(long, default_value_t = 50, value_name = "N", value_parser = above_zero)]
+    pub trials: usize,
+    /// Chooses them.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub seed: u64,
+    /// Fill all scratch memory with NaNs before every replay: only sealed state may carry anything over.
+    #[arg(long)]
+    pub poison: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  \
+        ampoule ablate --model random:qwen3.5-tiny --prefix 200\n\n\
+        A runtime that caches attention rows alone gives back the other state zeroed or stale. This shows how many of\n\
+        the next 48 greedy tokens are then different. The exit code is 1 if the whole capsule changes a token.")]
+pub struct AblateArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// Tokens before the boundary.
+    #[arg(long, default_value_t = 200, value_name = "N", value_parser = above_zero)]
+    pub prefix: usize,
+    /// Chooses the text.
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub seed: u64,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum CapsuleCommand {
+    /// Print what a capsule is of: position, model, lineage, tensors. Reads the header alone; never prints text.
+    #[command(after_help = "Example:\n  ampoule capsule inspect sea.ampoule")]
+    Inspect(CapsuleArgs),
+    /// Check every byte of a capsule file against its checksums.
+    #[command(after_help = "Example:\n  ampoule capsule verify sea.ampoule && echo whole")]
+    Verify(CapsuleArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct CapsuleArgs {
+    /// The capsule file.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum PlanCommand {
+    /// Print every buffer and op of the model's plans.
+    #[command(after_help = "Example:\n  ampoule plan print --model random:qwen3.5-tiny | less")]
+    Print(PlanArgs),
+    /// Prove that all carried state is in State buffers; count buffers, plans and state bytes.
+    #[command(after_help = "Example:\n  ampoule plan check --model smollm2 --context 4096")]
+    Check(PlanArgs),
+    /// What one decode step must move and compute at least, by kind of op.
+    #[command(after_help = "Example:\n  ampoule plan roofline --model smollm2 --position 2048\n\n\
+        The floor is bytes over the read bandwidth measured now, on this machine.")]
+    Roofline(PlanArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// Position of the decode step whose roofline is asked for.
+    #[arg(long, default_value_t = 1024, value_name = "N")]
+    pub position: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ampoule doctor --json")]
+pub struct DoctorArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Time to first token: reading everything, against restoring a capsule of the prefix.
+    #[command(after_help = "Example:\n  \
+        ampoule bench ttft --model smollm2 --prefix 512,1024,2048 --suffix 24 --reps 5 --out ttft.json --svg ttft.svg")]
+    Ttft(BenchArgs),
+    /// Decode: milliseconds per token after each prefix.
+    #[command(after_help = "Example:\n  ampoule bench decode --model smollm2 --prefix 1,512,2048 --reps 5")]
+    Decode(BenchArgs),
+    /// The capsule verbs: snapshot, restore, rollback, export, import, beside a plain memory copy.
+    #[command(after_help = "Example:\n  ampoule bench capsule --model smollm2 --prefix 512,2048 --out capsule.json")]
+    Capsule(BenchArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// Tokens of the prefix; several separated by commas.
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "512,1024,2048", value_parser = size)]
+    pub prefix: Vec<usize>,
+    /// Tokens read after the prefix (ttft), or decoded at each context (decode: 32 unless given).
+    #[arg(long, value_name = "N", value_parser = above_zero)]
+    pub suffix: Option<usize>,
+    /// Repetitions.
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = above_zero)]
+    pub reps: usize,
+    /// Write everything measured to this JSON file.
+    #[arg(long, short, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Draw the medians to this SVG file.
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  ampoule demo\n  ampoule demo --fast\n\n\
+        Without --model the demo runs on smollm2 (94 MiB), which it downloads where it is missing.")]
+pub struct DemoArgs {
+    /// The model to show.
+    #[arg(long, short, default_value = models::SMOLLM2, value_name = "MODEL")]
+    pub model: models::ModelRef,
+    /// Shorter texts, fewer repetitions.
+    #[arg(long)]
+    pub fast: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  ampoule fetch smollm2\n\n\
+        It goes to $AMPOULE_MODELS, or else ~/.cache/ampoule/models. It takes python3 with pip, and the network.")]
+pub struct FetchArgs {
+    /// The model's name: smollm2.
+    #[arg(value_name = "NAME", default_value = models::SMOLLM2)]
+    pub name: String,
+}

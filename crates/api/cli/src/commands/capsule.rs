@@ -1,0 +1,151 @@
+//! `ampoule capsule inspect` and `ampoule capsule verify`.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+use ampoule::{CapsuleFile, CapsuleHeader, Component, Manifest};
+use anyhow::Context;
+use serde_json::{Map, Value, json};
+
+use crate::args::CapsuleArgs;
+use crate::output::{self, Table};
+
+pub fn inspect(args: &CapsuleArgs) -> anyhow::Result<()> {
+    let header = read_header(&args.file)?;
+    if args.json {
+        return output::json(&describe(&header));
+    }
+    let manifest = header.manifest();
+    output::line(format!("model      {}", manifest.model))?;
+    output::line(format!("position   {}", manifest.position))?;
+    output::line(format!("lineage    {}", manifest.lineage))?;
+    if let Some(parent) = &manifest.parent {
+        output::line(format!("parent     {} at {}", parent.id, parent.position))?;
+    }
+    output::line(format!("history    {}", segments(manifest)))?;
+    output::line(format!("journal    {}", if manifest.journal.is_some() { "yes" } else { "no" }))?;
+    output::line(format!("written by {}", manifest.producer))?;
+    output::line(format!("bytes      {}", header.total_bytes()))?;
+    output::line("fingerprint")?;
+    for component in Component::ALL {
+        let fingerprint = &manifest.fingerprint;
+        let digest = fingerprint.component(component).to_string();
+        let (name, label) = (component.name(), fingerprint.label(component));
+        output::line(format!("  {name:<10} {}  {label}", &digest[..16]))?;
+    }
+    let mut table = Table::new(&["tensor", "kind", "dtype", "shape", "bytes"]);
+    for tensor in header.tensors() {
+        table.row([
+            tensor.name.to_owned(),
+            kind(manifest, tensor.name),
+            tensor.dtype.to_string(),
+            shape(&tensor.shape),
+            (tensor.range.end - tensor.range.start).to_string(),
+        ]);
+    }
+    output::put(&table.to_text())
+}
+
+pub fn verify(args: &CapsuleArgs) -> anyhow::Result<()> {
+    let shown = args.file.display();
+    let bytes = fs::read(&args.file).with_context(|| format!("{shown}: cannot be read"))?;
+    let capsule = CapsuleFile::parse(&bytes).with_context(|| shown.to_string())?;
+    let position = capsule.manifest().position;
+    let tensors = capsule.tensors().count();
+    if args.json {
+        return output::json(&json!({
+            "file": shown.to_string(),
+            "whole": true,
+            "bytes": bytes.len(),
+            "position": position,
+            "tensors": tensors,
+        }));
+    }
+    output::line(format!(
+        "{shown}: whole, {} checked, {tensors} tensors, position {position}",
+        output::bytes(bytes.len() as u64)
+    ))
+}
+
+/// Reads and checks the header alone.
+fn read_header(path: &Path) -> anyhow::Result<CapsuleHeader> {
+    let shown = || path.display().to_string();
+    let unreadable = || format!("{}: cannot be read", path.display());
+    let mut file = File::open(path).with_context(unreadable)?;
+    let total = file.metadata().with_context(unreadable)?.len();
+    let mut bytes = Vec::new();
+    file.by_ref().take(8).read_to_end(&mut bytes).with_context(unreadable)?;
+    let needed = CapsuleHeader::bytes_needed(&bytes, total).with_context(shown)?;
+    file.take(needed.saturating_sub(bytes.len()) as u64)
+        .read_to_end(&mut bytes)
+        .with_context(unreadable)?;
+    CapsuleHeader::parse(&bytes, total).with_context(shown)
+}
+
+fn kind(manifest: &Manifest, name: &str) -> String {
+    manifest.layout.tensor(name).map_or_else(|| "tokens".to_owned(), |t| t.kind.clone())
+}
+
+fn shape(shape: &[usize]) -> String {
+    format!("[{}]", shape.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "))
+}
+
+fn segments(manifest: &Manifest) -> String {
+    let segments = manifest.history.segments().iter();
+    let text = segments.map(|s| format!("{}..{} {}", s.start, s.end, origin(s.origin)));
+    text.collect::<Vec<_>>().join(", ")
+}
+
+const fn origin(origin: ampoule::Origin) -> &'static str {
+    match origin {
+        ampoule::Origin::Prefill => "prefill",
+        ampoule::Origin::Decode => "decode",
+    }
+}
+
+/// Everything but the tokens and the journal.
+fn describe(header: &CapsuleHeader) -> Value {
+    let manifest = header.manifest();
+    let history: Vec<Value> = manifest
+        .history
+        .segments()
+        .iter()
+        .map(|s| json!({ "start": s.start, "end": s.end, "origin": origin(s.origin) }))
+        .collect();
+    let fingerprint: Map<String, Value> = Component::ALL
+        .into_iter()
+        .map(|component| {
+            let digest = manifest.fingerprint.component(component).to_string();
+            let label = manifest.fingerprint.label(component);
+            (component.name().to_owned(), json!({ "digest": digest, "label": label }))
+        })
+        .collect();
+    let tensors: Vec<Value> = header
+        .tensors()
+        .map(|t| {
+            json!({
+                "name": t.name,
+                "kind": kind(manifest, t.name),
+                "dtype": t.dtype.to_string(),
+                "shape": t.shape,
+                "bytes": t.range.end - t.range.start,
+                "blake3": t.digest.to_string(),
+            })
+        })
+        .collect();
+    let parent = manifest.parent.as_ref();
+    json!({
+        "model": manifest.model,
+        "position": manifest.position,
+        "lineage": manifest.lineage.to_string(),
+        "parent": parent.map(|p| json!({ "lineage": p.id.to_string(), "position": p.position })),
+        "history": history,
+        "journal": manifest.journal.is_some(),
+        "note": manifest.note,
+        "producer": manifest.producer,
+        "bytes": header.total_bytes(),
+        "fingerprint": fingerprint,
+        "tensors": tensors,
+    })
+}

@@ -1,0 +1,122 @@
+//! `ampoule doctor`: what this machine is.
+
+use ampoule::{Ampoule, Device, LoadOptions};
+use serde::Serialize;
+
+use crate::args::{DoctorArgs, GlobalArgs};
+use crate::hardware::{Bandwidth, Hardware, cpu_features, memory};
+use crate::models;
+use crate::output::{self, Progress, figure};
+
+#[derive(Debug, Serialize)]
+struct Doctor {
+    version: &'static str,
+    hardware: Hardware,
+    memory_available_bytes: Option<u64>,
+    cpu_features: Vec<Feature>,
+    bandwidth: Bandwidth,
+    devices: Vec<DeviceReport>,
+    model_folders: Vec<Folder>,
+}
+
+#[derive(Debug, Serialize)]
+struct Feature {
+    name: &'static str,
+    there: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct DeviceReport {
+    /// What --device calls it.
+    device: &'static str,
+    backend: &'static str,
+    /// Devices of one class give the same bits.
+    class: String,
+    kernels: String,
+    description: String,
+}
+
+#[derive(Debug, Serialize)]
+struct Folder {
+    path: String,
+    there: bool,
+    models: Vec<String>,
+}
+
+pub fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+    let device = |(name, device)| {
+        let options = LoadOptions { device, threads: global.threads, ..LoadOptions::default() };
+        let info = Ampoule::device_info(&options);
+        DeviceReport {
+            device: name,
+            backend: info.backend,
+            class: info.class,
+            kernels: info.kernels,
+            description: info.description,
+        }
+    };
+    let devices = [("auto", Device::Auto), ("cpu", Device::Cpu), ("reference", Device::Reference)];
+    let features = cpu_features().into_iter().map(|(name, there)| Feature { name, there });
+    let doctor = Doctor {
+        version: env!("CARGO_PKG_VERSION"),
+        hardware: Hardware::here(),
+        memory_available_bytes: memory("MemAvailable"),
+        cpu_features: features.collect(),
+        bandwidth: Bandwidth::measure(global.threads, Progress::new(args.json)),
+        devices: devices.into_iter().map(device).collect(),
+        model_folders: models::folders().iter().map(|f| folder(f)).collect(),
+    };
+    if args.json {
+        return output::json(&doctor);
+    }
+    let Hardware { cpu, cores, memory_bytes, arch, os } = &doctor.hardware;
+    output::line(format!("ampoule    {} ({arch} {os})", doctor.version))?;
+    output::line(format!("cpu        {cpu}, {cores} cores"))?;
+    let has = |there| {
+        let names = doctor.cpu_features.iter().filter(|f| f.there == there).map(|f| f.name);
+        let names: Vec<_> = names.collect();
+        if names.is_empty() { "none".to_owned() } else { names.join(" ") }
+    };
+    output::line(format!("features   {}", has(true)))?;
+    output::line(format!("missing    {}", has(false)))?;
+    let size = |n: Option<u64>| n.map_or_else(|| "unknown".to_owned(), output::bytes);
+    let available = size(doctor.memory_available_bytes);
+    output::line(format!("memory     {}, {available} available", size(*memory_bytes)))?;
+    let b = &doctor.bandwidth;
+    output::line(format!(
+        "bandwidth  read {} GB/s with {} threads, {} with one; copy {} GB/s with one",
+        figure(b.read_gb_s),
+        b.threads,
+        figure(b.read_one_thread_gb_s),
+        figure(b.copy_gb_s)
+    ))?;
+    for d in &doctor.devices {
+        output::line(format!("device     {:<9} {} [{}; {}]", d.device, d.description, d.class, d.kernels))?;
+    }
+    for f in &doctor.model_folders {
+        let what = match (f.there, f.models.is_empty()) {
+            (false, _) => "not there".to_owned(),
+            (true, true) => "no models".to_owned(),
+            (true, false) => f.models.join(", "),
+        };
+        output::line(format!("models     {}: {what}", f.path))?;
+    }
+    Ok(())
+}
+
+fn folder(path: &std::path::Path) -> Folder {
+    let entries = std::fs::read_dir(path);
+    let there = entries.is_ok();
+    let mut models: Vec<String> = entries
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let name = entry.file_name().into_string().ok()?;
+            let is_model = name.ends_with(".gguf") || entry.path().join("config.json").exists();
+            is_model.then_some(name)
+        })
+        .collect();
+    models.sort();
+    Folder { path: path.display().to_string(), there, models }
+}

@@ -1,0 +1,54 @@
+//! One file per family of commands.
+
+pub mod capsule;
+pub mod chat;
+pub mod check;
+pub mod demo;
+pub mod doctor;
+pub mod generate;
+pub mod plan;
+pub mod score;
+pub mod tokens;
+
+use std::ops::ControlFlow;
+
+use ampoule::{Ampoule, SlotId};
+
+use crate::args::GlobalArgs;
+use crate::models::ModelRef;
+use crate::output::{Progress, follow};
+
+/// Loads a model, with a bar. A command that needs less than the default context says how much.
+pub fn load(
+    model: &ModelRef,
+    global: &GlobalArgs,
+    enough: Option<usize>,
+    progress: Progress,
+) -> anyhow::Result<Ampoule> {
+    let path = model.resolve()?;
+    let bar = progress.bytes("loading");
+    let loaded = Ampoule::load(&path, &global.load_options(enough), &mut follow(&bar));
+    bar.finish_and_clear();
+    Ok(loaded?)
+}
+
+/// Reads tokens into a slot, with a bar where there are many.
+pub fn read(
+    model: &mut Ampoule,
+    slot: SlotId,
+    tokens: &[u32],
+    progress: Progress,
+) -> anyhow::Result<()> {
+    if tokens.is_empty() {
+        return Ok(());
+    }
+    let shown = tokens.len() > 256;
+    let bar = if shown { progress } else { Progress::new(true) }.count(tokens.len(), "reading");
+    let read = model.engine.append(slot, tokens, &mut |at| {
+        bar.set_position(at.done as u64);
+        ControlFlow::Continue(())
+    });
+    bar.finish_and_clear();
+    read?;
+    Ok(model.engine.synchronize()?)
+}
