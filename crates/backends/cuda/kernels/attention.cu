@@ -290,6 +290,9 @@ extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_co
         const float keep = m == top ? 1.f : expf(m - top);
         m = top;
         l = fmaf(l, keep, sum);
+        // Keys of this tile that the row attends to: what later rows hold, NaN included, is never touched.
+        i64 reach = position + t0 + r + 1 - j0;
+        const int seen = reach < 0 ? 0 : reach < KEYS ? (int)reach : KEYS;
         __syncthreads();
         for (int i = threadIdx.x; i < KEYS * D; i += 128) {
             int j = i / D, d = i % D;
@@ -301,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_co
             const int d = sub + 8 * i;
             if (d < D) {
                 float a = acc[i] * keep;
-                for (int j = 0; j < KEYS; ++j) a = fmaf(ss[r * (KEYS + 1) + j], ks[j * ld + d], a);
+                for (int j = 0; j < seen; ++j) a = fmaf(ss[r * (KEYS + 1) + j], ks[j * ld + d], a);
                 acc[i] = a;
             }
         }
@@ -342,6 +345,38 @@ template <int KV> __device__ __forceinline__ void mma(float* c, const u32* a, u3
 }
 template <int KV> __device__ __forceinline__ u32 pack(float low, float high) {
     return KV == BF16 ? (u32)f32_to_bf16(low) | (u32)f32_to_bf16(high) << 16 : (u32)f32_to_f16(low) | (u32)f32_to_f16(high) << 16;
+}
+
+// Takes values that are not finite out of a tile and gives them to the rows that do attend to them.
+template <int KV> __device__ __forceinline__ bool finite16(u32 half) {
+    const u32 exponent = KV == BF16 ? 0x7f80u : 0x7c00u;
+    return (half & exponent) != exponent;
+}
+template <int KV, int D, int BN>
+__device__ __forceinline__ void shield(u16* vs, float (*o)[4], i64 see0, i64 see1, int lane) {
+    const int LD = D + 8;
+    bool bad = false;
+    for (int i = threadIdx.x; i < BN * (D / 2); i += 128) {
+        u32 two = *(const u32*)(vs + i / (D / 2) * LD + i % (D / 2) * 2);
+        bad |= !finite16<KV>(two & 0xffffu) || !finite16<KV>(two >> 16);
+    }
+    if (!__syncthreads_or(bad)) return;
+    for (int j = 0; j < BN; ++j) {
+        if (j > see0 && j > see1) break;
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                u16 v = vs[j * LD + i * 8 + (lane & 3) * 2 + (e & 1)];
+                if (!finite16<KV>(v) && j <= (e < 2 ? see0 : see1)) o[i][e] += KV == BF16 ? bf16_to_f32(v) : f16_to_f32(v);
+            }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < BN * D; i += 128) {
+        u16* v = vs + i / D * LD + i % D;
+        if (!finite16<KV>(*v)) *v = 0;
+    }
+    __syncthreads();
 }
 
 template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(const Attention& p) {
@@ -454,6 +489,8 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
         }
         wait_async<1>();
         __syncthreads();
+        // A tile that some row does not wholly see: a weight of zero must hide whatever later rows hold, NaN included.
+        if (j0 + BN > position + t0 + 1) shield<KV, D, BN>(vs, o, see0 - j0, see1 - j0, lane);
 #pragma unroll
         for (int j = 0; j < BN; j += 16) {
             const u32 a[4] = {pa[j / 8][0], pa[j / 8][1], pa[j / 8 + 1][0], pa[j / 8 + 1][1]};

@@ -170,11 +170,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const __grid_consta
         if (times) l = __fsub_rn(l, __fadd_rn(__fmul_rn(frequency, (float)times), presence));
         a[i] = l;
     }
-    // Bias in the order of its entries: a token's entries all belong to one thread.
-    for (int b = 0; b < p.biases; ++b) {
+    // Bias in the order of its entries: a token's entries all belong to one thread. Most blocks have none.
+    bool biased = false;
+    for (int b = threadIdx.x; b < p.biases; b += THREADS) {
         int i = p.bias_tokens[b] - first;
-        if (i >= 0 && i < n && i % THREADS == (int)threadIdx.x) a[i] = __fadd_rn(a[i], p.bias_values[b]);
+        biased |= i >= 0 && i < n;
     }
+    if (__syncthreads_or(biased))
+        for (int b = 0; b < p.biases; ++b) {
+            int i = p.bias_tokens[b] - first;
+            if (i >= 0 && i < n && i % THREADS == (int)threadIdx.x) a[i] = __fadd_rn(a[i], p.bias_values[b]);
+        }
     u64 best = 0;
     for (int i = threadIdx.x; i < n; i += THREADS) {
         float l = a[i];

@@ -31,24 +31,30 @@ pub(crate) struct GemvGroup {
     pub(crate) parts: Vec<Part>,
 }
 
-/// A linear of a group, with what follows it.
+/// Rows of a linear's weight, with what follows them.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Part {
-    Linear(usize),
-    Add(usize),
-    Conv { linear: usize, conv: usize },
-    Pair { gate: usize, up: usize, swiglu: usize },
+pub(crate) struct Part {
+    /// The linear.
+    pub(crate) linear: usize,
+    /// First row of its weight, and column of its result.
+    pub(crate) first: usize,
+    /// How many.
+    pub(crate) rows: usize,
+    /// What follows.
+    pub(crate) then: Then,
 }
 
-impl Part {
-    /// The linear that the part begins with.
-    pub(crate) const fn first_op(&self) -> usize {
-        match self {
-            Self::Linear(i) | Self::Add(i) => *i,
-            Self::Conv { linear, .. } => *linear,
-            Self::Pair { gate, .. } => *gate,
-        }
-    }
+/// What a part does with its sums.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// Stores them.
+    Store,
+    /// Adds them to the result.
+    Add,
+    /// Stores them, then convolves.
+    Conv { conv: usize },
+    /// Stores them and those of as many rows of `up` from `first` on, then SwiGLU of both.
+    Pair { up: usize, first: usize, swiglu: usize },
 }
 
 /// The ops of a [`Step::NormRopeAppend`].
@@ -67,7 +73,7 @@ impl Step {
         match self {
             Self::Op(index) => *index,
             Self::Gemv(group) => {
-                group.norm.or_else(|| group.parts.first().map(Part::first_op)).unwrap_or(0)
+                group.norm.or_else(|| group.parts.first().map(|p| p.linear)).unwrap_or(0)
             }
             Self::NormRopeAppend(fused) => fused.query_norm.unwrap_or(fused.query_rope),
             Self::AttentionGate { attention, .. } => *attention,
@@ -83,10 +89,11 @@ impl Step {
             Self::Gemv(group) => {
                 let mut ops: Vec<usize> = group.norm.into_iter().collect();
                 for part in &group.parts {
-                    match part {
-                        Part::Linear(i) | Part::Add(i) => ops.push(*i),
-                        Part::Conv { linear, conv } => ops.extend([*linear, *conv]),
-                        Part::Pair { gate, up, swiglu } => ops.extend([*gate, *up, *swiglu]),
+                    ops.push(part.linear);
+                    match part.then {
+                        Then::Store | Then::Add => {}
+                        Then::Conv { conv } => ops.push(conv),
+                        Then::Pair { up, swiglu, .. } => ops.extend([up, swiglu]),
                     }
                 }
                 ops
@@ -100,6 +107,7 @@ impl Step {
             Self::DeltaNorm { delta, norm } => vec![*delta, *norm],
         };
         ops.sort_unstable();
+        ops.dedup();
         ops
     }
 }
@@ -166,14 +174,24 @@ impl Matcher<'_> {
                     let fits =
                         same && self.gemv_takes(&o.x, &o.weight) && self.apart(op, &taken, &[]);
                     if fits {
-                        group.parts.push(Part::Linear(next));
+                        group.parts.push(Part {
+                            linear: next,
+                            first: 0,
+                            rows: o.weight.height(),
+                            then: Then::Store,
+                        });
                     }
                     fits
                 }
                 Op::LinearAdd(o) if o.x == x && group.parts.is_empty() => {
                     let fits = self.gemv_takes(&o.x, &o.weight) && self.apart(op, &taken, &[]);
                     if fits {
-                        group.parts.push(Part::Add(next));
+                        group.parts.push(Part {
+                            linear: next,
+                            first: 0,
+                            rows: o.weight.height(),
+                            then: Then::Add,
+                        });
                     }
                     fits
                 }
@@ -186,7 +204,7 @@ impl Matcher<'_> {
             }
             taken.push(next);
             next += 1;
-            if matches!(group.parts[..], [Part::Add(_)]) {
+            if matches!(group.parts[..], [Part { then: Then::Add, .. }]) {
                 break;
             }
         }
@@ -206,45 +224,69 @@ impl Matcher<'_> {
         gemv_fits(x.height(), x.width(), self.weight_type(weight))
     }
 
-    /// Turns the linear whose result the convolution reads into one that convolves.
+    /// Cuts the rows whose result the convolution reads out of their linear, to convolve them.
     fn take_conv(&self, group: &mut GemvGroup, at: usize, taken: &[usize]) -> bool {
         let Op::CausalConv(conv) = &self.plan.ops[at] else { return false };
         if conv.x.height() != 1 || conv.count.is_some() {
             return false;
         }
-        let Some((slot, linear)) = self.part_making(group, &conv.x) else { return false };
-        if !self.apart(&self.plan.ops[at], taken, &[linear]) {
+        let mut parts = group.parts.clone();
+        let Some(slot) = self.cut(&mut parts, &conv.x) else { return false };
+        let apart = self.apart(&self.plan.ops[at], taken, &[parts[slot].linear]);
+        if !apart || parts.len() > SEGMENTS {
             return false;
         }
-        group.parts[slot] = Part::Conv { linear, conv: at };
+        parts[slot].then = Then::Conv { conv: at };
+        group.parts = parts;
         true
     }
 
-    /// Joins the two linears that SwiGLU reads.
+    /// Joins the rows whose results SwiGLU reads.
     fn take_swiglu(&self, group: &mut GemvGroup, at: usize, taken: &[usize]) -> bool {
         let Op::SwiGlu(swiglu) = &self.plan.ops[at] else { return false };
-        let (Some((first, gate)), Some((second, up))) =
-            (self.part_making(group, &swiglu.gate), self.part_making(group, &swiglu.up))
-        else {
-            return false;
-        };
-        if first == second || !self.apart(&self.plan.ops[at], taken, &[gate, up]) {
+        let mut parts = group.parts.clone();
+        if self.cut(&mut parts, &swiglu.gate).is_none() {
             return false;
         }
-        group.parts[first] = Part::Pair { gate, up, swiglu: at };
-        group.parts.remove(second);
+        let Some(second) = self.cut(&mut parts, &swiglu.up) else { return false };
+        let up = parts.remove(second);
+        // Found again: cutting may have moved it.
+        let Some(first) = self.cut(&mut parts, &swiglu.gate) else { return false };
+        let sources = [parts[first].linear, up.linear];
+        if !self.apart(&self.plan.ops[at], taken, &sources) || parts.len() > SEGMENTS {
+            return false;
+        }
+        parts[first].then = Then::Pair { up: up.linear, first: up.first, swiglu: at };
+        group.parts = parts;
         true
     }
 
-    /// The plain linear of the group whose whole result is `out`.
-    fn part_making(&self, group: &GemvGroup, out: &View) -> Option<(usize, usize)> {
-        group.parts.iter().enumerate().find_map(|(slot, part)| match part {
-            Part::Linear(index) => match &self.plan.ops[*index] {
-                Op::Linear(o) if o.out == *out => Some((slot, *index)),
-                _ => None,
-            },
-            _ => None,
-        })
+    /// The index of a part that makes exactly `view`, cut out of a plain one that makes more; the rest stays.
+    fn cut(&self, parts: &mut Vec<Part>, view: &View) -> Option<usize> {
+        let (slot, first) = parts.iter().enumerate().find_map(|(slot, part)| {
+            let Op::Linear(o) = &self.plan.ops[part.linear] else { return None };
+            let made = o.out.columns(part.first, part.rows);
+            let inside = part.then == Then::Store
+                && made.buffer == view.buffer
+                && made.rows == view.rows
+                && made.cols.start <= view.cols.start
+                && view.cols.end <= made.cols.end;
+            inside.then(|| (slot, part.first + view.cols.start - made.cols.start))
+        })?;
+        let whole = parts[slot].clone();
+        let piece = |first, rows| Part { first, rows, ..whole.clone() };
+        let end = whole.first + whole.rows;
+        let cut = first + view.width();
+        let mut pieces = vec![piece(first, view.width())];
+        if first > whole.first {
+            pieces.insert(0, piece(whole.first, first - whole.first));
+        }
+        if cut < end {
+            pieces.push(piece(cut, end - cut));
+        }
+        let at = slot + usize::from(first > whole.first);
+        parts.splice(slot..=slot, pieces);
+        Some(at)
     }
 
     /// Whether the op can run side by side with the ops taken so far: neither writes what the other touches, but for
@@ -261,10 +303,8 @@ impl Matcher<'_> {
                         return true;
                     }
                     // Reading what a source, or the prologue's norm, has written is what the fusion is for.
-                    b_writes
-                        && !a_writes
-                        && a.view == b.view
-                        && (prologue || sources.contains(&index))
+                    let meant = prologue && a.view == b.view || sources.contains(&index);
+                    b_writes && !a_writes && meant
                 })
             })
         })
@@ -358,7 +398,8 @@ impl Matcher<'_> {
             && n.weight.width() == d.value_dim
             && d.value_dim <= 128
             && !meet(&n.gate, &d.out)
-            && [&d.qkv, &d.decay, &d.beta, &d.out].iter().all(|v| !meet(v, &n.out));
+            && (n.out == d.out || !meet(&n.out, &d.out))
+            && [&d.qkv, &d.decay, &d.beta].iter().all(|v| !meet(v, &n.out));
         fits.then_some((Step::DeltaNorm { delta: at, norm: at + 1 }, 2))
     }
 }

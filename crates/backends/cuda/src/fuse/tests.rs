@@ -82,6 +82,46 @@ impl Fixture {
     }
 }
 
+const fn part(linear: usize, first: usize, rows: usize, then: Then) -> Part {
+    Part { linear, first, rows, then }
+}
+
+#[test]
+fn rows_of_one_weight_are_cut_where_ops_read_them() {
+    let mut f = Fixture::new();
+    let x = f.add(Role::Scratch, DType::F32, &[1, 64]);
+    let (h, projected, mixed) = (f.scratch(64), f.scratch(140), f.scratch(96));
+    f.norm(&x, &h);
+    f.linear(&h, &projected);
+    f.conv(&projected.columns(0, 96), &mixed);
+    let parts = vec![part(1, 0, 96, Then::Conv { conv: 2 }), part(1, 96, 44, Then::Store)];
+    assert_eq!(f.steps(), vec![Step::Gemv(GemvGroup { norm: Some(0), parts })]);
+
+    let mut f = Fixture::new();
+    let x = f.scratch(64);
+    let (both, joined) = (f.scratch(160), f.scratch(80));
+    f.linear(&x, &both);
+    let (gate, up) = (both.columns(0, 80), both.columns(80, 80));
+    f.ops.push(SwiGlu { gate, up, out: joined }.into());
+    let parts = vec![part(0, 0, 80, Then::Pair { up: 0, first: 80, swiglu: 1 })];
+    assert_eq!(f.steps(), vec![Step::Gemv(GemvGroup { norm: None, parts })]);
+
+    // The other order, with rows left over on both sides.
+    let mut f = Fixture::new();
+    let x = f.scratch(64);
+    let (all, joined) = (f.scratch(100), f.scratch(40));
+    f.linear(&x, &all);
+    let (gate, up) = (all.columns(50, 40), all.columns(4, 40));
+    f.ops.push(SwiGlu { gate, up, out: joined }.into());
+    let parts = vec![
+        part(0, 0, 4, Then::Store),
+        part(0, 44, 6, Then::Store),
+        part(0, 50, 40, Then::Pair { up: 0, first: 4, swiglu: 1 }),
+        part(0, 90, 10, Then::Store),
+    ];
+    assert_eq!(f.steps(), vec![Step::Gemv(GemvGroup { norm: None, parts })]);
+}
+
 #[test]
 fn a_delta_layer_is_five_launches() {
     let mut f = Fixture::new();
@@ -121,22 +161,23 @@ fn a_delta_layer_is_five_launches() {
     f.linear_add(&joined, &x);
 
     let steps = f.steps();
-    let part = |p: &[Part]| GemvGroup { norm: Some(0), parts: p.to_vec() };
+    let group =
+        |norm, parts: &[Part]| Step::Gemv(GemvGroup { norm: Some(norm), parts: parts.to_vec() });
     assert_eq!(
         steps,
         vec![
-            Step::Gemv(part(&[
-                Part::Conv { linear: 1, conv: 5 },
-                Part::Linear(2),
-                Part::Linear(3),
-                Part::Linear(4)
-            ])),
+            group(
+                0,
+                &[
+                    part(1, 0, 96, Then::Conv { conv: 5 }),
+                    part(2, 0, 32, Then::Store),
+                    part(3, 0, 2, Then::Store),
+                    part(4, 0, 2, Then::Store)
+                ]
+            ),
             Step::DeltaNorm { delta: 6, norm: 7 },
             Step::Op(8),
-            Step::Gemv(GemvGroup {
-                norm: Some(9),
-                parts: vec![Part::Pair { gate: 10, up: 11, swiglu: 12 }]
-            }),
+            group(9, &[part(10, 0, 128, Then::Pair { up: 11, first: 0, swiglu: 12 })]),
             Step::Op(13),
         ]
     );
@@ -257,7 +298,8 @@ fn swiglu_of_the_wrong_buffers_or_in_place_is_not_joined() {
     f.linear(&x, &gate);
     f.linear(&x, &up);
     f.ops.push(SwiGlu { gate: gate.clone(), up: other, out }.into());
-    let both = Step::Gemv(GemvGroup { norm: None, parts: vec![Part::Linear(0), Part::Linear(1)] });
+    let parts = vec![part(0, 0, 32, Then::Store), part(1, 0, 32, Then::Store)];
+    let both = Step::Gemv(GemvGroup { norm: None, parts });
     assert_eq!(f.steps(), vec![both, Step::Op(2)]);
 }
 

@@ -1,11 +1,13 @@
 //! Launches of matrix products: `gemv.cu` for decode, cuBLASLt or `gemm.cu` for everything else.
 
+use std::ops::Range;
+
 use ampoule_backend::BackendError;
 use ampoule_plan::{BufferTable, CausalConv, DType, Op, Phase, Plan, Role, View};
 
 use super::arguments::{Gemv, MatrixView, Mode, Segment, dtype_suffix};
 use super::{BLOCK, DECODE_ROWS, Launcher, args};
-use crate::fuse::{GemvGroup, Part};
+use crate::fuse::{GemvGroup, Then};
 use crate::lt::ProductShape;
 use crate::memory::resident_dtype;
 
@@ -78,7 +80,7 @@ impl Launcher<'_> {
         let dtype = self.resident.layout.place(weight.buffer).dtype;
         if self.phase == Phase::Decode && gemv_fits(x.height(), x.width(), dtype) {
             let part = if add { Mode::Add } else { Mode::Store };
-            let segment = self.segment(weight, bias, out, part);
+            let segment = self.segment(weight, bias, out, &(0..weight.height()), part);
             let mut gemv = Gemv { x: self.matrix(x), k: x.width() as i32, ..Gemv::default() };
             gemv.segment[0] = segment;
             gemv.segments = 1;
@@ -119,12 +121,23 @@ impl Launcher<'_> {
         self.go(&name, self.early(grid, BLOCK), args![x, w, bias, out, rows, n, k, add])
     }
 
-    fn segment(&self, weight: &View, bias: Option<&View>, out: &View, mode: Mode) -> Segment {
+    /// Some rows of a linear.
+    fn segment(
+        &self,
+        weight: &View,
+        bias: Option<&View>,
+        out: &View,
+        rows: &Range<usize>,
+        mode: Mode,
+    ) -> Segment {
+        let dtype = self.resident.layout.place(weight.buffer).dtype;
+        let before = rows.start * weight.width() * dtype.block_bytes();
+        let count = rows.end - rows.start;
         Segment {
-            w: self.address(weight),
-            bias: self.optional(bias),
-            out: self.matrix(out),
-            rows: weight.height() as i32,
+            w: self.address(weight) + before as u64,
+            bias: bias.map_or(0, |b| self.address(b) + 4 * rows.start as u64),
+            out: self.matrix(&out.columns(rows.start, count)),
+            rows: count as i32,
             mode: mode as i32,
             ..Segment::default()
         }
@@ -138,35 +151,39 @@ impl Launcher<'_> {
         let mut dtype = DType::F32;
         let mut weights_only = true;
         for (slot, part) in group.parts.iter().enumerate() {
-            let (x, weight, segment) = match (part, &plan.ops[part.first_op()]) {
-                (Part::Linear(_), Op::Linear(o)) => {
-                    (&o.x, &o.weight, self.segment(&o.weight, o.bias.as_ref(), &o.out, Mode::Store))
+            let (x, weight, bias, out) = match &plan.ops[part.linear] {
+                Op::Linear(o) => (&o.x, &o.weight, o.bias.as_ref(), &o.out),
+                Op::LinearAdd(o) => (&o.x, &o.weight, o.bias.as_ref(), &o.out),
+                _ => return Err(wrong()),
+            };
+            let rows = part.first..part.first + part.rows;
+            let mut segment = self.segment(weight, bias, out, &rows, Mode::Store);
+            match part.then {
+                Then::Store => {}
+                Then::Add => segment.mode = Mode::Add as i32,
+                Then::Conv { conv } => {
+                    let Op::CausalConv(conv) = &plan.ops[conv] else { return Err(wrong()) };
+                    segment = self.conv_segment(segment, conv);
                 }
-                (Part::Add(_), Op::LinearAdd(o)) => {
-                    (&o.x, &o.weight, self.segment(&o.weight, o.bias.as_ref(), &o.out, Mode::Add))
-                }
-                (Part::Conv { conv, .. }, Op::Linear(o)) => {
-                    let Op::CausalConv(c) = &plan.ops[*conv] else { return Err(wrong()) };
-                    let linear = self.segment(&o.weight, o.bias.as_ref(), &o.out, Mode::Conv);
-                    (&o.x, &o.weight, self.conv_segment(linear, c))
-                }
-                (Part::Pair { up, swiglu, .. }, Op::Linear(gate)) => {
-                    let (Op::Linear(up), Op::SwiGlu(s)) = (&plan.ops[*up], &plan.ops[*swiglu])
+                Then::Pair { up, first, swiglu } => {
+                    let (Op::Linear(up), Op::SwiGlu(swiglu)) = (&plan.ops[up], &plan.ops[swiglu])
                     else {
                         return Err(wrong());
                     };
                     weights_only &= self.is_weight(&up.weight);
-                    let segment = Segment {
-                        w2: self.address(&up.weight),
-                        bias2: self.optional(up.bias.as_ref()),
-                        out2: self.matrix(&up.out),
-                        out3: self.matrix(&s.out),
-                        ..self.segment(&gate.weight, gate.bias.as_ref(), &gate.out, Mode::Pair)
+                    let rows = first..first + part.rows;
+                    let second =
+                        self.segment(&up.weight, up.bias.as_ref(), &up.out, &rows, Mode::Pair);
+                    segment = Segment {
+                        w2: second.w,
+                        bias2: second.bias,
+                        out2: second.out,
+                        out3: self.matrix(&swiglu.out),
+                        mode: Mode::Pair as i32,
+                        ..segment
                     };
-                    (&gate.x, &gate.weight, segment)
                 }
-                _ => return Err(wrong()),
-            };
+            }
             dtype = self.resident.layout.place(weight.buffer).dtype;
             weights_only &= self.is_weight(weight);
             gemv.segment[slot] = segment;
@@ -190,6 +207,7 @@ impl Launcher<'_> {
     fn conv_segment(&self, linear: Segment, conv: &CausalConv) -> Segment {
         Segment {
             out2: self.matrix(&conv.out),
+            mode: Mode::Conv as i32,
             conv_weight: self.address(&conv.weight),
             conv_bias: self.optional(conv.bias.as_ref()),
             conv_state: self.address(&conv.state),
