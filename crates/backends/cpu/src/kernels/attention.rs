@@ -1,0 +1,416 @@
+//! Attention, one token row at a time, and what it shares with [`super::prefill_attention`].
+//!
+//! Order, for a row and a head: keys are cut into blocks of [`KEYS`] at absolute positions. Within a block a score
+//! is a dot product in lanes as in [`super::gemv`], times the scale; `m` is the highest; the weights `exp(score - m)`
+//! are summed in lanes, key `j` in lane `j % 16`; values are summed key after key, one lane per element, with fused
+//! multiply-add. Blocks are then merged from the first to the last by [`merge`]. So blocks can be computed anywhere,
+//! and many rows together, with the same result.
+
+use ampoule_plan::DType;
+
+use super::weights::{decode, store};
+use crate::operands::Mat;
+use crate::simd::{Kernel, LANES, Simd, exp};
+
+/// Keys in one block.
+pub(crate) const KEYS: usize = 128;
+
+/// The shape of the heads.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Heads {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) scale: f32,
+}
+
+impl Heads {
+    /// Query heads of one KV head.
+    pub(crate) fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+
+    /// Elements of a head, filled up to whole vectors.
+    pub(crate) fn padded(&self) -> usize {
+        self.head_dim.next_multiple_of(LANES)
+    }
+
+    /// Elements of a partial result: the sum of values, then the highest score and the sum of weights.
+    pub(crate) fn partial(&self) -> usize {
+        self.padded() + LANES
+    }
+
+    /// Elements of scratch that [`Block`] needs.
+    pub(crate) fn block_scratch(&self) -> usize {
+        2 * KEYS * self.padded() + self.group() * (self.padded() + KEYS)
+    }
+}
+
+/// One block of keys for the query heads of one KV head and one token row.
+///
+/// Safe to run if operands are as [`Mat`] says, keys `start..start + keys` are rows of the caches, `scratch` has
+/// [`Heads::block_scratch`] elements, `partials` has room for the last head's, and nobody else touches either.
+pub(crate) struct Block {
+    pub(crate) shape: Heads,
+    pub(crate) query: Mat,
+    pub(crate) keys: Mat,
+    pub(crate) values: Mat,
+    pub(crate) row: usize,
+    pub(crate) kv_head: usize,
+    pub(crate) start: usize,
+    pub(crate) count: usize,
+    pub(crate) scratch: *mut f32,
+    /// The first head's partial result of this block.
+    pub(crate) partials: *mut f32,
+    /// Elements to the next head's.
+    pub(crate) partial_stride: usize,
+}
+
+impl Kernel for Block {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let Heads { head_dim, scale, .. } = self.shape;
+        let (padded, group) = (self.shape.padded(), self.shape.group());
+        let (key_space, rest) = (self.scratch, self.scratch.wrapping_add(KEYS * padded));
+        let (value_space, rest) = (rest, rest.wrapping_add(KEYS * padded));
+        let (queries, scores) = (rest, rest.wrapping_add(group * padded));
+        let at = self.kv_head * head_dim;
+        // SAFETY: the promise of `Block`.
+        unsafe {
+            let rows = self.start..self.start + self.count;
+            let keys = cache_rows(s, &self.keys, rows.clone(), at, head_dim, key_space);
+            for head in 0..group {
+                let from = (self.kv_head * group + head) * head_dim;
+                let row = self.query.row(self.row);
+                let to = queries.add(head * padded);
+                widen(s, &self.query, row, from, head_dim, to);
+                let scores = scores.add(head * KEYS);
+                let mut first = 0;
+                while first < self.count {
+                    let n = (self.count - first).min(LANES);
+                    let mut sums = [s.zero(); LANES];
+                    for j in 0..n {
+                        let key = keys.row(first + j);
+                        if head == 0 {
+                            self.prefetch_value(s, rows.start + first + j, at);
+                        }
+                        let mut sum = s.zero();
+                        let mut d = 0;
+                        while d < padded {
+                            sum = s.fma(s.load(to.add(d)), s.load(key.add(d)), sum);
+                            d += LANES;
+                        }
+                        sums[j] = sum;
+                    }
+                    s.store(scores.add(first), s.mul(s.sum16(&sums), s.splat(scale)));
+                    first += LANES;
+                }
+                let partial = self.partials.add(head * self.partial_stride);
+                let (highest, sum) = softmax(s, scores, self.count);
+                *partial.add(padded) = highest;
+                *partial.add(padded + 1) = sum;
+            }
+            let values = cache_rows(s, &self.values, rows, at, head_dim, value_space);
+            let mut head = 0;
+            while head < group {
+                let sums = Sums {
+                    weights: scores.add(head * KEYS),
+                    values,
+                    vectors: padded / LANES,
+                    out: self.partials.add(head * self.partial_stride),
+                    out_stride: self.partial_stride,
+                };
+                head += sums.some_queries(s, group - head, 0, self.count);
+            }
+        }
+    }
+}
+
+impl Block {
+    #[inline(always)]
+    fn prefetch_value<S: Simd>(&self, s: S, row: usize, at: usize) {
+        let bytes = self.shape.head_dim * self.values.dtype.block_bytes();
+        let line = self.values.at(row, at);
+        for offset in (0..bytes).step_by(64) {
+            s.prefetch(line.wrapping_add(offset));
+        }
+    }
+}
+
+/// Rows of `f32` vectors.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows {
+    base: *const f32,
+    stride: usize,
+}
+
+impl Rows {
+    #[inline(always)]
+    pub(crate) fn row(&self, index: usize) -> *const f32 {
+        self.base.wrapping_add(index * self.stride)
+    }
+}
+
+/// `head_dim` elements from column `at` on, of some rows of a cache, as whole vectors of `f32`: in place where they
+/// are that already, else decoded to `space`.
+///
+/// # Safety
+/// The rows must exist, and `space` have room for them.
+#[inline(always)]
+pub(crate) unsafe fn cache_rows<S: Simd>(
+    s: S,
+    cache: &Mat,
+    rows: std::ops::Range<usize>,
+    at: usize,
+    head_dim: usize,
+    space: *mut f32,
+) -> Rows {
+    if cache.dtype == DType::F32 && head_dim % LANES == 0 {
+        return Rows { base: cache.at(rows.start, at).cast(), stride: cache.stride / 4 };
+    }
+    let stride = head_dim.next_multiple_of(LANES);
+    for (i, row) in rows.enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe { widen(s, cache, cache.row(row), at, head_dim, space.add(i * stride)) };
+    }
+    Rows { base: space, stride }
+}
+
+/// `len` elements of a plain row from `at` on as whole vectors of `f32`.
+///
+/// # Safety
+/// The elements must exist, and `to` have room for the vectors.
+#[inline(always)]
+pub(crate) unsafe fn widen<S: Simd>(
+    s: S,
+    mat: &Mat,
+    row: *const u8,
+    at: usize,
+    len: usize,
+    to: *mut f32,
+) {
+    // SAFETY: the caller's promise; `decode` takes any start for plain types.
+    unsafe { decode(s, mat.dtype, row, at, len, to, LANES) };
+}
+
+/// Turns `n` scores into weights `exp(score - highest)`, zero up to the next whole vector; returns the highest
+/// score and the sum of the weights.
+///
+/// # Safety
+/// `scores` must have `n` elements and room up to whole vectors.
+#[inline(always)]
+pub(crate) unsafe fn softmax<S: Simd>(s: S, scores: *mut f32, n: usize) -> (f32, f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for i in n..n.next_multiple_of(LANES) {
+            *scores.add(i) = f32::NEG_INFINITY;
+        }
+        let mut highest = s.splat(f32::NEG_INFINITY);
+        let mut i = 0;
+        while i < n {
+            highest = s.max(s.load(scores.add(i)), highest);
+            i += LANES;
+        }
+        let highest = s.highest(highest);
+        let mut sum = s.zero();
+        let mut i = 0;
+        while i < n {
+            let weight = exp(s, s.sub(s.load(scores.add(i)), s.splat(highest)));
+            s.store(scores.add(i), weight);
+            sum = s.add(sum, weight);
+            i += LANES;
+        }
+        (highest, s.sum(sum))
+    }
+}
+
+/// Sums of values by weight: `out[q] = sum over j of weights[q, j] * values[j]`.
+pub(crate) struct Sums {
+    /// [`KEYS`] elements for each query.
+    pub(crate) weights: *const f32,
+    pub(crate) values: Rows,
+    pub(crate) vectors: usize,
+    pub(crate) out: *mut f32,
+    pub(crate) out_stride: usize,
+}
+
+impl Sums {
+    /// Keys `from..to` for a number of queries that suits the registers, at most `most`; returns that number. Where
+    /// `from` is not 0 the sums go on from what `out` holds.
+    ///
+    /// # Safety
+    /// Queries and keys must exist.
+    #[inline(always)]
+    pub(crate) unsafe fn some_queries<S: Simd>(
+        &self,
+        s: S,
+        most: usize,
+        from: usize,
+        to: usize,
+    ) -> usize {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match most {
+                6.. if S::WIDE => self.queries::<S, 6>(s, from, to),
+                4.. if S::WIDE => self.queries::<S, 4>(s, from, to),
+                3.. if S::WIDE => self.queries::<S, 3>(s, from, to),
+                _ => self.queries::<S, 1>(s, from, to),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn queries<S: Simd, const Q: usize>(&self, s: S, from: usize, to: usize) -> usize {
+        let mut d = 0;
+        while d < self.vectors {
+            // SAFETY: the caller's promise.
+            unsafe {
+                if self.vectors - d >= 4 {
+                    self.columns::<S, Q, 4>(s, from, to, d * LANES);
+                    d += 4;
+                } else {
+                    self.columns::<S, Q, 1>(s, from, to, d * LANES);
+                    d += 1;
+                }
+            }
+        }
+        Q
+    }
+
+    #[inline(always)]
+    unsafe fn columns<S: Simd, const Q: usize, const D: usize>(
+        &self,
+        s: S,
+        from: usize,
+        to: usize,
+        at: usize,
+    ) {
+        let mut sums = [[s.zero(); D]; Q];
+        // SAFETY: the caller's promise.
+        unsafe {
+            if from > 0 {
+                for q in 0..Q {
+                    for d in 0..D {
+                        sums[q][d] = s.load(self.out.add(q * self.out_stride + at + d * LANES));
+                    }
+                }
+            }
+            for j in from..to {
+                let value = self.values.row(j).add(at);
+                let mut columns = [s.zero(); D];
+                for d in 0..D {
+                    columns[d] = s.load(value.add(d * LANES));
+                }
+                for q in 0..Q {
+                    let weight = s.splat(*self.weights.add(q * KEYS + j));
+                    for d in 0..D {
+                        sums[q][d] = s.fma(weight, columns[d], sums[q][d]);
+                    }
+                }
+            }
+            for q in 0..Q {
+                for d in 0..D {
+                    s.store(self.out.add(q * self.out_stride + at + d * LANES), sums[q][d]);
+                }
+            }
+        }
+    }
+}
+
+/// Starts a merge: no keys yet.
+///
+/// # Safety
+/// `total` must have [`Heads::partial`] elements.
+#[inline(always)]
+pub(crate) unsafe fn begin(shape: &Heads, total: *mut f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        std::ptr::write_bytes(total, 0, shape.partial());
+        *total.add(shape.padded()) = f32::NEG_INFINITY;
+    }
+}
+
+/// Merges the next block into the total: both scaled to the higher of their highest scores, then added.
+///
+/// # Safety
+/// Both must have [`Heads::partial`] elements.
+#[inline(always)]
+pub(crate) unsafe fn merge<S: Simd>(s: S, shape: &Heads, total: *mut f32, part: *const f32) {
+    let padded = shape.padded();
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (old, new) = (*total.add(padded), *part.add(padded));
+        let highest = if old > new { old } else { new };
+        let keep = exp(s, s.splat(old - highest));
+        let take = exp(s, s.splat(new - highest));
+        let mut d = 0;
+        while d < padded {
+            let kept = s.mul(s.load(total.add(d)), keep);
+            s.store(total.add(d), s.fma(s.load(part.add(d)), take, kept));
+            d += LANES;
+        }
+        let kept = s.mul(s.splat(*total.add(padded + 1)), keep);
+        let sum = s.fma(s.splat(*part.add(padded + 1)), take, kept);
+        *total.add(padded) = highest;
+        s.store_n(total.add(padded + 1), sum, 1);
+    }
+}
+
+/// Divides the total by the sum of its weights and stores it.
+///
+/// # Safety
+/// `total` must have [`Heads::partial`] elements, and the head must exist in the row of `out`.
+#[inline(always)]
+pub(crate) unsafe fn finish<S: Simd>(
+    s: S,
+    shape: &Heads,
+    total: *const f32,
+    out: &Mat,
+    row: usize,
+    head: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let sum = s.splat(*total.add(shape.padded() + 1));
+        let mut d = 0;
+        while d < shape.head_dim {
+            let n = (shape.head_dim - d).min(LANES);
+            let y = s.div(s.load(total.add(d)), sum);
+            store(s, out.dtype, out.row(row), head * shape.head_dim + d, n, y);
+            d += LANES;
+        }
+    }
+}
+
+/// Merges all blocks of one head and stores the result.
+///
+/// Safe to run if operands are as [`Mat`] says, `partials` holds the head's blocks one after another, the last
+/// followed by room for a total, and nobody else touches the head.
+pub(crate) struct Merge {
+    pub(crate) shape: Heads,
+    pub(crate) partials: *mut f32,
+    pub(crate) blocks: usize,
+    pub(crate) out: Mat,
+    pub(crate) row: usize,
+    pub(crate) head: usize,
+}
+
+impl Kernel for Merge {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) {
+        let size = self.shape.partial();
+        // SAFETY: the promise of `Merge`.
+        unsafe {
+            let total = self.partials.add(self.blocks * size);
+            begin(&self.shape, total);
+            for block in 0..self.blocks {
+                merge(s, &self.shape, total, self.partials.add(block * size));
+            }
+            finish(s, &self.shape, total, &self.out, self.row, self.head);
+        }
+    }
+}
