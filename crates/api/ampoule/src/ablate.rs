@@ -50,7 +50,12 @@ impl Ampoule {
     ///
     /// # Errors
     /// If the engine fails.
-    pub fn ablate(&mut self, prefix: usize, tokens: usize, seed: u64) -> Result<AblationReport, Error> {
+    pub fn ablate(
+        &mut self,
+        prefix: usize,
+        tokens: usize,
+        seed: u64,
+    ) -> Result<AblationReport, Error> {
         let text = sample_tokens(self, prefix, seed)?;
         let slot = self.engine.create_slot()?;
         let result = self.ablate_in(slot, &text, tokens);
@@ -58,7 +63,12 @@ impl Ampoule {
         result
     }
 
-    fn ablate_in(&mut self, slot: SlotId, text: &[u32], tokens: usize) -> Result<AblationReport, Error> {
+    fn ablate_in(
+        &mut self,
+        slot: SlotId,
+        text: &[u32],
+        tokens: usize,
+    ) -> Result<AblationReport, Error> {
         let early = text.len() - (text.len() / 3).clamp(1, 64).min(text.len() - 1);
         self.append(slot, &text[..early])?;
         let stale = self.engine.snapshot(slot)?;
@@ -66,20 +76,35 @@ impl Ampoule {
         let whole = self.engine.snapshot(slot)?;
         let wanted = self.continue_from(slot, tokens)?;
         let mut differ = Vec::new();
-        for (ablation, donor) in [(Ablation::Zeroed, None), (Ablation::Stale, Some(&stale)), (Ablation::Whole, Some(&whole))] {
+        for (ablation, donor) in [
+            (Ablation::Zeroed, None),
+            (Ablation::Stale, Some(&stale)),
+            (Ablation::Whole, Some(&whole)),
+        ] {
             self.restore_ablated(slot, &whole, ablation, donor)?;
             let got = self.continue_from(slot, tokens)?;
             differ.push((ablation, got.iter().zip(&wanted).filter(|(g, w)| g != w).count()));
         }
         let recurrent = !self.recurrent_names().is_empty();
-        Ok(AblationReport { model: self.name().to_owned(), prefix: text.len(), tokens, recurrent, differ })
+        Ok(AblationReport {
+            model: self.name().to_owned(),
+            prefix: text.len(),
+            tokens,
+            recurrent,
+            differ,
+        })
     }
 
     fn recurrent_names(&self) -> Vec<String> {
         let recurrent = |role: &Role| {
             matches!(role, Role::State { kind: StateKind::Recurrent | StateKind::Conv, .. })
         };
-        self.engine.buffers().iter().filter(|(_, b)| recurrent(&b.role)).map(|(_, b)| b.name.clone()).collect()
+        self.engine
+            .buffers()
+            .iter()
+            .filter(|(_, b)| recurrent(&b.role))
+            .map(|(_, b)| b.name.clone())
+            .collect()
     }
 
     fn restore_ablated(
@@ -93,7 +118,9 @@ impl Ampoule {
             return Ok(self.engine.restore(slot, whole)?);
         }
         let names = self.recurrent_names();
-        Ok(self.engine.restore_with_other_state(slot, whole, donor, &|name| names.iter().any(|n| n == name))?)
+        Ok(self.engine.restore_with_other_state(slot, whole, donor, &|name| {
+            names.iter().any(|n| n == name)
+        })?)
     }
 
     fn continue_from(&mut self, slot: SlotId, tokens: usize) -> Result<Vec<u32>, Error> {

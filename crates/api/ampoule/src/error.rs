@@ -35,14 +35,9 @@ pub enum Error {
     /// The model has no chat template.
     #[error("this model has no chat template; use plain prompts instead")]
     NoChatTemplate,
-    /// The device asked for is not there.
-    #[error("device '{device}' is not available: {reason}")]
-    Device {
-        /// The device.
-        device: String,
-        /// Why not.
-        reason: String,
-    },
+    /// The device asked for is not there or cannot be used.
+    #[error(transparent)]
+    Device(#[from] ampoule_backend::BackendError),
     /// A file cannot be read or written.
     #[error("{path}: cannot {action}: {source}", path = path.display())]
     Io {

@@ -20,7 +20,8 @@ pub fn write_atomically(
 ) -> Result<u64, Error> {
     let failed = |action| move |source| Error::Io { path: path.to_owned(), action, source };
     let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = path.file_name().ok_or_else(|| failed("write")(io::ErrorKind::InvalidInput.into()))?;
+    let name =
+        path.file_name().ok_or_else(|| failed("write")(io::ErrorKind::InvalidInput.into()))?;
     let temporary = parent.join(format!(".{}.{}.tmp", name.to_string_lossy(), std::process::id()));
     let publish = || {
         let file = File::create(&temporary).map_err(failed("create"))?;
@@ -30,7 +31,9 @@ pub fn write_atomically(
         file.sync_all().map_err(failed("sync"))?;
         let bytes = file.metadata().map_err(failed("read the size of"))?.len();
         fs::rename(&temporary, path).map_err(failed("rename into place"))?;
-        File::open(parent).and_then(|folder| folder.sync_all()).map_err(failed("sync the folder of"))?;
+        File::open(parent)
+            .and_then(|folder| folder.sync_all())
+            .map_err(failed("sync the folder of"))?;
         Ok(bytes)
     };
     let result = publish();
@@ -50,12 +53,18 @@ pub(crate) fn save(engine: &Engine, capsule: &Capsule, path: &Path) -> Result<u6
                 ControlFlow::Break(())
             }
         })?;
-        failure.map_or(Ok(()), |source| Err(Error::Io { path: path.to_owned(), action: "write", source }))
+        failure.map_or(Ok(()), |source| {
+            Err(Error::Io { path: path.to_owned(), action: "write", source })
+        })
     })
 }
 
 pub(crate) fn load(engine: &mut Engine, path: &Path) -> Result<Capsule, Error> {
-    let bytes = fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), action: "read", source })?;
+    let bytes = fs::read(path).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        action: "read",
+        source,
+    })?;
     engine.import(&bytes).map_err(|error| match error {
         EngineError::Backend(_) => Error::Engine(error),
         _ => Error::CapsuleFile { path: path.to_owned(), source: Box::new(error) },

@@ -36,12 +36,14 @@ pub use reply::{Reply, ReplyOptions, ReplyStep};
 pub use texts::{TEXTS, sample_tokens};
 pub use verify::{LevelReport, VerifyOptions, VerifyReport};
 
-pub use ampoule_backend::{Backend, BackendError, fixed_regions, row_regions};
+pub use ampoule_backend::{Backend, BackendError, Region, fixed_regions, row_regions};
 pub use ampoule_capsule::{CapsuleError, CapsuleFile, CapsuleHeader, Component, Manifest};
+pub use ampoule_cuda::GpuInfo;
 pub use ampoule_engine::{
-    Capsule, Control, Counters, DeviceInfo, Engine, EngineError, EngineOptions, FinishReason, Fingerprint, Generation,
-    History, LineageId, Origin, PrefillProgress, SamplingParams, Segment, SlotId, StopRules,
+    Capsule, Control, Counters, DeviceInfo, Digest, Engine, EngineError, EngineOptions, Fingerprint,
+    FinishReason, Generation, History, LineageId, Origin, PrefillProgress, SamplingParams, Segment,
+    SlotId, StopRules,
 };
 pub use ampoule_models::chat::{ChatError, ChatTemplate};
 pub use ampoule_models::tokenizer::{EncodeOptions, StopMatcher, StreamDecoder, Tokenizer};
-pub use ampoule_plan::{Cost, CostPoint, DType, Model as PlanModel, Op, Phase, Plan, Sealed};
+pub use ampoule_plan::{Cost, CostPoint, DType, Model as PlanModel, Op, Phase, Plan, Role, Sealed};

@@ -4,8 +4,9 @@ use std::ops::ControlFlow;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use ampoule_backend::{Backend, DeviceInfo};
+use ampoule_backend::{Backend, BackendError, DeviceInfo};
 use ampoule_cpu::CpuBackend;
+use ampoule_cuda::{CudaBackend, GpuInfo};
 use ampoule_engine::{Capsule, Engine, EngineOptions, Identity, SlotId};
 use ampoule_models::chat::ChatTemplate;
 use ampoule_models::decoder::{BuildOptions, Precision};
@@ -28,6 +29,8 @@ pub enum Device {
     Cpu,
     /// The scalar interpreter.
     Reference,
+    /// The first NVIDIA GPU.
+    Cuda,
 }
 
 impl FromStr for Device {
@@ -38,7 +41,10 @@ impl FromStr for Device {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
             "reference" => Ok(Self::Reference),
-            other => Err(format!("unknown device '{other}'; there are auto, cpu and reference")),
+            "cuda" => Ok(Self::Cuda),
+            other => {
+                Err(format!("unknown device '{other}'; there are auto, cpu, cuda and reference"))
+            }
         }
     }
 }
@@ -52,15 +58,24 @@ pub struct LoadOptions {
     pub threads: usize,
     /// Tokens a slot holds; 0 takes the model's own context, at most 8192.
     pub context: usize,
-    /// Element type of the KV cache; `None` takes f16 for GGUF files and f32 otherwise.
+    /// Element type of the KV cache; `None` takes bf16 on a GPU, else f16 for GGUF files and f32 otherwise.
     pub kv_cache: Option<DType>,
+    /// Element type of what matrix products read and write; `None` takes bf16 on a GPU, f32 otherwise.
+    pub activation: Option<DType>,
     /// Slots, budget and tenant.
     pub engine: EngineOptions,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
-        Self { device: Device::Auto, threads: 0, context: 0, kv_cache: None, engine: EngineOptions::default() }
+        Self {
+            device: Device::Auto,
+            threads: 0,
+            context: 0,
+            kv_cache: None,
+            activation: None,
+            engine: EngineOptions::default(),
+        }
     }
 }
 
@@ -69,6 +84,11 @@ const DEFAULT_CONTEXT: usize = 8192;
 /// Token bucket of prefill on the CPU: large enough to reuse a weight tile, small enough to stop soon.
 const CPU_PREFILL: usize = 128;
 const CPU_SCORE: usize = 64;
+/// Token buckets of prefill on a GPU: a short turn, a message, a page, a chapter.
+const GPU_PREFILL: &[usize] = &[32, 128, 512, 2048];
+const GPU_SCORE: usize = 128;
+/// Context buckets of decode on a GPU: a bucket bounds how many splits of the context attention launches.
+const GPU_CONTEXTS: &[usize] = &[1024, 4096, 16_384];
 
 /// A model on a device, ready to run.
 pub struct Ampoule {
@@ -84,8 +104,12 @@ impl Ampoule {
     ///
     /// # Errors
     /// If the model cannot be opened or built, the device is missing, or memory is short.
-    pub fn load(model: &str, options: &LoadOptions, progress: &mut dyn FnMut(u64, u64)) -> Result<Self, Error> {
-        let backend = backend(options);
+    pub fn load(
+        model: &str,
+        options: &LoadOptions,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Self, Error> {
+        let backend = choose(options)?;
         Self::load_on(backend.as_ref(), model, options, progress)
     }
 
@@ -100,14 +124,25 @@ impl Ampoule {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, Error> {
         let files = ModelFiles::open(model)?;
-        let built = files.build(&build_options(&files, options))?;
+        let built = files.build(&build_options(&files, options, &backend.info()))?;
         let name = files.shape().name.clone();
-        let identity = Identity { name: name.clone(), weights: built.weights_digest, plan: built.plan_digest };
-        let engine = Engine::load(backend, built.sealed, &built.weights, &identity, &options.engine, progress)?;
+        let identity =
+            Identity { name: name.clone(), weights: built.weights_digest, plan: built.plan_digest };
+        let engine = Engine::load(
+            backend,
+            built.sealed,
+            &built.weights,
+            &identity,
+            &options.engine,
+            progress,
+        )?;
         let tokenizer = files.tokenizer().cloned();
-        let source = tokenizer.as_ref().and_then(|t| Some((t.chat_template()?, t.template_variables())));
+        let source =
+            tokenizer.as_ref().and_then(|t| Some((t.chat_template()?, t.template_variables())));
         let template = source
-            .map(|(source, variables)| Ok::<_, Error>(ChatTemplate::new(source)?.with_variables(variables.clone())))
+            .map(|(source, variables)| {
+                Ok::<_, Error>(ChatTemplate::new(source)?.with_variables(variables.clone()))
+            })
             .transpose()?;
         Ok(Self { engine, name, tokenizer, template })
     }
@@ -118,7 +153,8 @@ impl Ampoule {
     /// If the model cannot be opened or built.
     pub fn plans(model: &str, options: &LoadOptions) -> Result<Arc<Sealed>, Error> {
         let files = ModelFiles::open(model)?;
-        Ok(files.build(&build_options(&files, options))?.sealed)
+        let backend = choose(options)?;
+        Ok(files.build(&build_options(&files, options, &backend.info()))?.sealed)
     }
 
     /// The model's tokenizer, without loading its weights.
@@ -130,8 +166,19 @@ impl Ampoule {
     }
 
     /// What the device is that these options name.
-    pub fn device_info(options: &LoadOptions) -> DeviceInfo {
-        backend(options).info()
+    ///
+    /// # Errors
+    /// If it is not there.
+    pub fn device_info(options: &LoadOptions) -> Result<DeviceInfo, Error> {
+        Ok(choose(options)?.info())
+    }
+
+    /// The GPUs that can be used, or a sentence that says why there are none.
+    ///
+    /// # Errors
+    /// If there is no driver, no NVRTC or no GPU.
+    pub fn gpus() -> Result<Vec<GpuInfo>, BackendError> {
+        CudaBackend::discover()
     }
 
     /// What the model calls itself.
@@ -167,7 +214,12 @@ impl Ampoule {
     ///
     /// # Errors
     /// If there is no tokenizer or template, or the template refuses the conversation.
-    pub fn encode_chat(&self, messages: &Value, tools: Option<&Value>, prompt: bool) -> Result<Vec<u32>, Error> {
+    pub fn encode_chat(
+        &self,
+        messages: &Value,
+        tools: Option<&Value>,
+        prompt: bool,
+    ) -> Result<Vec<u32>, Error> {
         let text = self.template()?.render(messages, tools, prompt, &Map::new())?;
         Ok(self.tokenizer()?.encode(&text, EncodeOptions::TEMPLATE)?)
     }
@@ -218,24 +270,54 @@ impl Ampoule {
     }
 }
 
-fn backend(options: &LoadOptions) -> Box<dyn Backend> {
-    match options.device {
-        Device::Auto | Device::Cpu => Box::new(CpuBackend::new(options.threads)),
+/// The backend that the options name.
+///
+/// # Errors
+/// If a GPU is asked for and cannot be used. `auto` takes the CPU then.
+fn choose(options: &LoadOptions) -> Result<Box<dyn Backend>, Error> {
+    let cpu = || Box::new(CpuBackend::new(options.threads));
+    Ok(match options.device {
+        Device::Cpu => cpu(),
         Device::Reference => Box::new(ReferenceBackend),
-    }
+        Device::Cuda => Box::new(CudaBackend::new(0)?),
+        Device::Auto => match CudaBackend::new(0) {
+            Ok(gpu) => Box::new(gpu),
+            Err(_) => cpu(),
+        },
+    })
 }
 
-fn build_options(files: &ModelFiles, options: &LoadOptions) -> BuildOptions {
+fn build_options(files: &ModelFiles, options: &LoadOptions, device: &DeviceInfo) -> BuildOptions {
     let context = match options.context {
         0 => files.shape().context.min(DEFAULT_CONTEXT),
         n => n,
     };
-    let kv_cache = options.kv_cache.unwrap_or(if files.is_gguf() { DType::F16 } else { DType::F32 });
-    BuildOptions {
-        context,
-        prefill: vec![CPU_PREFILL],
-        score: CPU_SCORE,
-        decode_contexts: Vec::new(),
-        precision: Precision { activation: DType::F32, kv_cache },
+    let gpu = device.backend == "cuda";
+    let host_kv = if files.is_gguf() { DType::F16 } else { DType::F32 };
+    let precision = Precision {
+        activation: options.activation.unwrap_or(if gpu { DType::BF16 } else { DType::F32 }),
+        kv_cache: options.kv_cache.unwrap_or(if gpu { DType::BF16 } else { host_kv }),
+    };
+    let fitting = |buckets: &[usize]| -> Vec<usize> {
+        buckets.iter().copied().filter(|&b| b <= context.next_power_of_two()).collect()
+    };
+    if gpu {
+        let prefill = fitting(GPU_PREFILL);
+        let prefill = if prefill.is_empty() { vec![GPU_PREFILL[0]] } else { prefill };
+        BuildOptions {
+            context,
+            prefill,
+            score: GPU_SCORE,
+            decode_contexts: fitting(GPU_CONTEXTS),
+            precision,
+        }
+    } else {
+        BuildOptions {
+            context,
+            prefill: vec![CPU_PREFILL],
+            score: CPU_SCORE,
+            decode_contexts: Vec::new(),
+            precision,
+        }
     }
 }

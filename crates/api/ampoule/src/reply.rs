@@ -1,6 +1,6 @@
 //! Replies as text: tokens decoded as they come, stop strings found across tokens.
 
-use ampoule_engine::{EngineError, FinishReason, Generation, SlotId, StopRules};
+use ampoule_engine::{FinishReason, SlotId};
 use ampoule_models::tokenizer::{StopMatcher, StreamDecoder};
 
 use crate::{Ampoule, Error};
@@ -38,10 +38,11 @@ pub struct ReplyStep {
 /// The slot always stands exactly after the tokens this reply has yielded, wherever it is broken off.
 pub struct Reply {
     slot: SlotId,
-    generation: Generation,
     decoder: StreamDecoder,
     matcher: StopMatcher,
     end_tokens: Vec<u32>,
+    max_tokens: usize,
+    generated: usize,
     done: bool,
 }
 
@@ -51,14 +52,24 @@ impl Reply {
     /// # Errors
     /// If there is no such slot or the device fails.
     pub fn begin(model: &mut Ampoule, slot: SlotId, options: &ReplyOptions) -> Result<Self, Error> {
-        let end_tokens = if options.ignore_end { Vec::new() } else { model.end_tokens() };
-        let rules = StopRules { end_tokens: end_tokens.clone(), max_tokens: options.max_tokens };
+        model.engine.begin_reply(slot)?;
+        Self::resume(model, slot, options)
+    }
+
+    /// Goes on with the reply that the slot's state is in the middle of: what was generated still counts as this
+    /// reply for the presence and frequency penalties. `max_tokens` counts from here.
+    ///
+    /// # Errors
+    /// If there is no such slot.
+    pub fn resume(model: &Ampoule, slot: SlotId, options: &ReplyOptions) -> Result<Self, Error> {
+        model.engine.position(slot)?;
         Ok(Self {
             slot,
-            generation: Generation::begin(&mut model.engine, slot, rules)?,
             decoder: StreamDecoder::new(),
             matcher: StopMatcher::new(&options.stop),
-            end_tokens,
+            end_tokens: if options.ignore_end { Vec::new() } else { model.end_tokens() },
+            max_tokens: options.max_tokens,
+            generated: 0,
             done: false,
         })
     }
@@ -71,20 +82,30 @@ impl Reply {
         if self.done {
             return Ok(None);
         }
-        let token = self.generation.next(&mut model.engine, self.slot).map_err(|e: EngineError| Error::Engine(e))?;
+        let (token, mut finished) = if self.generated >= self.max_tokens {
+            (None, Some(FinishReason::Length))
+        } else if model.engine.position(self.slot)? as usize >= model.engine.context() {
+            (None, Some(FinishReason::Context))
+        } else {
+            (Some(model.engine.step(self.slot)?), None)
+        };
+        self.generated += usize::from(token.is_some());
         let mut text = String::new();
-        // Of an end token the model sees the token, the reader nothing.
-        if let Some(token) = token.filter(|t| !self.end_tokens.contains(t)) {
-            let bytes = model.tokenizer.as_deref().and_then(|t| t.token_bytes(token)).unwrap_or_default();
-            let passed = self.matcher.push(&self.decoder.push(bytes));
-            text = passed.text;
-            if passed.stopped.is_some() {
-                self.generation.finish(FinishReason::Stop);
-                self.done = true;
-                return Ok(Some(ReplyStep { token: Some(token), text, finished: Some(FinishReason::Stop) }));
+        match token {
+            // Of an end token the model sees the token, the reader nothing.
+            Some(token) if self.end_tokens.contains(&token) => finished = Some(FinishReason::Stop),
+            Some(token) => {
+                let bytes = model.tokenizer.as_deref().and_then(|t| t.token_bytes(token));
+                let passed = self.matcher.push(&self.decoder.push(bytes.unwrap_or_default()));
+                text = passed.text;
+                if passed.stopped.is_some() {
+                    finished = Some(FinishReason::Stop);
+                    self.done = true;
+                    return Ok(Some(ReplyStep { token: Some(token), text, finished }));
+                }
             }
+            None => {}
         }
-        let finished = self.generation.finished();
         if finished.is_some() {
             self.done = true;
             let passed = self.matcher.push(&self.decoder.finish());
@@ -98,7 +119,10 @@ impl Reply {
     ///
     /// # Errors
     /// As [`Reply::step`].
-    pub fn finish(mut self, model: &mut Ampoule) -> Result<(Vec<u32>, String, FinishReason), Error> {
+    pub fn finish(
+        mut self,
+        model: &mut Ampoule,
+    ) -> Result<(Vec<u32>, String, FinishReason), Error> {
         let (mut tokens, mut text) = (Vec::new(), String::new());
         let mut reason = FinishReason::Cancelled;
         while let Some(step) = self.step(model)? {

@@ -84,7 +84,9 @@ pub fn sample_tokens(model: &Ampoule, len: usize, seed: u64) -> Result<Vec<u32>,
         let passage = TEXTS[dice.below(TEXTS.len())];
         // Sentences in another order and with other numbers each time, so that long texts do not repeat.
         let text = format!("[{}] {passage}\n\n", dice.below(100_000));
-        tokens.extend(tokenizer.encode(&text, EncodeOptions { add_special: false, parse_special: false })?);
+        tokens.extend(
+            tokenizer.encode(&text, EncodeOptions { add_special: false, parse_special: false })?,
+        );
     }
     tokens.truncate(len);
     match tokens.iter().find(|&&t| t as usize >= vocabulary) {

@@ -64,9 +64,18 @@ impl VerifyReport {
 
 const LEVELS: [(&str, &str); 6] = [
     ("E1 state", "after restore every state byte equals the snapshotted byte"),
-    ("E2 continuation", "restore then decode: tokens and logits of the session that was never interrupted"),
-    ("E2 fork", "a fork with its seed draws what a reseeded session draws, and leaves its siblings alone"),
-    ("E2 rollback", "rollback to a token, inside a reply or a prompt, then the same state bytes again"),
+    (
+        "E2 continuation",
+        "restore then decode: tokens and logits of the session that was never interrupted",
+    ),
+    (
+        "E2 fork",
+        "a fork with its seed draws what a reseeded session draws, and leaves its siblings alone",
+    ),
+    (
+        "E2 rollback",
+        "rollback to a token, inside a reply or a prompt, then the same state bytes again",
+    ),
     ("E2 file", "export, import, restore: the same state bytes"),
     ("E3 cold", "restore then append(suffix): logits of a cold prefill of the whole, at any split"),
 ];
@@ -98,7 +107,11 @@ impl Ampoule {
         options: &VerifyOptions,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<VerifyReport, Error> {
-        let levels = LEVELS.iter().map(|&(level, promise)| LevelReport { level, promise, ..LevelReport::default() });
+        let levels = LEVELS.iter().map(|&(level, promise)| LevelReport {
+            level,
+            promise,
+            ..LevelReport::default()
+        });
         let levels = levels.collect();
         let mut run = Run { model: self, levels, trial: 0 };
         let mut dice = Dice::new(options.seed);
@@ -119,7 +132,12 @@ impl Ampoule {
 }
 
 impl Run<'_> {
-    fn trial(&mut self, [a, b]: [SlotId; 2], options: &VerifyOptions, dice: &mut Dice) -> Result<(), Error> {
+    fn trial(
+        &mut self,
+        [a, b]: [SlotId; 2],
+        options: &VerifyOptions,
+        dice: &mut Dice,
+    ) -> Result<(), Error> {
         let room = self.model.engine.context().saturating_sub(4 * options.decode + 4).max(3);
         let len = 2 + dice.below(options.max_tokens.min(room) - 1);
         let tokens = sample_tokens(self.model, len, dice.next())?;
@@ -142,7 +160,9 @@ impl Run<'_> {
 
         // E1, E2: the same from a slot that held something else.
         self.dirty(b, dice)?;
-        for (capsule, bytes, trace) in [(&middle, &middle_bytes, &second), (&prefix, &prefix_bytes, &first)] {
+        for (capsule, bytes, trace) in
+            [(&middle, &middle_bytes, &second), (&prefix, &prefix_bytes, &first)]
+        {
             self.model.engine.restore(b, capsule)?;
             self.model.engine.check_position(b)?;
             self.same_bytes(E1, "restored into a used slot", b, bytes)?;
@@ -162,7 +182,10 @@ impl Run<'_> {
         let engine = &mut self.model.engine;
         engine.reset(slot)?;
         append(engine, slot, &tokens)?;
-        engine.configure(slot, &SamplingParams { temperature: 1.3, seed: dice.next(), ..SamplingParams::default() })?;
+        engine.configure(
+            slot,
+            &SamplingParams { temperature: 1.3, seed: dice.next(), ..SamplingParams::default() },
+        )?;
         engine.step(slot)?;
         Ok(())
     }
@@ -172,7 +195,13 @@ impl Run<'_> {
         (0..n).map(|_| Ok((engine.step(slot)?, bits(&engine.logits(slot)?)))).collect()
     }
 
-    fn forks(&mut self, slot: SlotId, capsule: &Capsule, dice: &mut Dice, n: usize) -> Result<(), Error> {
+    fn forks(
+        &mut self,
+        slot: SlotId,
+        capsule: &Capsule,
+        dice: &mut Dice,
+        n: usize,
+    ) -> Result<(), Error> {
         let seed = dice.next();
         self.model.engine.restore(slot, capsule)?;
         self.model.engine.reseed(slot, seed)?;
@@ -230,7 +259,13 @@ impl Run<'_> {
         self.same_bytes(ROLLBACK, "to a token of the prompt and forward", slot, prefix_bytes)
     }
 
-    fn file(&mut self, slot: SlotId, capsule: &Capsule, bytes: &Bytes, trace: &Trace) -> Result<(), Error> {
+    fn file(
+        &mut self,
+        slot: SlotId,
+        capsule: &Capsule,
+        bytes: &Bytes,
+        trace: &Trace,
+    ) -> Result<(), Error> {
         let mut file = Vec::new();
         self.model.engine.export(capsule, &mut |piece| {
             file.extend_from_slice(piece);
@@ -289,21 +324,35 @@ impl Run<'_> {
         }
     }
 
-    fn same_bytes(&mut self, level: usize, what: &str, slot: SlotId, wanted: &Bytes) -> Result<(), Error> {
+    fn same_bytes(
+        &mut self,
+        level: usize,
+        what: &str,
+        slot: SlotId,
+        wanted: &Bytes,
+    ) -> Result<(), Error> {
         let got = self.model.engine.state_bytes(slot)?;
         let wrong = got.iter().zip(wanted).find(|(g, w)| g != w).map(|(g, _)| g.0.clone());
         let same = got == *wanted;
-        self.check(level, same, || format!("{what}: state '{}' differs", wrong.unwrap_or_default()));
+        self.check(level, same, || {
+            format!("{what}: state '{}' differs", wrong.unwrap_or_default())
+        });
         Ok(())
     }
 
     fn same_trace(&mut self, level: usize, what: &str, got: &Trace, wanted: &Trace) {
         let at = got.iter().zip(wanted).position(|(g, w)| g != w);
-        self.check(level, got == wanted, || format!("{what}: step {} differs", at.unwrap_or(wanted.len())));
+        self.check(level, got == wanted, || {
+            format!("{what}: step {} differs", at.unwrap_or(wanted.len()))
+        });
     }
 }
 
-fn append(engine: &mut ampoule_engine::Engine, slot: SlotId, tokens: &[u32]) -> Result<(), EngineError> {
+fn append(
+    engine: &mut ampoule_engine::Engine,
+    slot: SlotId,
+    tokens: &[u32],
+) -> Result<(), EngineError> {
     engine.append(slot, tokens, &mut |_| std::ops::ControlFlow::Continue(())).map(|_| ())
 }
 
@@ -317,7 +366,13 @@ fn sampler(dice: &mut Dice, vocabulary: usize) -> SamplingParams {
     match dice.below(4) {
         0 => greedy,
         1 => SamplingParams { temperature: 0.8, top_p: 0.95, ..greedy },
-        2 => SamplingParams { temperature: 1.0, top_k: 40, min_p: 0.02, repetition_penalty: 1.1, ..greedy },
+        2 => SamplingParams {
+            temperature: 1.0,
+            top_k: 40,
+            min_p: 0.02,
+            repetition_penalty: 1.1,
+            ..greedy
+        },
         _ => SamplingParams {
             temperature: 1.2,
             presence_penalty: 0.4,
