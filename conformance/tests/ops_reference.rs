@@ -3,7 +3,9 @@
 mod broken;
 mod common;
 
-use ampoule_conformance::ops::{Ignore, Problem, Report, Spec, SuiteOptions, run, specs};
+use ampoule_conformance::ops::{
+    Ignore, Problem, Report, Spec, SuiteOptions, run, run_against, specs,
+};
 use ampoule_reference::ReferenceBackend;
 use broken::{Broken, Sabotage};
 
@@ -67,17 +69,27 @@ fn a_flipped_bit_is_seen() {
 
 #[test]
 fn an_error_of_one_in_a_thousand_is_seen_in_float32() {
-    caught(Sabotage::Scale(1.001), "linear/ x=f32,out=f32 rows=9/", &["reference"]);
+    caught(Sabotage::Scale(1.001), "linear/ x=f32,out=f32 grid", &["reference"]);
     caught(Sabotage::Scale(1.001), "rope x=f32 rows=5/", &["reference"]);
     caught(Sabotage::Scale(1.001), "attention x=f32 out=f32 rows=1,", &["reference"]);
     // Less than bfloat16 can hold.
-    assert!(sabotaged(Sabotage::Scale(1.0005), "linear/ out=bf16 rows=9/").is_ok());
+    assert!(sabotaged(Sabotage::Scale(1.0005), "linear/ out=bf16 grid").is_ok());
 }
 
 #[test]
 fn float32_sums_in_tensor_float_32_are_seen() {
     // TensorFloat-32 keeps 10 bits of the operands: errors of about 2^-11 of the terms.
-    caught(Sabotage::Noise(2e-4), "linear/ x=f32,out=f32 rows=9/", &["reference"]);
+    caught(Sabotage::Noise(2e-4), "linear/ x=f32,out=f32 grid", &["reference"]);
+}
+
+#[test]
+fn a_backend_held_against_another_must_give_its_bits() {
+    let options =
+        SuiteOptions { filter: "linear/ out=f32 grid".to_owned(), ..SuiteOptions::default() };
+    let (whole, spoilt) = (ReferenceBackend, Broken(Sabotage::Scale(1.0000002)));
+    assert!(run(&spoilt, &options).is_ok(), "the reference's tolerance allows it");
+    assert!(run_against(&whole, &whole, &options).is_ok());
+    assert_eq!(run_against(&spoilt, &whole, &options).passed, 0);
 }
 
 #[test]

@@ -4,13 +4,14 @@ use std::process::ExitCode;
 
 use ampoule_backend::Backend;
 use ampoule_conformance::ops::{self, Problem, Report, SuiteOptions};
+use ampoule_cpu::CpuBackend;
 use ampoule_reference::ReferenceBackend;
 use serde_json::{Value, json};
 
 const USAGE: &str = "\
-usage: conformance ops [--backend reference] [--filter WORDS] [--seed N] [--cases N] [--json] [--list] [--verbose]
+usage: conformance ops [--backend cpu|reference] [--filter WORDS] [--seed N] [--cases N] [--json] [--list] [--verbose]
 
-  --backend B    what to test (default: reference)
+  --backend B    what to test: cpu or reference (default: cpu)
   --filter W     only cases whose name holds each of these words
   --seed N       of all random operands (default: 1)
   --cases N      cases of random shape added to those chosen by hand (default: 50)
@@ -32,7 +33,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
         return Err("the command must be 'ops'".to_owned());
     }
     let mut arguments = Arguments {
-        backend: "reference".to_owned(),
+        backend: "cpu".to_owned(),
         options: SuiteOptions::default(),
         json: false,
         list: false,
@@ -63,8 +64,9 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
 
 fn backend(name: &str) -> Result<Box<dyn Backend>, String> {
     match name {
+        "cpu" => Ok(Box::new(CpuBackend::new(0))),
         "reference" => Ok(Box::new(ReferenceBackend)),
-        _ => Err(format!("unknown backend '{name}'; this binary has reference")),
+        _ => Err(format!("unknown backend '{name}'; this binary has cpu and reference")),
     }
 }
 

@@ -6,7 +6,6 @@ use std::sync::Arc;
 
 use ampoule_backend::{Backend, BackendError, LoadOptions, Program, Region, SlotId};
 use ampoule_plan::{BufferId, Growth, Sealed};
-use ampoule_reference::ReferenceBackend;
 
 use super::case::{Bytes, Case, DrawOf, Expect, Scenario, States, Tolerance};
 use super::compare::{Tolerances, compare};
@@ -53,8 +52,14 @@ impl Loaded {
         let model = Arc::clone(self.program.model());
         let mut states = BTreeMap::new();
         for &id in model.state() {
-            let mut bytes = vec![0; model.buffer(id).bytes()];
-            self.program.read_state(slot, &whole(&model, id), &mut bytes)?;
+            let buffer = model.buffer(id);
+            let mut bytes = vec![0; buffer.bytes()];
+            let middle = buffer.rows() / 2;
+            let (first, second) = bytes.split_at_mut(middle * buffer.row_bytes());
+            let parts = [(middle..buffer.rows(), second), (0..middle, first)];
+            for (rows, part) in parts.into_iter().filter(|(rows, _)| !rows.is_empty()) {
+                self.program.read_state(slot, &Region { buffer: id, rows }, part)?;
+            }
             states.insert(id, bytes);
         }
         Ok(states)
@@ -76,7 +81,12 @@ impl Loaded {
             self.program.run(slot, replay.plan)?;
             for &(id, rows) in &replay.reads {
                 let mut bytes = vec![0; rows * model.buffer(id).row_bytes()];
-                self.program.read_output(id, 0, &mut bytes)?;
+                // In two parts: offsets are part of the contract.
+                let (first, second) = bytes.split_at_mut(rows / 2 * model.buffer(id).row_bytes());
+                self.program.read_output(id, first.len(), second)?;
+                if !first.is_empty() {
+                    self.program.read_output(id, 0, first)?;
+                }
                 outputs.entry(id).or_default().extend(bytes);
             }
             let after = self.program.counters();
@@ -108,7 +118,7 @@ struct Findings<'a> {
     name: &'a str,
     op: &'static str,
     case: &'a Case,
-    tolerances: &'a Tolerances,
+    judge: &'a Judge<'a>,
     report: &'a mut Report,
 }
 
@@ -131,7 +141,7 @@ impl Findings<'_> {
         expected: &[u8],
     ) {
         let buffer = self.case.model.buffer(id);
-        let outcome = compare(buffer.dtype, tolerance, self.tolerances, got, expected);
+        let outcome = compare(buffer.dtype, tolerance, &self.judge.tolerances, got, expected);
         if check == "reference" && matches!(tolerance, Tolerance::Relative(_)) {
             let worst = self.report.worst.entry((self.op, buffer.dtype.name())).or_default();
             *worst = worst.max(outcome.worst);
@@ -142,10 +152,14 @@ impl Findings<'_> {
         }
     }
 
+    fn tolerance(&self, id: BufferId) -> Tolerance {
+        if self.judge.exact { Tolerance::Bits } else { self.case.tolerance(id) }
+    }
+
     fn against_reference(&mut self, check: &'static str, got: &Trace, expected: &Trace) {
         for (want, have) in [(&expected.outputs, &got.outputs), (&expected.states, &got.states)] {
             for (id, expected) in want {
-                self.compare(check, *id, self.case.tolerance(*id), &have[id], expected);
+                self.compare(check, *id, self.tolerance(*id), &have[id], expected);
             }
         }
     }
@@ -153,13 +167,14 @@ impl Findings<'_> {
     fn draw(&mut self, check: &'static str, draw: &DrawOf, got: &Trace, expected: &Trace) {
         self.report.draws += 1;
         let (token, adjusted) = (&got.outputs[&draw.token], &expected.outputs[&draw.adjusted]);
-        if *token == expected.outputs[&draw.token] || !near_tie(draw, adjusted, token) {
+        let near = || !self.judge.exact && near_tie(draw, adjusted, token);
+        if *token == expected.outputs[&draw.token] || !near() {
             return self.against_reference(check, got, expected);
         }
         self.report.near_ties += 1;
         // The token and its count differ; the rest must not.
         let (id, have) = (draw.adjusted, &got.outputs[&draw.adjusted]);
-        self.compare(check, id, self.case.tolerance(id), have, adjusted);
+        self.compare(check, id, self.tolerance(id), have, adjusted);
     }
 
     fn same(
@@ -210,18 +225,26 @@ fn caught<T>(run: impl FnOnce() -> Result<T, BackendError>) -> Result<T, Problem
     }
 }
 
+/// What results are held against.
+pub(crate) struct Judge<'a> {
+    pub(crate) oracle: &'a dyn Backend,
+    pub(crate) tolerances: Tolerances,
+    /// Bit for bit, whatever the case allows.
+    pub(crate) exact: bool,
+}
+
 /// Runs the case and adds what it found to the report.
 pub(crate) fn run_case(
     backend: &dyn Backend,
     name: &str,
     op: &'static str,
     case: &Case,
-    tolerances: &Tolerances,
+    judge: &Judge<'_>,
     report: &mut Report,
 ) {
     report.run += 1;
     let failures = report.failures.len();
-    let mut findings = Findings { name, op, case, tolerances, report };
+    let mut findings = Findings { name, op, case, judge, report };
     if let Err(problem) = run_scenarios(backend, case, &mut findings) {
         findings.fail("run", problem);
     }
@@ -236,8 +259,8 @@ fn run_scenarios(
     findings: &mut Findings<'_>,
 ) -> Result<(), Problem> {
     let mut tested = caught(|| load(backend, case))?;
-    let mut reference = load(&ReferenceBackend, case)
-        .map_err(|e| Problem::Error(format!("the reference backend: {e}")))?;
+    let mut reference = load(findings.judge.oracle, case)
+        .map_err(|e| Problem::Error(format!("the backend to compare with: {e}")))?;
     let mut traces: Vec<Trace> = Vec::new();
     for (index, scenario) in case.scenarios.iter().enumerate() {
         // While the first scenario runs, the second slot must keep what it holds.
@@ -272,7 +295,7 @@ fn run_scenarios(
             expect => {
                 let expected = reference
                     .run(scenario)
-                    .map_err(|e| Problem::Error(format!("the reference backend: {e}")))?;
+                    .map_err(|e| Problem::Error(format!("the backend to compare with: {e}")))?;
                 match expect {
                     Expect::Draw(draw) => findings.draw(check, draw, &got, &expected),
                     _ => findings.against_reference(check, &got, &expected),

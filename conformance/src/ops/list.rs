@@ -137,7 +137,7 @@ fn unary(list: &mut List) {
 }
 
 fn linear(list: &mut List) {
-    let shapes: [(Tokens, usize, usize); 19] = [
+    let shapes: [(Tokens, usize, usize); 21] = [
         (Tokens::All(1), 1, 1),
         (Tokens::All(1), 33, 5),
         (Tokens::All(1), 576, 576),
@@ -157,6 +157,8 @@ fn linear(list: &mut List) {
         (of(64, 64), 160, 64),
         (of(65, 256), 96, 48),
         (Tokens::All(130), 128, 33),
+        (Tokens::All(1), 2048, 1536),
+        (of(32, 64), 1024, 384),
     ];
     let (mut layouts, mut pairs, mut biases) = (Wheel(0), Wheel(0), Wheel(0));
     for weight in MATRIX {
@@ -293,6 +295,8 @@ fn attention(list: &mut List) {
         (of(16, 16), 2, 8, 64, 0),
         (of(17, 64), 1, 1, 128, 47),
         (of(33, 64), 2, 2, 80, 31),
+        (Tokens::All(1), 2, 4, 128, 5000),
+        (of(40, 64), 1, 4, 64, 2000),
     ] {
         for _ in 0..3 {
             push(list, tokens, kv_heads, share, head_dim, position);
@@ -366,6 +370,8 @@ fn delta(list: &mut List) {
         (of(65, 128), 1, 1, 64, 64),
         (of(130, 256), 1, 2, 16, 16),
         (of(7, 16), 1, 8, 16, 32),
+        (Tokens::All(1), 16, 32, 128, 128),
+        (of(12, 16), 4, 8, 128, 128),
     ] {
         let pair = pairs.turn(&PAIRS);
         for (x, out) in [pair, if pair == (F32, F32) { (BF16, BF16) } else { (F32, F32) }] {

@@ -41,6 +41,9 @@ mod spec;
 mod words;
 
 use ampoule_backend::Backend;
+use ampoule_reference::ReferenceBackend;
+
+use execute::Judge;
 
 pub use build::{Layout, Tokens};
 pub use compare::Tolerances;
@@ -123,6 +126,25 @@ pub fn run_specs(
     options: &SuiteOptions,
     observer: &mut dyn FnMut(&str),
 ) -> Report {
+    let tolerances = options.tolerances;
+    let judge = Judge { oracle: &ReferenceBackend, tolerances, exact: false };
+    judged(backend, specs, options, &judge, observer)
+}
+
+/// Runs the suite and holds the backend against another one bit for bit: other thread counts and instruction paths
+/// of one backend whose results are said to be the same.
+pub fn run_against(backend: &dyn Backend, oracle: &dyn Backend, options: &SuiteOptions) -> Report {
+    let judge = Judge { oracle, tolerances: options.tolerances, exact: true };
+    judged(backend, &specs(options), options, &judge, &mut |_| {})
+}
+
+fn judged(
+    backend: &dyn Backend,
+    specs: &[Spec],
+    options: &SuiteOptions,
+    judge: &Judge<'_>,
+    observer: &mut dyn FnMut(&str),
+) -> Report {
     let info = backend.info();
     let mut report =
         Report { backend: format!("{} ({})", info.backend, info.class), ..Report::default() };
@@ -137,7 +159,7 @@ pub fn run_specs(
         }
         observer(spec.name());
         let case = spec.build(options.seed);
-        execute::run_case(backend, spec.name(), spec.op(), &case, &options.tolerances, &mut report);
+        execute::run_case(backend, spec.name(), spec.op(), &case, judge, &mut report);
     }
     for (ignore, used) in options.ignore.iter().zip(used) {
         if !used {

@@ -348,3 +348,56 @@ fn kept(scores: &[f32], params: &[f32; p::LEN], slack: f64) -> impl Fn(f64) -> b
     let min_p = f64::from(params[p::MIN_P]) * (1.0 + 10.0 * slack);
     move |v| v >= threshold && (min_p <= 0.0 || (v - highest).exp() >= min_p)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Noisy scores of eight equal logits.
+    fn scores(position: u32) -> Vec<f64> {
+        let noise = |i: usize| {
+            let words = philox4x32([(i / 4) as u32, position, 0, 0], [1, 2]);
+            let uniform = (f64::from(words[i % 4] as f32) + 0.5) / 4_294_967_296.0;
+            -(-(-uniform.min(1.0 - 1.0 / 16_777_216.0)).ln_1p()).ln()
+        };
+        (0..8).map(noise).collect()
+    }
+
+    #[test]
+    fn only_near_ties_are_near_ties() {
+        let (params, table) = ([1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0], BufferId(0));
+        let (mut near, mut far) = (0, 0);
+        for position in 0..20_000 {
+            let scores = scores(position);
+            let mut order: Vec<usize> = (0..8).collect();
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+            let gap = (scores[order[0]] - scores[order[1]]) / scores[order[0]].abs().max(1.0);
+            let draw = DrawOf { params, seed: [1, 2], position, token: table, adjusted: table };
+            let second = words([order[1] as u32]);
+            let tie = near_tie(&draw, &[0; 32], &second);
+            assert!(near_tie(&draw, &[0; 32], &words([order[0] as u32])));
+            assert!(
+                !near_tie(&draw, &[0; 32], &words([8]))
+                    && !near_tie(&draw, &[0; 32], &words([u32::MAX]))
+            );
+            match gap {
+                g if g < 0.9e-4 => near += usize::from(tie),
+                g if g > 1.1e-4 => far += usize::from(tie),
+                _ => {}
+            }
+        }
+        assert!(near > 0, "some gap among so many is small");
+        assert_eq!(far, 0);
+    }
+
+    #[test]
+    fn a_token_that_the_filters_drop_is_no_near_tie() {
+        let params = [1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0];
+        let (token, adjusted) = (BufferId(0), floats(&[1.0, 2.0, 1.999]));
+        for position in 0..100 {
+            let draw = DrawOf { params, seed: [1, 2], position, token, adjusted: token };
+            assert!(near_tie(&draw, &adjusted, &words([1])));
+            assert!(!near_tie(&draw, &adjusted, &words([2])));
+        }
+    }
+}

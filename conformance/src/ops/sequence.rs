@@ -308,12 +308,13 @@ type Rows = super::build::Rows;
 type Mixer = (Box<dyn Fn(usize) -> Vec<Op>>, (Rows, Rows));
 
 impl LayerCase {
-    /// Where intermediates are rounded, a sum that rounds the other way moves everything after it a little.
+    /// Where intermediates are rounded to bfloat16, a sum that rounds the other way moves everything after it: an
+    /// element of 8 by a sixteenth. Such layers test how ops fit together; the ops' own cases are the sharp ones.
     fn tolerance(&self, of: DType) -> Tolerance {
         Tolerance::Relative(match (self.x, of) {
             (DType::F32, _) => 2.0,
-            (_, DType::F32) => 200.0,
-            _ => 1.0,
+            (_, DType::F32) => 2500.0,
+            _ => 3.0,
         })
     }
 
