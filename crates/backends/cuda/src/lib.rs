@@ -11,6 +11,8 @@
 //!
 //! Frozen state lives in a reservation made at load; freeze and thaw are one kernel over a table of regions.
 
+#[doc(hidden)]
+pub mod bench;
 mod cache;
 mod capture;
 mod compile;

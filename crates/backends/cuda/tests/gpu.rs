@@ -1,0 +1,317 @@
+//! The backend on a real GPU. Without one every test prints why it is skipped; `AMPOULE_REQUIRE_GPU=1` makes that a failure.
+
+use std::sync::Arc;
+
+use ampoule_backend::{
+    Backend, BackendError, Frozen, LoadOptions, Program, Region, SlotId, fixed_regions, row_regions,
+};
+use ampoule_cuda::{CudaBackend, CudaOptions};
+use ampoule_models::decoder::{BuildOptions, Precision};
+use ampoule_models::model::{BuiltModel, ModelFiles};
+use ampoule_plan::{BufferId, DType, Phase};
+use ampoule_reference::ReferenceBackend;
+
+const VOCABULARY: usize = 512;
+
+/// The backend, or `None` after a sentence that says why not.
+fn gpu(options: CudaOptions) -> Option<CudaBackend> {
+    let opened = CudaBackend::discover().and_then(|found| {
+        let ordinal = found.first().map_or(0, |g| g.ordinal);
+        CudaBackend::with_options(ordinal, options)
+    });
+    match opened {
+        Ok(backend) => Some(backend),
+        Err(error) => {
+            let required = std::env::var("AMPOULE_REQUIRE_GPU").is_ok_and(|v| v == "1");
+            assert!(!required, "AMPOULE_REQUIRE_GPU=1, but {error}");
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+fn model(dtype: DType) -> BuiltModel {
+    let options = BuildOptions {
+        context: 512,
+        prefill: vec![1, 32, 64],
+        score: 32,
+        decode_contexts: vec![256, 512],
+        precision: Precision { activation: dtype, kv_cache: dtype },
+    };
+    ModelFiles::open("random:qwen3.5-tiny").unwrap().build(&options).unwrap()
+}
+
+struct Runner {
+    program: Box<dyn Program>,
+}
+
+impl Runner {
+    fn new(backend: &dyn Backend, built: &BuiltModel) -> Self {
+        let options = LoadOptions { slots: 2, capsule_bytes: 4 << 20 };
+        let model = Arc::clone(&built.sealed);
+        let program = backend.load(model, &built.weights, options, &mut |_, _| {}).unwrap();
+        Self { program }
+    }
+
+    fn buffer(&self, name: &str) -> BufferId {
+        self.program.model().model().buffers.find(name).unwrap()
+    }
+
+    fn plan(&self, phase: Phase, tokens: usize, context: usize) -> usize {
+        let plans = &self.program.model().model().plans;
+        let fits = |k: &ampoule_plan::ShapeKey| {
+            k.phase == phase
+                && (tokens == 0 || k.tokens == tokens)
+                && (context == 0 || k.context == context)
+        };
+        plans.iter().position(|p| fits(&p.key)).unwrap()
+    }
+
+    fn write(&mut self, name: &str, words: &[u32]) {
+        let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+        self.program.write_input(self.buffer(name), &bytes).unwrap();
+    }
+
+    fn reset(&mut self) -> SlotId {
+        let slot = self.program.create_slot().unwrap();
+        self.empty(slot);
+        slot
+    }
+
+    fn empty(&mut self, slot: SlotId) {
+        self.program.run(slot, self.plan(Phase::Reset, 0, 0)).unwrap();
+        // Repetition 1, temperature 0: greedy.
+        let params = [0.0_f32, 0.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0].map(f32::to_bits);
+        self.write("input.params", &params);
+        self.write("input.seed", &[7, 9]);
+        self.write("input.bias_tokens", &[u32::MAX; 512]);
+        self.write("input.bias_values", &[0; 512]);
+        self.write("input.forced", &[u32::MAX]);
+        self.program.run(slot, self.plan(Phase::Configure, 0, 0)).unwrap();
+    }
+
+    fn prefill(&mut self, slot: SlotId, tokens: &[u32], bucket: usize) {
+        let mut padded = tokens.to_vec();
+        padded.resize(bucket, 77);
+        self.write("input.tokens", &padded);
+        self.write("input.count", &[tokens.len() as u32]);
+        self.program.run(slot, self.plan(Phase::Prefill, bucket, 0)).unwrap();
+    }
+
+    fn decode(&mut self, slot: SlotId, context: usize) -> u32 {
+        self.program.run(slot, self.plan(Phase::Decode, 1, context)).unwrap();
+        let mut token = [0; 4];
+        self.program.read_output(self.buffer("output.token"), 0, &mut token).unwrap();
+        u32::from_le_bytes(token)
+    }
+
+    fn state(&mut self, slot: SlotId, name: &str, rows: std::ops::Range<usize>) -> Vec<u8> {
+        let region = Region { buffer: self.buffer(name), rows };
+        let mut bytes = vec![0; region.bytes(&self.program.model().model().buffers)];
+        self.program.read_state(slot, &region, &mut bytes).unwrap();
+        bytes
+    }
+
+    fn logits(&mut self, slot: SlotId) -> Vec<f32> {
+        let bytes = self.state(slot, "sampler.logits", 0..1);
+        bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+    }
+}
+
+/// Varied text: no token repeats soon.
+fn text(count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| (i * 193 + 41 + i * i * 7) % VOCABULARY as u32).collect()
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    let square = |v: f64| v * v;
+    let difference: f64 = a.iter().zip(b).map(|(x, y)| square(f64::from(x - y))).sum();
+    let size: f64 = b.iter().map(|y| square(f64::from(*y))).sum();
+    (difference / size).sqrt()
+}
+
+#[test]
+fn logits_are_those_of_the_reference() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    for (dtype, allowed) in [(DType::F32, 1e-4), (DType::BF16, 3e-2), (DType::F16, 1e-2)] {
+        let built = model(dtype);
+        let mut ours = Runner::new(&backend, &built);
+        let mut theirs = Runner::new(&ReferenceBackend, &built);
+        let (a, b) = (ours.reset(), theirs.reset());
+        let tokens = text(23);
+        ours.prefill(a, &tokens, 32);
+        theirs.prefill(b, &tokens, 32);
+        let error = distance(&ours.logits(a), &theirs.logits(b));
+        println!("{dtype}: prefill error {error:e}");
+        assert!(error < allowed, "{dtype}: prefill differs by {error}");
+        for step in 0..8 {
+            // The same token on both sides, whatever a near tie did.
+            let token = step * 31 + 5;
+            for (runner, slot) in [(&mut ours, a), (&mut theirs, b)] {
+                runner.write("input.forced", &[token]);
+                assert_eq!(runner.decode(slot, 256), token);
+            }
+            let error = distance(&ours.logits(a), &theirs.logits(b));
+            assert!(error < allowed, "{dtype}: decode step {step} differs by {error}");
+        }
+    }
+}
+
+#[test]
+fn fusion_and_early_launch_change_no_bit() {
+    let on = CudaOptions::default();
+    let variants = [
+        on,
+        CudaOptions { fusion: false, ..on },
+        CudaOptions { programmatic_launch: false, ..on },
+        CudaOptions { fusion: false, programmatic_launch: false, gemv_blocks: 1, ..on },
+    ];
+    for dtype in [DType::F32, DType::BF16] {
+        let built = model(dtype);
+        let mut expected: Option<(Vec<u32>, Vec<f32>)> = None;
+        for options in variants {
+            let Some(backend) = gpu(options) else { return };
+            let mut runner = Runner::new(&backend, &built);
+            let slot = runner.reset();
+            runner.prefill(slot, &text(40), 64);
+            let tokens: Vec<u32> = (0..24).map(|_| runner.decode(slot, 256)).collect();
+            let got = (tokens, runner.logits(slot));
+            let expected = expected.get_or_insert_with(|| got.clone());
+            assert_eq!(got.0, expected.0, "{options:?}");
+            assert!(
+                bits(&got.1) == bits(&expected.1),
+                "{options:?}: {:e}",
+                distance(&got.1, &expected.1)
+            );
+        }
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+#[test]
+fn prefill_does_not_depend_on_how_it_is_cut() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    for dtype in [DType::F32, DType::BF16] {
+        let built = model(dtype);
+        let mut runner = Runner::new(&backend, &built);
+        let slot = runner.reset();
+        let tokens = text(50);
+        let mut expected: Option<Vec<u32>> = None;
+        for cuts in [
+            &[(50, 64)][..],
+            &[(32, 32), (18, 32)],
+            &[(1, 1), (17, 64), (32, 32)],
+            &[(7, 32), (43, 64)],
+        ] {
+            runner.empty(slot);
+            runner.program.poison().unwrap();
+            let mut done = 0;
+            for &(count, bucket) in cuts {
+                runner.prefill(slot, &tokens[done..done + count], bucket);
+                done += count;
+            }
+            let got = bits(&runner.logits(slot));
+            assert!(got == *expected.get_or_insert_with(|| got.clone()), "{dtype}, cut {cuts:?}");
+        }
+    }
+}
+
+#[test]
+fn decode_does_not_depend_on_the_context_bucket() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let built = model(DType::BF16);
+    let mut runner = Runner::new(&backend, &built);
+    let slot = runner.reset();
+    let mut runs = Vec::new();
+    for context in [256, 512] {
+        runner.empty(slot);
+        runner.prefill(slot, &text(60), 64);
+        let tokens: Vec<u32> = (0..16).map(|_| runner.decode(slot, context)).collect();
+        runs.push((tokens, bits(&runner.logits(slot))));
+    }
+    assert!(runs[0] == runs[1]);
+}
+
+#[test]
+fn a_thawed_slot_goes_on_as_if_nothing_had_happened() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let built = model(DType::BF16);
+    let mut runner = Runner::new(&backend, &built);
+    let (first, second) = (runner.reset(), runner.reset());
+    runner.prefill(first, &text(45), 64);
+    let mut regions = fixed_regions(&built.sealed);
+    regions.extend(row_regions(&built.sealed, &(0..45)));
+    let frozen = runner.program.freeze(first, &regions).unwrap();
+    let expected: Vec<u32> = (0..12).map(|_| runner.decode(first, 256)).collect();
+    let logits = bits(&runner.logits(first));
+
+    runner.program.thaw(second, std::slice::from_ref(&frozen)).unwrap();
+    let got: Vec<u32> = (0..12).map(|_| runner.decode(second, 256)).collect();
+    assert_eq!(got, expected);
+    assert!(bits(&runner.logits(second)) == logits);
+
+    // Out to the host and in again.
+    let bytes: Vec<Vec<u8>> = regions
+        .iter()
+        .enumerate()
+        .map(|(i, r)| {
+            let mut bytes = vec![0; r.bytes(&built.sealed.model().buffers)];
+            frozen.read(i, &mut bytes).unwrap();
+            bytes
+        })
+        .collect();
+    let parts: Vec<&[u8]> = bytes.iter().map(Vec::as_slice).collect();
+    let imported = runner.program.freeze_bytes(&regions, &parts).unwrap();
+    runner.program.thaw(first, &[imported]).unwrap();
+    for (region, bytes) in regions.iter().zip(&bytes) {
+        let name = built.sealed.buffer(region.buffer).name.clone();
+        assert!(runner.state(first, &name, region.rows.clone()) == *bytes, "{name}");
+    }
+}
+
+#[test]
+fn the_capsule_budget_is_kept_and_given_back() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let built = model(DType::F32);
+    let mut runner = Runner::new(&backend, &built);
+    let slot = runner.reset();
+    let regions = fixed_regions(&built.sealed);
+    let mut alive: Vec<Arc<dyn Frozen>> = Vec::new();
+    let refused = loop {
+        match runner.program.freeze(slot, &regions) {
+            Ok(frozen) => alive.push(frozen),
+            Err(error) => break error,
+        }
+    };
+    let (used, budget) = runner.program.frozen_bytes();
+    assert!(matches!(refused, BackendError::CapsuleBudget { .. }), "{refused}");
+    assert_eq!(used, alive.iter().map(|f| f.bytes()).sum::<usize>());
+    assert_eq!(alive.len(), budget / alive[0].bytes());
+    alive.pop();
+    alive.push(runner.program.freeze(slot, &regions).unwrap());
+    alive.clear();
+    assert_eq!(runner.program.frozen_bytes().0, 0);
+}
+
+#[test]
+fn a_decode_step_is_one_launch_and_one_wait() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let built = model(DType::BF16);
+    let mut runner = Runner::new(&backend, &built);
+    let slot = runner.reset();
+    runner.prefill(slot, &text(20), 32);
+    runner.decode(slot, 256);
+    runner.program.synchronize().unwrap();
+    let before = runner.program.counters();
+    for _ in 0..50 {
+        runner.write("input.forced", &[u32::MAX]);
+        runner.decode(slot, 256);
+    }
+    let after = runner.program.counters();
+    assert_eq!(after.launches - before.launches, 50);
+    assert_eq!(after.synchronizations - before.synchronizations, 50);
+    assert_eq!((after.allocations, after.captures), (before.allocations, before.captures));
+}
