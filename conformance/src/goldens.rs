@@ -54,13 +54,24 @@ fn words<T>(file: &SafeTensors<'_>, name: &str, convert: impl Fn([u8; 4]) -> T) 
 ///
 /// # Errors
 /// If the files cannot be read or the engine fails, in words.
-pub fn run(backend: &dyn Backend, checkpoint: &Path, precision: Option<DType>) -> Result<GoldenReport, String> {
+pub fn run(
+    backend: &dyn Backend,
+    checkpoint: &Path,
+    precision: Option<DType>,
+) -> Result<GoldenReport, String> {
     let text = |e: &dyn std::fmt::Display| format!("{}: {e}", checkpoint.display());
     let bytes = std::fs::read(checkpoint.join("expected.safetensors")).map_err(|e| text(&e))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| text(&e))?;
-    let options = LoadOptions { context: 512, kv_cache: precision.or(Some(DType::F32)), ..LoadOptions::default() };
+    let precision = precision.or(Some(DType::F32));
+    let options = LoadOptions {
+        context: 512,
+        kv_cache: precision,
+        activation: precision,
+        ..LoadOptions::default()
+    };
     let path = checkpoint.to_str().ok_or("the path is not UTF-8")?;
-    let mut model = Ampoule::load_on(backend, path, &options, &mut |_, _| {}).map_err(|e| text(&e))?;
+    let mut model =
+        Ampoule::load_on(backend, path, &options, &mut |_, _| {}).map_err(|e| text(&e))?;
     let mut report = GoldenReport {
         name: checkpoint.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
         rows: 0,
@@ -71,12 +82,16 @@ pub fn run(backend: &dyn Backend, checkpoint: &Path, precision: Option<DType>) -
     };
     let slot = model.engine.create_slot().map_err(|e| text(&e))?;
     let vocabulary = model.engine.vocabulary();
-    let mut names: Vec<&str> = file.names().into_iter().filter_map(|n| n.strip_suffix(".input_ids")).collect();
+    let mut names: Vec<&str> =
+        file.names().into_iter().filter_map(|n| n.strip_suffix(".input_ids")).collect();
     names.sort_unstable();
     for name in names {
-        let tokens = words(&file, &format!("{name}.input_ids"), u32::from_le_bytes).ok_or("no input_ids")?;
-        let positions = words(&file, &format!("{name}.positions"), u32::from_le_bytes).ok_or("no positions")?;
-        let expected = words(&file, &format!("{name}.logits"), f32::from_le_bytes).ok_or("no logits")?;
+        let tokens =
+            words(&file, &format!("{name}.input_ids"), u32::from_le_bytes).ok_or("no input_ids")?;
+        let positions =
+            words(&file, &format!("{name}.positions"), u32::from_le_bytes).ok_or("no positions")?;
+        let expected =
+            words(&file, &format!("{name}.logits"), f32::from_le_bytes).ok_or("no logits")?;
         let mut rows: Vec<Vec<f32>> = Vec::new();
         model.engine.reset(slot).map_err(|e| text(&e))?;
         let mut sink = |row: &[f32]| {
@@ -89,7 +104,8 @@ pub fn run(backend: &dyn Backend, checkpoint: &Path, precision: Option<DType>) -
             for (got, wanted) in rows[*row as usize].iter().zip(expected) {
                 let difference = f64::from(got - wanted);
                 // A NaN must not pass as small.
-                worst = if difference.is_nan() { f64::INFINITY } else { worst.max(difference.abs()) };
+                worst =
+                    if difference.is_nan() { f64::INFINITY } else { worst.max(difference.abs()) };
                 largest = largest.max(f64::from(wanted.abs()));
                 difference2 += difference * difference;
                 expected2 += f64::from(*wanted) * f64::from(*wanted);

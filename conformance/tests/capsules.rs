@@ -3,7 +3,9 @@
 use std::any::Any;
 use std::sync::Arc;
 
-use ampoule::{Ampoule, Backend, BackendError, DType, DeviceInfo, LoadOptions, VerifyOptions, VerifyReport};
+use ampoule::{
+    Ampoule, Backend, BackendError, DType, DeviceInfo, LoadOptions, VerifyOptions, VerifyReport,
+};
 use ampoule_backend::{Counters, Frozen, LoadOptions as Memory, Program, Progress, Region, SlotId};
 use ampoule_cpu::CpuBackend;
 use ampoule_plan::{BufferId, Sealed, WeightSource};
@@ -18,7 +20,13 @@ fn load(backend: &dyn Backend, model: &str) -> Ampoule {
 
 fn print(report: &VerifyReport) {
     for level in &report.levels {
-        println!("{:16} {:5} checks {:4} mismatches {}", level.level, level.checks, level.mismatches, level.first.clone().unwrap_or_default());
+        println!(
+            "{:16} {:5} checks {:4} mismatches {}",
+            level.level,
+            level.checks,
+            level.mismatches,
+            level.first.clone().unwrap_or_default()
+        );
     }
 }
 
@@ -32,19 +40,33 @@ fn verify(backend: &dyn Backend, model: &str, options: &VerifyOptions) {
 
 #[test]
 fn tiny_hybrid_on_the_reference() {
-    verify(&ReferenceBackend, TINY, &VerifyOptions { trials: 12, max_tokens: 60, ..VerifyOptions::default() });
+    verify(
+        &ReferenceBackend,
+        TINY,
+        &VerifyOptions { trials: 12, max_tokens: 60, ..VerifyOptions::default() },
+    );
 }
 
 #[test]
 fn tiny_hybrid_on_the_cpu() {
-    verify(&CpuBackend::new(2), TINY, &VerifyOptions { trials: 500, max_tokens: 200, ..VerifyOptions::default() });
+    verify(
+        &CpuBackend::new(2),
+        TINY,
+        &VerifyOptions { trials: 500, max_tokens: 200, ..VerifyOptions::default() },
+    );
 }
 
 #[test]
 fn golden_checkpoints_on_the_cpu() {
-    for checkpoint in ampoule_conformance::goldens::checkpoints(&ampoule_conformance::goldens::folder()).unwrap() {
+    for checkpoint in
+        ampoule_conformance::goldens::checkpoints(&ampoule_conformance::goldens::folder()).unwrap()
+    {
         let model = checkpoint.to_str().unwrap();
-        verify(&CpuBackend::new(2), model, &VerifyOptions { trials: 20, seed: 7, ..VerifyOptions::default() });
+        verify(
+            &CpuBackend::new(2),
+            model,
+            &VerifyOptions { trials: 20, seed: 7, ..VerifyOptions::default() },
+        );
     }
 }
 
@@ -67,8 +89,14 @@ fn every_split(backend: &dyn Backend, model: &str, len: usize) {
         model.engine.step(warm).unwrap();
         model.engine.restore(warm, &capsule).unwrap();
         model.append(warm, &tokens[split..]).unwrap();
-        assert!(bits(model.engine.logits(warm).unwrap()) == cold_logits, "logits differ at split {split}");
-        assert!(model.engine.state_bytes(warm).unwrap() == cold_bytes, "state differs at split {split}");
+        assert!(
+            bits(model.engine.logits(warm).unwrap()) == cold_logits,
+            "logits differ at split {split}"
+        );
+        assert!(
+            model.engine.state_bytes(warm).unwrap() == cold_bytes,
+            "state differs at split {split}"
+        );
     }
 }
 
@@ -132,7 +160,13 @@ impl Backend for Forgetful {
     fn info(&self) -> DeviceInfo {
         self.inner.info()
     }
-    fn load(&self, model: Arc<Sealed>, weights: &dyn WeightSource, options: Memory, progress: Progress<'_>) -> Result<Box<dyn Program>, BackendError> {
+    fn load(
+        &self,
+        model: Arc<Sealed>,
+        weights: &dyn WeightSource,
+        options: Memory,
+        progress: Progress<'_>,
+    ) -> Result<Box<dyn Program>, BackendError> {
         let names = model.state().iter().find(|&&id| model.buffer(id).name.contains(self.lost));
         let lost = *names.expect("the model has such a buffer");
         let inner = self.inner.load(model, weights, options, progress)?;
@@ -156,13 +190,27 @@ impl Program for ForgetfulProgram {
     fn run(&mut self, slot: SlotId, plan: usize) -> Result<(), BackendError> {
         self.inner.run(slot, plan)
     }
-    fn read_output(&mut self, buffer: BufferId, offset: usize, into: &mut [u8]) -> Result<(), BackendError> {
+    fn read_output(
+        &mut self,
+        buffer: BufferId,
+        offset: usize,
+        into: &mut [u8],
+    ) -> Result<(), BackendError> {
         self.inner.read_output(buffer, offset, into)
     }
-    fn read_state(&mut self, slot: SlotId, region: &Region, into: &mut [u8]) -> Result<(), BackendError> {
+    fn read_state(
+        &mut self,
+        slot: SlotId,
+        region: &Region,
+        into: &mut [u8],
+    ) -> Result<(), BackendError> {
         self.inner.read_state(slot, region, into)
     }
-    fn freeze(&mut self, slot: SlotId, regions: &[Region]) -> Result<Arc<dyn Frozen>, BackendError> {
+    fn freeze(
+        &mut self,
+        slot: SlotId,
+        regions: &[Region],
+    ) -> Result<Arc<dyn Frozen>, BackendError> {
         let kept: Vec<Region> = regions.iter().filter(|r| r.buffer != self.lost).cloned().collect();
         let inner = self.inner.freeze(slot, &kept)?;
         let place = |r: &Region| kept.iter().position(|k| k == r).unwrap_or(usize::MAX);
@@ -170,11 +218,17 @@ impl Program for ForgetfulProgram {
         Ok(Arc::new(Stub(regions.to_vec(), inner, map)))
     }
     fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError> {
-        let own = |p: &Arc<dyn Frozen>| p.as_any().downcast_ref::<Stub>().map_or_else(|| Arc::clone(p), |s| Arc::clone(&s.1));
+        let own = |p: &Arc<dyn Frozen>| {
+            p.as_any().downcast_ref::<Stub>().map_or_else(|| Arc::clone(p), |s| Arc::clone(&s.1))
+        };
         let parts: Vec<_> = parts.iter().map(own).collect();
         self.inner.thaw(slot, &parts)
     }
-    fn freeze_bytes(&mut self, regions: &[Region], bytes: &[&[u8]]) -> Result<Arc<dyn Frozen>, BackendError> {
+    fn freeze_bytes(
+        &mut self,
+        regions: &[Region],
+        bytes: &[&[u8]],
+    ) -> Result<Arc<dyn Frozen>, BackendError> {
         self.inner.freeze_bytes(regions, bytes)
     }
     fn poison(&mut self) -> Result<(), BackendError> {
@@ -193,7 +247,17 @@ impl Program for ForgetfulProgram {
 
 #[test]
 fn a_capsule_that_forgets_a_buffer_is_caught() {
-    for lost in ["recurrent", "conv", "kv.key", "kv.value", "sampler.logits", "sampler.seed", "sampler.counts", "sampler.params", "cursor"] {
+    for lost in [
+        "recurrent",
+        "conv",
+        "kv.key",
+        "kv.value",
+        "sampler.logits",
+        "sampler.seed",
+        "sampler.counts",
+        "sampler.params",
+        "cursor",
+    ] {
         let backend = Forgetful { inner: CpuBackend::new(1), lost };
         let mut model = load(&backend, TINY);
         let options = VerifyOptions { trials: 6, ..VerifyOptions::default() };
@@ -215,8 +279,11 @@ fn the_whole_capsule_answers_as_the_session_did_and_without_recurrent_state_it_d
 fn lossy_kv_types_are_exact_too() {
     for kv in [DType::F16, DType::BF16] {
         let options = LoadOptions { context: 512, kv_cache: Some(kv), ..LoadOptions::default() };
-        let mut model = Ampoule::load_on(&CpuBackend::new(2), TINY, &options, &mut |_, _| {}).unwrap();
-        let report = model.verify(&VerifyOptions { trials: 20, ..VerifyOptions::default() }, &mut |_, _| {}).unwrap();
+        let mut model =
+            Ampoule::load_on(&CpuBackend::new(2), TINY, &options, &mut |_, _| {}).unwrap();
+        let report = model
+            .verify(&VerifyOptions { trials: 20, ..VerifyOptions::default() }, &mut |_, _| {})
+            .unwrap();
         assert!(report.passed(), "{report:?}");
     }
 }

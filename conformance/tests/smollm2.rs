@@ -10,8 +10,10 @@ const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 
 /// The model's path; `None` only where somebody asked to skip these tests.
 fn model_path() -> Option<PathBuf> {
-    let path = std::env::var_os("AMPOULE_SMOLLM2")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../models").join(FILE), PathBuf::from);
+    let path = std::env::var_os("AMPOULE_SMOLLM2").map_or_else(
+        || Path::new(env!("CARGO_MANIFEST_DIR")).join("../models").join(FILE),
+        PathBuf::from,
+    );
     if path.exists() {
         return Some(path);
     }
@@ -19,24 +21,37 @@ fn model_path() -> Option<PathBuf> {
         println!("skipped: {} is not there and AMPOULE_SKIP_SMOLLM2 is set", path.display());
         return None;
     }
-    panic!("{} is not there: `cargo xtask test` fetches it, AMPOULE_SKIP_SMOLLM2=1 skips these tests", path.display());
+    panic!(
+        "{} is not there: `cargo xtask test` fetches it, AMPOULE_SKIP_SMOLLM2=1 skips these tests",
+        path.display()
+    );
 }
 
 fn load(context: usize) -> Option<Ampoule> {
     let path = model_path()?;
     let options = LoadOptions { context, ..LoadOptions::default() };
-    Some(Ampoule::load_on(&CpuBackend::new(2), path.to_str().unwrap(), &options, &mut |_, _| {}).unwrap())
+    Some(
+        Ampoule::load_on(&CpuBackend::new(2), path.to_str().unwrap(), &options, &mut |_, _| {})
+            .unwrap(),
+    )
 }
 
 fn golden(name: &str) -> String {
-    std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/perplexity").join(name)).unwrap()
+    std::fs::read_to_string(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/perplexity").join(name),
+    )
+    .unwrap()
 }
 
 #[test]
 fn perplexity_is_that_of_the_dequantised_model() {
     let Some(mut model) = load(6000) else { return };
     let ids: Vec<u32> = golden("kjv.ids").split(',').map(|id| id.trim().parse().unwrap()).collect();
-    assert_eq!(model.encode_prompt(&golden("kjv.txt")).unwrap(), ids, "the tokenizer differs from the reference");
+    assert_eq!(
+        model.encode_prompt(&golden("kjv.txt")).unwrap(),
+        ids,
+        "the tokenizer differs from the reference"
+    );
     let expected: serde_json::Value = serde_json::from_str(&golden("smollm2.json")).unwrap();
     let slot = model.engine.create_slot().unwrap();
     let mut scores = Vec::with_capacity(ids.len());
@@ -53,8 +68,12 @@ fn perplexity_is_that_of_the_dequantised_model() {
     let nll = -scores.iter().sum::<f64>() / scores.len() as f64;
     let (perplexity, wanted) = (nll.exp(), expected["perplexity"].as_f64().unwrap());
     println!("{} tokens: perplexity {perplexity:.5}, reference {wanted:.5}", ids.len());
-    assert!((perplexity / wanted - 1.0).abs() < 1e-3, "perplexity {perplexity}, reference {wanted}");
-    for (got, wanted) in scores.iter().zip(expected["first_log_probabilities"].as_array().unwrap()) {
+    assert!(
+        (perplexity / wanted - 1.0).abs() < 1e-3,
+        "perplexity {perplexity}, reference {wanted}"
+    );
+    for (got, wanted) in scores.iter().zip(expected["first_log_probabilities"].as_array().unwrap())
+    {
         let wanted = wanted.as_f64().unwrap();
         assert!((got - wanted).abs() < 0.02, "log probability {got}, reference {wanted}");
     }
@@ -77,13 +96,20 @@ fn every_split_of_a_text_is_cold() {
     let cold = model.slot_with(&tokens).unwrap();
     let cold_logits = bits(model.engine.logits(cold).unwrap());
     let cold_bytes = model.engine.state_bytes(cold).unwrap();
-    let (growing, warm) = (model.engine.create_slot().unwrap(), model.engine.create_slot().unwrap());
+    let (growing, warm) =
+        (model.engine.create_slot().unwrap(), model.engine.create_slot().unwrap());
     for split in 1..tokens.len() {
         model.append(growing, &tokens[split - 1..split]).unwrap();
         let capsule = model.engine.snapshot(growing).unwrap();
         model.engine.restore(warm, &capsule).unwrap();
         model.append(warm, &tokens[split..]).unwrap();
-        assert!(bits(model.engine.logits(warm).unwrap()) == cold_logits, "logits differ at split {split}");
-        assert!(model.engine.state_bytes(warm).unwrap() == cold_bytes, "state differs at split {split}");
+        assert!(
+            bits(model.engine.logits(warm).unwrap()) == cold_logits,
+            "logits differ at split {split}"
+        );
+        assert!(
+            model.engine.state_bytes(warm).unwrap() == cold_bytes,
+            "state differs at split {split}"
+        );
     }
 }

@@ -5,13 +5,14 @@ use std::process::ExitCode;
 use ampoule_backend::Backend;
 use ampoule_conformance::ops::{self, Problem, Report, SuiteOptions};
 use ampoule_cpu::CpuBackend;
+use ampoule_cuda::CudaBackend;
 use ampoule_reference::ReferenceBackend;
 use serde_json::{Value, json};
 
 const USAGE: &str = "\
-usage: conformance ops [--backend cpu|reference] [--filter WORDS] [--seed N] [--cases N] [--json] [--list] [--verbose]
+usage: conformance ops [--backend cpu|cuda|reference] [--filter WORDS] [--seed N] [--cases N] [--json] [--list] [--verbose]
 
-  --backend B    what to test: cpu or reference (default: cpu)
+  --backend B    what to test: cpu, cuda or reference (default: cpu)
   --filter W     only cases whose name holds each of these words
   --seed N       of all random operands (default: 1)
   --cases N      cases of random shape added to those chosen by hand (default: 50)
@@ -66,7 +67,8 @@ fn backend(name: &str) -> Result<Box<dyn Backend>, String> {
     match name {
         "cpu" => Ok(Box::new(CpuBackend::new(0))),
         "reference" => Ok(Box::new(ReferenceBackend)),
-        _ => Err(format!("unknown backend '{name}'; this binary has cpu and reference")),
+        "cuda" => Ok(Box::new(CudaBackend::new(0).map_err(|e| e.to_string())?)),
+        _ => Err(format!("unknown backend '{name}'; this binary has cpu, cuda and reference")),
     }
 }
 
