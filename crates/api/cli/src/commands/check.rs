@@ -8,9 +8,9 @@ use crate::args::{AblateArgs, GlobalArgs, VerifyArgs};
 use crate::output::{self, Failed, Progress, Table};
 
 /// Tokens compared by `ablate`.
-pub const TOKENS: usize = 48;
+pub(crate) const TOKENS: usize = 48;
 
-pub fn verify(args: &VerifyArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+pub(crate) fn verify(args: &VerifyArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let progress = Progress::new(args.json);
     let options =
         VerifyOptions { trials: args.trials, seed: args.seed, ..VerifyOptions::default() };
@@ -30,7 +30,11 @@ pub fn verify(args: &VerifyArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     } else {
         let mut table = Table::new(&["level", "checks", "mismatches"]);
         for level in &report.levels {
-            table.row([level.level.to_owned(), level.checks.to_string(), level.mismatches.to_string()]);
+            table.row([
+                level.level.to_owned(),
+                level.checks.to_string(),
+                level.mismatches.to_string(),
+            ]);
         }
         let poison = if args.poison { ", scratch poisoned" } else { "" };
         output::line(format!(
@@ -40,7 +44,10 @@ pub fn verify(args: &VerifyArgs, global: &GlobalArgs) -> anyhow::Result<()> {
         output::put(&table.to_text())?;
         for level in report.levels.iter().filter(|l| l.mismatches > 0) {
             let first = level.first.as_deref().unwrap_or_default();
-            output::line(format!("{}: promised was '{}', but {first}", level.level, level.promise))?;
+            output::line(format!(
+                "{}: promised was '{}', but {first}",
+                level.level, level.promise
+            ))?;
         }
         output::line(if passed { "every bit is the same" } else { "NOT the same: see above" })?;
     }
@@ -48,7 +55,7 @@ pub fn verify(args: &VerifyArgs, global: &GlobalArgs) -> anyhow::Result<()> {
 }
 
 /// The sentence for one ablation.
-pub fn sentence(report: &AblationReport, ablation: Ablation, differ: usize) -> String {
+pub(crate) fn sentence(report: &AblationReport, ablation: Ablation, differ: usize) -> String {
     let what = match ablation {
         Ablation::Zeroed => "recurrent state zeroed",
         Ablation::Stale => "recurrent state stale",
@@ -57,7 +64,7 @@ pub fn sentence(report: &AblationReport, ablation: Ablation, differ: usize) -> S
     format!("{what:<24} {differ:>2} of {} greedy tokens differ", report.tokens)
 }
 
-pub fn ablate(args: &AblateArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+pub(crate) fn ablate(args: &AblateArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let progress = Progress::new(args.json);
     let enough = (args.prefix + TOKENS).next_multiple_of(256);
     let mut model = load(&args.model.model, global, Some(enough), progress)?;
@@ -66,15 +73,23 @@ pub fn ablate(args: &AblateArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     if args.json {
         let mut value = serde_json::to_value(&report)?;
         let differ = report.differ.iter().map(|&(ablation, differ)| {
-            Ok((serde_json::to_value(ablation)?.as_str().unwrap_or_default().to_owned(), json!(differ)))
+            Ok((
+                serde_json::to_value(ablation)?.as_str().unwrap_or_default().to_owned(),
+                json!(differ),
+            ))
         });
         value["differ"] = Value::Object(differ.collect::<anyhow::Result<_>>()?);
         value["passed"] = Value::Bool(passed);
         output::json(&value)?;
     } else {
-        output::line(format!("{}: {} tokens, then {TOKENS} greedy ones", report.model, report.prefix))?;
+        output::line(format!(
+            "{}: {} tokens, then {TOKENS} greedy ones",
+            report.model, report.prefix
+        ))?;
         if !report.recurrent {
-            output::line("this model has no recurrent state: its KV cache is all there is to lose")?;
+            output::line(
+                "this model has no recurrent state: its KV cache is all there is to lose",
+            )?;
         }
         for &(ablation, differ) in &report.differ {
             if report.recurrent || ablation == Ablation::Whole {
@@ -82,7 +97,9 @@ pub fn ablate(args: &AblateArgs, global: &GlobalArgs) -> anyhow::Result<()> {
             }
         }
         if !passed {
-            output::line("NOT as promised: the whole capsule must change nothing, and zeroed state something")?;
+            output::line(
+                "NOT as promised: the whole capsule must change nothing, and zeroed state something",
+            )?;
         }
     }
     if passed { Ok(()) } else { Err(Failed.into()) }

@@ -29,11 +29,14 @@ struct Feature {
 struct DeviceReport {
     /// What --device calls it.
     device: &'static str,
-    backend: &'static str,
+    there: bool,
+    /// Why it is not there.
+    reason: Option<String>,
+    backend: Option<&'static str>,
     /// Devices of one class give the same bits.
-    class: String,
-    kernels: String,
-    description: String,
+    class: Option<String>,
+    kernels: Option<String>,
+    description: Option<String>,
 }
 
 #[derive(Debug, Serialize)]
@@ -43,19 +46,26 @@ struct Folder {
     models: Vec<String>,
 }
 
-pub fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let device = |(name, device)| {
         let options = LoadOptions { device, threads: global.threads, ..LoadOptions::default() };
         let info = Ampoule::device_info(&options);
         DeviceReport {
             device: name,
-            backend: info.backend,
-            class: info.class,
-            kernels: info.kernels,
-            description: info.description,
+            there: info.is_ok(),
+            reason: info.as_ref().err().map(|e| output::one_line(&anyhow::anyhow!("{e}"))),
+            backend: info.as_ref().ok().map(|i| i.backend),
+            class: info.as_ref().ok().map(|i| i.class.clone()),
+            kernels: info.as_ref().ok().map(|i| i.kernels.clone()),
+            description: info.ok().map(|i| i.description),
         }
     };
-    let devices = [("auto", Device::Auto), ("cpu", Device::Cpu), ("reference", Device::Reference)];
+    let devices = [
+        ("auto", Device::Auto),
+        ("cpu", Device::Cpu),
+        ("cuda", Device::Cuda),
+        ("reference", Device::Reference),
+    ];
     let features = cpu_features().into_iter().map(|(name, there)| Feature { name, there });
     let doctor = Doctor {
         version: env!("CARGO_PKG_VERSION"),
@@ -91,7 +101,13 @@ pub fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> {
         figure(b.copy_gb_s)
     ))?;
     for d in &doctor.devices {
-        output::line(format!("device     {:<9} {} [{}; {}]", d.device, d.description, d.class, d.kernels))?;
+        let text = |t: &Option<String>| t.clone().unwrap_or_default();
+        let what = if d.there {
+            format!("{} [{}; {}]", text(&d.description), text(&d.class), text(&d.kernels))
+        } else {
+            format!("not there: {}", text(&d.reason))
+        };
+        output::line(format!("device     {:<9} {what}", d.device))?;
     }
     for f in &doctor.model_folders {
         let what = match (f.there, f.models.is_empty()) {
@@ -113,7 +129,8 @@ fn folder(path: &std::path::Path) -> Folder {
         .filter_map(|entry| {
             let entry = entry.ok()?;
             let name = entry.file_name().into_string().ok()?;
-            let is_model = name.ends_with(".gguf") || entry.path().join("config.json").exists();
+            let is_model = entry.path().extension().is_some_and(|e| e == "gguf")
+                || entry.path().join("config.json").exists();
             is_model.then_some(name)
         })
         .collect();

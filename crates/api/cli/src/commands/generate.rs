@@ -12,7 +12,7 @@ use crate::output::{self, Progress, Usage, ms};
 
 /// What a reply took.
 #[derive(Clone, Debug, Serialize)]
-pub struct Timing {
+pub(crate) struct Timing {
     /// Opening, checking and restoring the capsule; absent without one.
     pub restore_ms: Option<f64>,
     /// Reading the prompt.
@@ -25,7 +25,7 @@ pub struct Timing {
 
 /// What `--json` prints.
 #[derive(Clone, Debug, Serialize)]
-pub struct Generated {
+pub(crate) struct Generated {
     pub model: String,
     /// Tokens of the prompt that were read.
     pub prompt_tokens: usize,
@@ -45,16 +45,19 @@ pub struct Generated {
 
 /// A file that was written.
 #[derive(Clone, Debug, Serialize)]
-pub struct Saved {
+pub(crate) struct Saved {
     pub path: String,
     pub bytes: u64,
 }
 
-pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+pub(crate) fn run(args: &GenerateArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let text = prompt_text(args)?;
     let nothing = text.as_deref().is_none_or(str::is_empty) && args.tokens.is_none();
     if nothing && args.restore.is_none() {
-        return Err(Usage("the prompt is empty: give some text, or --restore a capsule".to_owned()).into());
+        return Err(Usage(
+            "the prompt is empty: give some text, or --restore a capsule".to_owned(),
+        )
+        .into());
     }
     let progress = Progress::new(args.json);
     let mut model = load(&args.model.model, global, None, progress)?;
@@ -65,7 +68,8 @@ pub fn run(args: &GenerateArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let restore_ms = restore(&mut model, slot, args)?;
     let cached = model.engine.position(slot)? as usize;
     let started = Instant::now();
-    let prompt_tokens = read_prompt(&mut model, slot, args, text.as_deref().filter(|t| !t.is_empty()), progress)?;
+    let prompt_tokens =
+        read_prompt(&mut model, slot, args, text.as_deref().filter(|t| !t.is_empty()), progress)?;
     let prefill_ms = ms(started.elapsed());
 
     let options = ReplyOptions {
@@ -164,8 +168,8 @@ fn read_prompt(
         (None, Some(text)) if args.chat => {
             let held = model.engine.tokens(slot)?;
             let seen = model.tokenizer()?.decode(&held);
-            let mut conversation = Conversation::default();
-            conversation.before = restored.then(|| seen.clone());
+            let before = restored.then(|| seen.clone());
+            let mut conversation = Conversation { before, messages: Vec::new() };
             conversation.push("user", text);
             let wanted = conversation.prompt(model)?;
             return Ok(advance(model, slot, &seen, &wanted, progress)?.read);

@@ -1,14 +1,14 @@
 //! One file per family of commands.
 
-pub mod capsule;
-pub mod chat;
-pub mod check;
-pub mod demo;
-pub mod doctor;
-pub mod generate;
-pub mod plan;
-pub mod score;
-pub mod tokens;
+pub(crate) mod capsule;
+pub(crate) mod chat;
+pub(crate) mod check;
+pub(crate) mod demo;
+pub(crate) mod doctor;
+pub(crate) mod generate;
+pub(crate) mod plan;
+pub(crate) mod score;
+pub(crate) mod tokens;
 
 use std::ops::ControlFlow;
 
@@ -19,7 +19,7 @@ use crate::models::ModelRef;
 use crate::output::{Progress, follow};
 
 /// Loads a model, with a bar. A command that needs less than the default context says how much.
-pub fn load(
+pub(crate) fn load(
     model: &ModelRef,
     global: &GlobalArgs,
     enough: Option<usize>,
@@ -33,7 +33,7 @@ pub fn load(
 }
 
 /// Reads tokens into a slot, with a bar where there are many.
-pub fn read(
+pub(crate) fn read(
     model: &mut Ampoule,
     slot: SlotId,
     tokens: &[u32],

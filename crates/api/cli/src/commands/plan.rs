@@ -1,6 +1,7 @@
 //! `ampoule plan`: the text form, the seal, the roofline.
 
 use std::collections::HashMap;
+use std::fmt::Write as _;
 use std::sync::Arc;
 
 use ampoule::{Ampoule, Cost, CostPoint, Phase, Sealed, fixed_regions, row_regions};
@@ -15,7 +16,7 @@ fn plans(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<Arc<Sealed>> {
     Ok(Ampoule::plans(&args.model.model.resolve()?, &global.load_options(None))?)
 }
 
-pub fn print(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+pub(crate) fn print(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let text = plans(args, global)?.model().to_text();
     if args.json {
         return output::json(&serde_json::json!({ "plan": text }));
@@ -49,7 +50,7 @@ struct PlanShape {
     ops: usize,
 }
 
-pub fn check(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+pub(crate) fn check(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let sealed = plans(args, global)?;
     let model = sealed.model();
     let table = &model.buffers;
@@ -107,7 +108,10 @@ pub fn check(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
 }
 
 fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
 }
 
 #[derive(Debug, Serialize)]
@@ -150,7 +154,7 @@ impl Row {
     }
 }
 
-pub fn roofline(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+pub(crate) fn roofline(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let sealed = plans(args, global)?;
     let model = sealed.model();
     let fitting = model
@@ -179,8 +183,13 @@ pub fn roofline(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
         row.floor_ms = bytes / (bandwidth.read_gb_s * 1e6);
     }
     rows.sort_by_key(|r| std::cmp::Reverse(r.bytes_read + r.bytes_written));
-    let report =
-        Roofline { model: model.name.clone(), position: args.position, bandwidth, ops: rows, total };
+    let report = Roofline {
+        model: model.name.clone(),
+        position: args.position,
+        bandwidth,
+        ops: rows,
+        total,
+    };
     if args.json {
         return output::json(&report);
     }

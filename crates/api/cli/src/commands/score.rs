@@ -1,6 +1,6 @@
 //! `ampoule logits` and `ampoule perplexity`: what the model predicts after every token.
 
-use std::io::{self, Write};
+use std::io;
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use super::load;
 use crate::args::{GlobalArgs, LogitsArgs, PerplexityArgs, TokenList};
 use crate::output::{self, Progress};
 
-pub fn logits(args: &LogitsArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+pub(crate) fn logits(args: &LogitsArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let text = output::read_text(&args.tokens_file)?;
     let tokens: TokenList = text
         .parse()
@@ -48,7 +48,9 @@ pub fn logits(args: &LogitsArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     if args.json {
         let shape = [tokens.len(), vocabulary];
         let path = args.out.display().to_string();
-        return output::json(&json!({ "path": path, "shape": shape, "dtype": "f32", "bytes": bytes }));
+        return output::json(
+            &json!({ "path": path, "shape": shape, "dtype": "f32", "bytes": bytes }),
+        );
     }
     output::note(format!(
         "wrote {}: logits [{}, {vocabulary}] f32, {}",
@@ -92,7 +94,7 @@ struct Perplexity {
     ppl: f64,
 }
 
-pub fn perplexity(args: &PerplexityArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+pub(crate) fn perplexity(args: &PerplexityArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let text = output::read_text(&args.file)?;
     let progress = Progress::new(args.json);
     let mut model = load(&args.model.model, global, Some(WINDOW), progress)?;

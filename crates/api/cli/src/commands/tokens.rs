@@ -20,7 +20,7 @@ struct Detokenized {
     text: String,
 }
 
-pub fn tokenize(args: &TokenizeArgs) -> anyhow::Result<()> {
+pub(crate) fn tokenize(args: &TokenizeArgs) -> anyhow::Result<()> {
     let text = match (&args.text, &args.file) {
         (Some(text), _) => text.clone(),
         (None, Some(path)) => output::read_text(path)?,
@@ -36,7 +36,7 @@ pub fn tokenize(args: &TokenizeArgs) -> anyhow::Result<()> {
     output::json(&Tokenized { count: tokens.len(), tokens, pieces })
 }
 
-pub fn detokenize(args: &DetokenizeArgs) -> anyhow::Result<()> {
+pub(crate) fn detokenize(args: &DetokenizeArgs) -> anyhow::Result<()> {
     let tokenizer = Ampoule::tokenizer_of(&args.model.model.resolve()?)?;
     let tokens = &args.tokens.0;
     if let Some(&token) = tokens.iter().find(|&&t| tokenizer.token_bytes(t).is_none()) {

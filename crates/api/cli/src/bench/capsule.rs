@@ -1,0 +1,171 @@
+//! The capsule verbs, beside a plain copy of as many bytes in the same run.
+
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use ampoule::{Ampoule, Capsule, SlotId, sample_tokens};
+use serde_json::{Value, json};
+
+use super::chart::{Chart, Series};
+use super::{Outcome, Times, evict};
+use crate::args::BenchArgs;
+use crate::hardware::Copier;
+use crate::output::{self, Progress, Table, figure, ms};
+
+/// Tokens decoded before a rollback unless --suffix says otherwise.
+pub(super) const TOKENS: usize = 8;
+
+#[derive(Default)]
+struct Reps {
+    snapshot: Vec<f64>,
+    delta: Vec<f64>,
+    restore: Vec<f64>,
+    rollback: Vec<f64>,
+    export: Vec<f64>,
+    import: Vec<f64>,
+    copy: Vec<f64>,
+    copy_fixed: Vec<f64>,
+}
+
+pub(super) fn run(
+    model: &mut Ampoule,
+    args: &BenchArgs,
+    progress: Progress,
+) -> anyhow::Result<Outcome> {
+    let ahead = args.suffix.unwrap_or(TOKENS);
+    let slot = model.engine.create_slot()?;
+    let bar = progress.count(args.prefix.len() * args.reps, "capsule");
+    let mut table = Table::new(&["verb", "prefix", "bytes", "ms", "GB/s", "copy ms", "x copy"]);
+    let (mut points, mut lines) = (Vec::new(), vec![Vec::new(); 4]);
+    for &prefix in &args.prefix {
+        let tokens = sample_tokens(model, prefix, prefix as u64)?;
+        let mut reps = Reps::default();
+        let (mut capsule, mut file) = take(model, slot, &tokens, &mut Reps::default())?;
+        let (fixed, all) = (capsule.fixed_bytes(), capsule.fixed_bytes() + capsule.row_bytes());
+        let mut copier = Copier::new(all);
+        for _ in 0..args.reps {
+            drop((capsule, file));
+            (capsule, file) = take(model, slot, &tokens, &mut reps)?;
+            around(model, slot, &capsule, &file, ahead, &mut reps)?;
+            reps.copy.push(copier.copy(all));
+            reps.copy_fixed.push(copier.copy(fixed));
+            bar.inc(1);
+        }
+        let (copy, copy_fixed) = (Times::from(reps.copy), Times::from(reps.copy_fixed));
+        let mut point = json!({
+            "prefix": prefix,
+            "capsule": { "fixed_bytes": fixed, "row_bytes": all - fixed, "bytes": all, "file_bytes": file.len() },
+            "copy": measured(&copy, all, None),
+            "copy_fixed": measured(&copy_fixed, fixed, None),
+        });
+        let row_bytes = all - fixed;
+        let delta = fixed + row_bytes / prefix;
+        let verbs = [
+            ("snapshot", Times::from(reps.snapshot), all, Some(&copy)),
+            ("snapshot_of_one_more_token", Times::from(reps.delta), delta, Some(&copy_fixed)),
+            ("restore", Times::from(reps.restore), all, Some(&copy)),
+            ("rollback", Times::from(reps.rollback), fixed, Some(&copy_fixed)),
+            ("export", Times::from(reps.export), file.len(), None),
+            ("import", Times::from(reps.import), file.len(), None),
+        ];
+        for (name, times, bytes, copy) in &verbs {
+            let value = measured(times, *bytes, *copy);
+            let number = |key: &str, n: Option<f64>| match (n, value[key].as_f64()) {
+                (Some(n), _) | (None, Some(n)) => figure(n),
+                _ => "-".to_owned(),
+            };
+            table.row([
+                name.replace('_', " "),
+                prefix.to_string(),
+                output::bytes(*bytes as u64),
+                figure(times.median_ms),
+                number("gb_per_s", None),
+                number("", copy.map(|c| c.median_ms)),
+                number("over_copy", None),
+            ]);
+            point[*name] = value;
+        }
+        let medians = [&verbs[0].1, &verbs[2].1, &verbs[3].1, &copy].map(|t| t.median_ms);
+        for (line, median) in lines.iter_mut().zip(medians) {
+            line.push((prefix as f64, median));
+        }
+        points.push(point);
+    }
+    bar.finish_and_clear();
+    let names = ["snapshot", "restore", "rollback", "plain copy of the same bytes"];
+    let series = names.iter().zip(lines);
+    let chart = Chart {
+        title: "Capsule verbs".to_owned(),
+        x: "tokens of the prefix".to_owned(),
+        y: "ms".to_owned(),
+        log: true,
+        series: series.map(|(name, points)| Series { name: (*name).to_owned(), points }).collect(),
+    };
+    Ok(Outcome { points, table, chart })
+}
+
+fn measured(times: &Times, bytes: usize, copy: Option<&Times>) -> Value {
+    let over = copy.map(|c| times.median_ms / c.median_ms);
+    json!({
+        "bytes": bytes,
+        "ms": times,
+        "gb_per_s": bytes as f64 / times.median_ms / 1e6,
+        "over_copy": over,
+    })
+}
+
+/// Reads the prefix and freezes all of it; then one token more. Returns the capsule of the prefix and its file.
+fn take(
+    model: &mut Ampoule,
+    slot: SlotId,
+    tokens: &[u32],
+    reps: &mut Reps,
+) -> anyhow::Result<(Capsule, Vec<u8>)> {
+    model.engine.reset(slot)?;
+    model.append(slot, tokens)?;
+    let capsule = timed(model, &mut reps.snapshot, |m| Ok(m.engine.snapshot(slot)?))?;
+    model.engine.step(slot)?;
+    timed(model, &mut reps.delta, |m| Ok(m.engine.snapshot(slot)?))?;
+    let file = timed(model, &mut reps.export, |m| {
+        let mut file = Vec::with_capacity(capsule.fixed_bytes() + capsule.row_bytes() + (1 << 20));
+        m.engine.export(&capsule, &mut |piece| {
+            file.extend_from_slice(piece);
+            ControlFlow::Continue(())
+        })?;
+        Ok(file)
+    })?;
+    Ok((capsule, file))
+}
+
+/// Restores into other rows, goes ahead and back, and imports the file.
+fn around(
+    model: &mut Ampoule,
+    slot: SlotId,
+    capsule: &Capsule,
+    file: &[u8],
+    ahead: usize,
+    reps: &mut Reps,
+) -> anyhow::Result<()> {
+    evict(model, slot)?;
+    timed(model, &mut reps.restore, |m| Ok(m.engine.restore(slot, capsule)?))?;
+    for _ in 0..ahead {
+        model.engine.step(slot)?;
+    }
+    let position = capsule.position();
+    timed(model, &mut reps.rollback, |m| Ok(m.engine.rollback(slot, position)?))?;
+    timed(model, &mut reps.import, |m| Ok(m.engine.import(file)?))?;
+    Ok(())
+}
+
+fn timed<T>(
+    model: &mut Ampoule,
+    times: &mut Vec<f64>,
+    run: impl FnOnce(&mut Ampoule) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    model.engine.synchronize()?;
+    let start = Instant::now();
+    let result = run(model)?;
+    model.engine.synchronize()?;
+    times.push(ms(start.elapsed()));
+    Ok(result)
+}

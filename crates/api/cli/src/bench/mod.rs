@@ -1,0 +1,154 @@
+//! `ampoule bench`: measured on this machine, repeated, with everything needed to read the figures later.
+
+mod capsule;
+mod chart;
+mod decode;
+mod ttft;
+
+use ampoule::{Ampoule, Error, SlotId, write_atomically};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::args::{BenchArgs, BenchCommand, GlobalArgs};
+use crate::commands::load;
+use crate::hardware::Hardware;
+use crate::output::{self, Progress, Table};
+use chart::Chart;
+
+/// Repeated measurements of one thing, in milliseconds.
+#[derive(Clone, Debug, Default, Serialize)]
+#[allow(clippy::struct_field_names)] // units belong into JSON keys
+pub(crate) struct Times {
+    pub median_ms: f64,
+    pub min_ms: f64,
+    pub reps_ms: Vec<f64>,
+}
+
+impl From<Vec<f64>> for Times {
+    fn from(reps_ms: Vec<f64>) -> Self {
+        let mut sorted = reps_ms.clone();
+        sorted.sort_by(f64::total_cmp);
+        let n = sorted.len();
+        let median_ms = match n {
+            0 => 0.0,
+            n if n % 2 == 1 => sorted[n / 2],
+            n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
+        };
+        Self { median_ms, min_ms: sorted.first().copied().unwrap_or(0.0), reps_ms }
+    }
+}
+
+/// What a bench leaves: the file of `--out`.
+#[derive(Debug, Serialize)]
+struct Record {
+    bench: &'static str,
+    version: &'static str,
+    command: String,
+    model: String,
+    device: DeviceRecord,
+    hardware: Hardware,
+    context: usize,
+    reps: usize,
+    points: Vec<Value>,
+}
+
+#[derive(Debug, Serialize)]
+struct DeviceRecord {
+    backend: &'static str,
+    class: String,
+    kernels: String,
+    description: String,
+}
+
+/// What one kind of bench gives.
+pub(crate) struct Outcome {
+    points: Vec<Value>,
+    table: Table,
+    chart: Chart,
+}
+
+pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<()> {
+    type Run = fn(&mut Ampoule, &BenchArgs, Progress) -> anyhow::Result<Outcome>;
+    let (name, args, suffix, run): (_, _, _, Run) = match command {
+        BenchCommand::Ttft(args) => ("ttft", args, ttft::SUFFIX, ttft::run),
+        BenchCommand::Decode(args) => ("decode", args, decode::TOKENS, decode::run),
+        BenchCommand::Capsule(args) => ("capsule", args, capsule::TOKENS, capsule::run),
+    };
+    let progress = Progress::new(args.json);
+    let longest = args.prefix.iter().copied().max().unwrap_or(1);
+    let enough = (longest + args.suffix.unwrap_or(suffix) + 1).next_multiple_of(256);
+    let one_slot = GlobalArgs { slots: 1, ..global.clone() };
+    let mut model = load(&args.model.model, &one_slot, Some(enough), progress)?;
+    let outcome = run(&mut model, &args, progress)?;
+    let info = model.engine.device().clone();
+    let record = Record {
+        bench: name,
+        version: env!("CARGO_PKG_VERSION"),
+        command: command_line(),
+        model: model.name().to_owned(),
+        device: DeviceRecord {
+            backend: info.backend,
+            class: info.class,
+            kernels: info.kernels,
+            description: info.description,
+        },
+        hardware: Hardware::here(),
+        context: model.engine.context(),
+        reps: args.reps,
+        points: outcome.points,
+    };
+    if args.json {
+        output::json(&record)?;
+    } else {
+        let Hardware { cpu, cores, .. } = &record.hardware;
+        output::line(format!(
+            "{name}: {} on {} ({cpu}, {cores} cores), medians of {}",
+            record.model, record.device.class, args.reps
+        ))?;
+        output::put(&outcome.table.to_text())?;
+    }
+    if let Some(path) = &args.out {
+        let text = serde_json::to_string_pretty(&record)?;
+        write_file(path, &text)?;
+    }
+    if let Some(path) = &args.svg {
+        let under =
+            format!("{} on {}, {} cores", record.model, record.hardware.cpu, record.hardware.cores);
+        write_file(path, &outcome.chart.to_svg(&under)?)?;
+    }
+    Ok(())
+}
+
+/// As it was typed, without the folder that the program lies in.
+fn command_line() -> String {
+    let args = std::env::args().skip(1);
+    std::iter::once("ampoule".to_owned()).chain(args).collect::<Vec<_>>().join(" ")
+}
+
+fn write_file(path: &std::path::Path, text: &str) -> anyhow::Result<()> {
+    let io = |source| Error::Io { path: path.to_owned(), action: "write", source };
+    write_atomically(path, |out| out.write_all(text.as_bytes()).map_err(io))?;
+    output::note(format!("wrote {}", path.display()));
+    Ok(())
+}
+
+/// Fills a slot with rows of another session, so that a restore has to copy all of its own.
+pub(crate) fn evict(model: &mut Ampoule, slot: SlotId) -> anyhow::Result<()> {
+    let other = [(model.engine.vocabulary() / 2) as u32];
+    model.engine.reset(slot)?;
+    model.append(slot, &other)?;
+    Ok(model.engine.synchronize()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Times;
+
+    #[test]
+    fn medians() {
+        assert_eq!(Times::from(vec![3.0, 1.0, 2.0]).median_ms, 2.0);
+        assert_eq!(Times::from(vec![4.0, 1.0, 2.0, 3.0]).median_ms, 2.5);
+        assert_eq!(Times::from(vec![4.0, 1.0]).min_ms, 1.0);
+        assert_eq!(Times::from(vec![]).median_ms, 0.0);
+    }
+}
