@@ -56,7 +56,7 @@ rms_norm_warp(View x, const float* weight, View out, int n, int groups, i64 tota
 
 // One block per (row, group).
 extern "C" __global__ void __launch_bounds__(BLOCK)
-gated_rms_norm(View x, View gate, const float* weight, View out, int n, float eps) {
+gated_rms_norm_block(View x, View gate, const float* weight, View out, int n, float eps) {
     __shared__ float part[8];
     pdl_launch();
     pdl_wait();
@@ -66,6 +66,23 @@ gated_rms_norm(View x, View gate, const float* weight, View out, int n, float ep
         float4 q = scale4(load4(x, t, first + c, first + n), s, weight, c, n, 0);
         float4 g = load4(gate, t, first + c, first + n);
         store4(out, t, first + c, first + n, make_float4(q.x * silu(g.x), q.y * silu(g.y), q.z * silu(g.z), q.w * silu(g.w)));
+    }
+}
+
+// One warp per (row, group): N <= WARP_ROWS.
+extern "C" __global__ void __launch_bounds__(BLOCK)
+gated_rms_norm_warp(View x, View gate, const float* weight, View out, int n, int groups, i64 total, float eps) {
+    pdl_launch();
+    pdl_wait();
+    i64 g = (i64)blockIdx.x * (BLOCK / 32) + (threadIdx.x >> 5);
+    if (g >= total) return;
+    i64 t = g / groups, first = (g % groups) * n;
+    float s = rms_scale(warp_squares(x, t, first, n), n, eps);
+    __syncwarp();
+    for (int c = (threadIdx.x & 31) * 4; c < n; c += 128) {
+        float4 q = scale4(load4(x, t, first + c, first + n), s, weight, c, n, 0);
+        float4 v = load4(gate, t, first + c, first + n);
+        store4(out, t, first + c, first + n, make_float4(q.x * silu(v.x), q.y * silu(v.y), q.z * silu(v.z), q.w * silu(v.w)));
     }
 }
 
@@ -89,12 +106,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK) swiglu(View gate, View up, V
     }
 }
 
-__device__ __forceinline__ void rope_pair(const View& x, i64 t, i64 a, i64 b, float angle) {
+// (a, b) turned by position * frequency. Each operation is rounded alone, so that both users give the same bits.
+__device__ __forceinline__ void turn(float& a, float& b, float position, float frequency) {
     float s, c;
-    sincosf(angle, &s, &c);
-    float p = load1(x, t, a), q = load1(x, t, b);
-    store1(x, t, a, p * c - q * s);
-    store1(x, t, b, q * c + p * s);
+    sincosf(__fmul_rn(position, frequency), &s, &c);
+    const float p = a, q = b;
+    a = __fsub_rn(__fmul_rn(p, c), __fmul_rn(q, s));
+    b = __fadd_rn(__fmul_rn(q, c), __fmul_rn(p, s));
 }
 
 // One thread per pair; style 0: halves, 1: interleaved.
@@ -108,7 +126,11 @@ rope(View x, const u32* cursor, const float* frequencies, int heads, int head_di
         int f = i % pairs;
         i64 base = (i64)(i / pairs) * head_dim;
         i64 a = style == 0 ? base + f : base + 2 * f;
-        rope_pair(x, t, a, style == 0 ? a + pairs : a + 1, position * frequencies[f]);
+        i64 b = style == 0 ? a + pairs : a + 1;
+        float p = load1(x, t, a), q = load1(x, t, b);
+        turn(p, q, position, frequencies[f]);
+        store1(x, t, a, p);
+        store1(x, t, b, q);
     }
 }
 
@@ -243,12 +265,8 @@ norm_rope_append(HeadNorm query, HeadNorm key, View value, const u32* cursor, co
     __syncwarp();
     float position = (float)(start + (u32)t);
     for (int f = lane; f < pairs; f += 32) {
-        float sn, cs;
-        sincosf(position * frequencies[f], &sn, &cs);
         int a = style == 0 ? f : 2 * f, b = style == 0 ? f + pairs : 2 * f + 1;
-        float u = row[a], v = row[b];
-        row[a] = u * cs - v * sn;
-        row[b] = v * cs + u * sn;
+        turn(row[a], row[b], position, frequencies[f]);
     }
     __syncwarp();
     for (int c = lane; c < head_dim; c += 32) {

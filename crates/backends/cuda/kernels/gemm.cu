@@ -15,8 +15,8 @@ template <int W> __device__ __forceinline__ float weight_at(const void* w, i64 i
 
 template <int W>
 __device__ __forceinline__ void gemm_body(const View& x, const void* w, const float* bias, const View& out, int rows, int n_total, int k_total, int add) {
-    __shared__ float xs[DEPTH][TILE + 4];
-    __shared__ float ws[DEPTH][TILE + 4];
+    __shared__ __align__(16) float xs[DEPTH][TILE + 4];
+    __shared__ __align__(16) float ws[DEPTH][TILE + 4];
     pdl_launch();
     pdl_wait();
     const int n0 = blockIdx.x * TILE, t0 = blockIdx.y * TILE;

@@ -27,14 +27,22 @@ causal_conv(View x, const float* weight, const float* bias, const u32* count, fl
         float w0 = weight[(i64)c * 4], w1 = weight[(i64)c * 4 + 1], w2 = weight[(i64)c * 4 + 2], w3 = weight[(i64)c * 4 + 3];
         if (t0 < t1) {
             float a = seq(t0), b = seq(t0 + 1), d = seq(t0 + 2);
-            for (int t = t0; t < t1; ++t) {
-                float e = load1(x, t, c);
-                float sum = fmaf(w3, e, fmaf(w2, d, fmaf(w1, b, fmaf(w0, a, 0.f))));
-                if (bias) sum += bias[c];
-                store1(out, t, c, silu(sum));
-                a = b;
-                b = d;
-                d = e;
+            const float add = bias ? bias[c] : 0.f;
+            for (int t = t0; t < t1; t += 8) {
+                float next[8];  // eight loads in flight before the first store
+#pragma unroll
+                for (int i = 0; i < 8; ++i) next[i] = t + i < t1 ? load1(x, t + i, c) : 0.f;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    if (t + i >= t1) break;
+                    const float e = next[i];
+                    float sum = fmaf(w3, e, fmaf(w2, d, fmaf(w1, b, fmaf(w0, a, 0.f))));
+                    if (bias) sum += add;
+                    store1(out, t + i, c, silu(sum));
+                    a = b;
+                    b = d;
+                    d = e;
+                }
             }
         }
     } else {
@@ -74,10 +82,10 @@ __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1p
 template <int CHUNKS>
 __device__ __forceinline__ void delta_body(const Delta& p) {
     const int KD = CHUNKS * 32;
-    __shared__ float ks[TOKENS][KD];
-    __shared__ float qs[TOKENS][KD];
+    __shared__ __align__(16) float ks[TOKENS][KD];
+    __shared__ __align__(16) float qs[TOKENS][KD];
     __shared__ float gs[TOKENS], bs[TOKENS], kq[TOKENS];
-    __shared__ float head_out[512];
+    __shared__ __align__(16) float head_out[512];
     __shared__ float part[8];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int h = blockIdx.x;
@@ -117,18 +125,41 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
     for (int base = 0; base < valid; base += TOKENS) {
         const int here = valid - base < TOKENS ? valid - base : TOKENS;
         __syncthreads();
+        // All loads of a few tokens go out before the first sum.
+        const int AHEAD = CHUNKS <= 4 ? 4 : 1;
+        float raw_q[AHEAD][CHUNKS], raw_k[AHEAD][CHUNKS];
+        int ready = 0;
         for (int i = warp; i < here; i += warps) {
+            if (ready == 0) {
+#pragma unroll
+                for (int n = 0; n < AHEAD; ++n)
+#pragma unroll
+                    for (int c = 0; c < CHUNKS; ++c) {
+                        const int r = c * 32 + lane, at = i + n * warps;
+                        const bool live = r < p.key_dim && at < here;
+                        raw_q[n][c] = live ? load1(p.qkv, base + at, q0 + r) : 0.f;
+                        raw_k[n][c] = live ? load1(p.qkv, base + at, k0 + r) : 0.f;
+                    }
+                ready = AHEAD;
+            }
             i64 t = base + i;
             float qv[CHUNKS], kv[CHUNKS];
             float qq = 0.f, kk = 0.f;
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) {
-                int r = c * 32 + lane;
-                qv[c] = r < p.key_dim ? load1(p.qkv, t, q0 + r) : 0.f;
-                kv[c] = r < p.key_dim ? load1(p.qkv, t, k0 + r) : 0.f;
+                qv[c] = raw_q[0][c];
+                kv[c] = raw_k[0][c];
                 qq = fmaf(qv[c], qv[c], qq);
                 kk = fmaf(kv[c], kv[c], kk);
             }
+            --ready;
+#pragma unroll
+            for (int n = 0; n + 1 < AHEAD; ++n)
+#pragma unroll
+                for (int c = 0; c < CHUNKS; ++c) {
+                    raw_q[n][c] = raw_q[n + 1][c];
+                    raw_k[n][c] = raw_k[n + 1][c];
+                }
             qq = sqrtf(warp_sum(qq) + 1e-6f);
             kk = sqrtf(warp_sum(kk) + 1e-6f);
             float dot = 0.f;

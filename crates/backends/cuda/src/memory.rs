@@ -97,6 +97,8 @@ pub(crate) struct Resident {
     pub(crate) product: DeviceMemory,
     pub(crate) sample_work: DeviceMemory,
     pub(crate) mirror: crate::driver::PinnedMemory,
+    /// Where kernels see the mirror.
+    pub(crate) mirror_at: u64,
     pub(crate) allocations: u64,
     /// Last, so that kernels stay loaded while memory goes.
     pub(crate) device: Arc<Device>,
@@ -187,6 +189,7 @@ impl Resident {
             attention_partial,
             product,
             sample_work,
+            mirror_at: mirror.device_address()?,
             mirror,
             allocations,
         })

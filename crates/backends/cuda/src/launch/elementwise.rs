@@ -42,10 +42,18 @@ impl Launcher<'_> {
     pub(super) fn gated_rms_norm(&self, o: &GatedRmsNorm) -> Result<(), BackendError> {
         let (x, gate, out) = (self.matrix(&o.x), self.matrix(&o.gate), self.matrix(&o.out));
         let weight = self.address(&o.weight);
-        let (n, eps) = (o.weight.width() as i32, o.eps);
-        let groups = (o.x.width() / o.weight.width()) as u32;
-        let how = self.early([o.x.height() as u32, groups, 1], BLOCK);
-        self.go("gated_rms_norm", how, args![x, gate, weight, out, n, eps])
+        let n = o.weight.width();
+        let (rows, groups) = (o.x.height(), o.x.width() / n);
+        let (n_arg, eps) = (n as i32, o.eps);
+        if n > WARP_ROWS {
+            let how = self.early([rows as u32, groups as u32, 1], BLOCK);
+            return self.go("gated_rms_norm_block", how, args![x, gate, weight, out, n_arg, eps]);
+        }
+        let total = (rows * groups) as i64;
+        let groups = groups as i32;
+        let blocks = (total as usize).div_ceil(BLOCK as usize / 32) as u32;
+        let how = self.early([blocks, 1, 1], BLOCK);
+        self.go("gated_rms_norm_warp", how, args![x, gate, weight, out, n_arg, groups, total, eps])
     }
 
     pub(super) fn sigmoid_gate(&self, o: &SigmoidGate) -> Result<(), BackendError> {

@@ -28,7 +28,7 @@ impl Launcher<'_> {
             counts: self.address(&o.counts),
             adjusted: self.address(&o.adjusted),
             token: self.address(&o.token),
-            mirror: self.resident.mirror.device_address()?,
+            mirror: self.resident.mirror_at,
             work: self.resident.sample_work.at(),
             vocabulary: vocabulary as i32,
             biases: o.bias_tokens.width() as i32,
