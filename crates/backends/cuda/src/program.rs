@@ -47,6 +47,13 @@ struct Slot {
     graphs: Vec<Graph<Owned>>,
 }
 
+impl Drop for CudaProgram {
+    fn drop(&mut self) {
+        // Copies from pinned memory may still be pending.
+        let _ = self.resident.stream.synchronize();
+    }
+}
+
 /// What a plan does besides its kernels.
 struct PlanFacts {
     steps: Vec<Step>,

@@ -17,12 +17,24 @@ pub(crate) fn load(
     source: &dyn WeightSource,
     progress: Progress<'_>,
 ) -> Result<(), BackendError> {
+    let mut streamer = None;
+    let sent = send_all(resident, source, progress, &mut streamer);
+    // Staging memory must outlive the copies from it, also after an error.
+    let done = resident.stream.synchronize();
+    sent.and(done)
+}
+
+fn send_all(
+    resident: &Resident,
+    source: &dyn WeightSource,
+    progress: Progress<'_>,
+    streamer: &mut Option<Streamer>,
+) -> Result<(), BackendError> {
     let table = &resident.model.model().buffers;
     let weights: Vec<BufferId> =
         table.iter().filter(|(_, b)| b.role == Role::Weight).map(|(id, _)| id).collect();
     let total: u64 = weights.iter().map(|&id| table[id].bytes() as u64).sum();
     let mut done = 0;
-    let mut streamer = None;
     progress(0, total);
     for id in weights {
         let buffer = &table[id];
@@ -46,7 +58,7 @@ pub(crate) fn load(
             continue;
         }
         if streamer.is_none() {
-            streamer = Some(Streamer::new(resident)?);
+            *streamer = Some(Streamer::new(resident)?);
         }
         let Some(streamer) = streamer.as_mut() else { continue };
         let block = buffer.dtype.block_bytes();
@@ -60,7 +72,7 @@ pub(crate) fn load(
             progress(done, total);
         }
     }
-    resident.stream.synchronize()
+    Ok(())
 }
 
 /// Staging of weights that come as bytes.
