@@ -46,7 +46,7 @@ pub(crate) fn run(args: &DemoArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     match tour.failed {
         0 => output::line("every claim held"),
         n => {
-            output::line(format!("{n} claims did NOT hold: see ✗ above"))?;
+            output::line(format!("{n} of the claims did NOT hold: see ✗ above"))?;
             Err(Failed.into())
         }
     }
@@ -285,6 +285,8 @@ impl Tour {
     }
 
     fn undo(&mut self, slot: SlotId) -> anyhow::Result<()> {
+        // The next reply begins here: a rollback to this position keeps that.
+        self.model.engine.begin_reply(slot)?;
         let before = self.model.engine.snapshot(slot)?;
         let bytes = self.model.engine.state_bytes(slot)?;
         let (said, _) = self.reply(slot)?;
