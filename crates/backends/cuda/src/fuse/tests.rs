@@ -333,3 +333,25 @@ fn more_linears_than_a_launch_holds_are_split() {
     assert_eq!(steps.len(), 2);
     assert!(matches!(&steps[0], Step::Gemv(g) if g.parts.len() == SEGMENTS));
 }
+
+#[test]
+fn a_real_decode_plan_has_five_launches_a_layer_or_seven_with_attention() {
+    use ampoule_models::decoder::{BuildOptions, Precision};
+    use ampoule_models::model::ModelFiles;
+    let options = BuildOptions {
+        context: 4096,
+        prefill: vec![32],
+        score: 32,
+        decode_contexts: Vec::new(),
+        precision: Precision { activation: DType::BF16, kv_cache: DType::BF16 },
+    };
+    let built = ModelFiles::open("random:qwen3.5-9b").unwrap().build(&options).unwrap();
+    let model = built.sealed.model();
+    let decode = model.plans.iter().find(|p| p.key.phase == Phase::Decode).unwrap();
+    let steps = steps(&model.buffers, decode, true);
+    // Attention is two kernels: six steps a layer. Besides: sample, embed, norm and head, advance.
+    assert_eq!(steps.len(), 24 * 5 + 8 * 6 + 4, "{steps:#?}");
+    let prefill = model.plans.iter().find(|p| p.key.phase == Phase::Prefill).unwrap();
+    let joined = super::steps(&model.buffers, prefill, true);
+    assert_eq!(joined.iter().filter(|s| matches!(s, Step::NormRopeAppend(_))).count(), 8);
+}
