@@ -30,9 +30,9 @@ use crate::models;
 )]
 pub(crate) struct Cli {
     #[command(subcommand)]
-    pub command: Command,
+    pub(crate) command: Command,
     #[command(flatten)]
-    pub global: GlobalArgs,
+    pub(crate) global: GlobalArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -76,22 +76,22 @@ pub(crate) enum Command {
 pub(crate) struct GlobalArgs {
     /// Where the model runs: auto, cpu, cuda, or reference (the slow definition of every op).
     #[arg(long, global = true, default_value = "auto", value_name = "DEVICE")]
-    pub device: Device,
+    pub(crate) device: Device,
     /// Threads; 0 takes all cores. Results do not depend on it.
-    #[arg(long, global = true, default_value_t = 0, value_name = "N")]
-    pub threads: usize,
+    #[arg(long, global = true, default_value_t = 0, value_name = "N", value_parser = threads)]
+    pub(crate) threads: usize,
     /// Tokens that a slot holds; 0 takes the model's own, at most 8192.
     #[arg(long, global = true, default_value_t = 0, value_name = "N")]
-    pub context: usize,
+    pub(crate) context: usize,
     /// Element type of the KV cache: f32, f16 or bf16; by default f16 for GGUF files, f32 otherwise.
     #[arg(long, global = true, value_name = "TYPE", value_parser = kv_dtype)]
-    pub kv_dtype: Option<DType>,
+    pub(crate) kv_dtype: Option<DType>,
     /// Slots: live states at once.
-    #[arg(long, global = true, default_value_t = 4, value_name = "N")]
-    pub slots: usize,
+    #[arg(long, global = true, default_value_t = 4, value_name = "N", value_parser = slots)]
+    pub(crate) slots: usize,
     /// Memory for capsules, in MiB.
     #[arg(long, global = true, default_value_t = 4096, value_name = "MIB")]
-    pub capsule_mib: usize,
+    pub(crate) capsule_mib: usize,
 }
 
 impl GlobalArgs {
@@ -112,6 +112,19 @@ impl GlobalArgs {
     }
 }
 
+fn within(text: &str, range: std::ops::RangeInclusive<usize>) -> Result<usize, String> {
+    let value = text.trim().parse::<usize>().ok().filter(|n| range.contains(n));
+    value.ok_or_else(|| format!("it must be a number from {} to {}", range.start(), range.end()))
+}
+
+fn threads(text: &str) -> Result<usize, String> {
+    within(text, 0..=1024)
+}
+
+fn slots(text: &str) -> Result<usize, String> {
+    within(text, 1..=1024)
+}
+
 fn kv_dtype(text: &str) -> Result<DType, String> {
     match text {
         "f32" => Ok(DType::F32),
@@ -126,7 +139,7 @@ fn kv_dtype(text: &str) -> Result<DType, String> {
 pub(crate) struct ModelArg {
     /// A .gguf file, a Hugging Face folder, 'smollm2', or random:NAME.
     #[arg(long, short, value_name = "MODEL")]
-    pub model: models::ModelRef,
+    pub(crate) model: models::ModelRef,
 }
 
 /// How tokens are drawn.
@@ -135,31 +148,31 @@ pub(crate) struct ModelArg {
 pub(crate) struct SamplingArgs {
     /// Divides the logits; 0 takes the likeliest token.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub temperature: Option<f32>,
+    pub(crate) temperature: Option<f32>,
     /// Keep the N likeliest tokens; 0 keeps all.
     #[arg(long, value_name = "N")]
-    pub top_k: Option<u32>,
+    pub(crate) top_k: Option<u32>,
     /// Keep the likeliest tokens that together have this probability; 1 keeps all.
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    pub top_p: Option<f32>,
+    pub(crate) top_p: Option<f32>,
     /// Keep tokens with at least this share of the likeliest token's probability; 0 keeps all.
     #[arg(long, value_name = "P", allow_negative_numbers = true)]
-    pub min_p: Option<f32>,
+    pub(crate) min_p: Option<f32>,
     /// Make tokens read or generated before less likely; 1 is none.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub repetition_penalty: Option<f32>,
+    pub(crate) repetition_penalty: Option<f32>,
     /// Subtracted from the logits of tokens generated in this reply.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub presence_penalty: Option<f32>,
+    pub(crate) presence_penalty: Option<f32>,
     /// Subtracted from them once per occurrence.
     #[arg(long, value_name = "X", allow_negative_numbers = true)]
-    pub frequency_penalty: Option<f32>,
+    pub(crate) frequency_penalty: Option<f32>,
     /// Key of the random stream; the same seed draws the same tokens.
     #[arg(long, value_name = "N")]
-    pub seed: Option<u64>,
+    pub(crate) seed: Option<u64>,
     /// Added to the logit of one token; repeat for more.
     #[arg(long, value_name = "ID=V", value_parser = logit_bias, allow_hyphen_values = true)]
-    pub logit_bias: Vec<(u32, f32)>,
+    pub(crate) logit_bias: Vec<(u32, f32)>,
 }
 
 impl SamplingArgs {
@@ -252,39 +265,39 @@ fn above_zero(text: &str) -> Result<usize, String> {
 )]
 pub(crate) struct GenerateArgs {
     #[command(flatten)]
-    pub model: ModelArg,
+    pub(crate) model: ModelArg,
     /// The text to continue; special tokens written in it are taken as such.
     #[arg(long, short, value_name = "TEXT", required_unless_present_any = ["prompt_file", "tokens", "restore"])]
-    pub prompt: Option<String>,
+    pub(crate) prompt: Option<String>,
     /// A file with the text to continue; - reads standard input.
     #[arg(long, value_name = "FILE")]
-    pub prompt_file: Option<PathBuf>,
+    pub(crate) prompt_file: Option<PathBuf>,
     /// Token ids to continue, separated by commas.
     #[arg(long, value_name = "IDS")]
-    pub tokens: Option<TokenList>,
+    pub(crate) tokens: Option<TokenList>,
     /// Treat the prompt as a user's message: the chat template goes around it.
     #[arg(long, conflicts_with = "tokens")]
-    pub chat: bool,
+    pub(crate) chat: bool,
     /// Generate at most so many tokens; 0 only reads the prompt.
     #[arg(long, short = 'n', default_value_t = 256, value_name = "N")]
-    pub max_tokens: usize,
+    pub(crate) max_tokens: usize,
     /// Text that ends the reply; repeat for more.
     #[arg(long, value_name = "TEXT")]
-    pub stop: Vec<String>,
+    pub(crate) stop: Vec<String>,
     /// Go on past the model's own end tokens.
     #[arg(long)]
-    pub ignore_end: bool,
+    pub(crate) ignore_end: bool,
     /// Start from the state in this capsule file.
     #[arg(long, value_name = "FILE")]
-    pub restore: Option<PathBuf>,
+    pub(crate) restore: Option<PathBuf>,
     /// Save the state at the end as a capsule file.
     #[arg(long, value_name = "FILE")]
-    pub save: Option<PathBuf>,
+    pub(crate) save: Option<PathBuf>,
     /// Print one JSON object instead of streaming text.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
     #[command(flatten)]
-    pub sampling: SamplingArgs,
+    pub(crate) sampling: SamplingArgs,
 }
 
 #[derive(Debug, Args)]
@@ -296,18 +309,18 @@ pub(crate) struct GenerateArgs {
         Unless told otherwise the temperature is 0.6, top-p 0.95, and the seed 0.")]
 pub(crate) struct ChatArgs {
     #[command(flatten)]
-    pub model: ModelArg,
+    pub(crate) model: ModelArg,
     /// The system message.
     #[arg(long, value_name = "TEXT")]
-    pub system: Option<String>,
+    pub(crate) system: Option<String>,
     /// Tokens of a reply at most.
     #[arg(long, short = 'n', default_value_t = 512, value_name = "N", value_parser = above_zero)]
-    pub max_tokens: usize,
+    pub(crate) max_tokens: usize,
     /// Print one JSON object per line: replies and what commands did.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
     #[command(flatten)]
-    pub sampling: SamplingArgs,
+    pub(crate) sampling: SamplingArgs,
 }
 
 #[derive(Debug, Args)]
@@ -317,16 +330,16 @@ pub(crate) struct ChatArgs {
         predicts after token i.")]
 pub(crate) struct LogitsArgs {
     #[command(flatten)]
-    pub model: ModelArg,
+    pub(crate) model: ModelArg,
     /// Token ids separated by commas or white space.
     #[arg(long, value_name = "FILE")]
-    pub tokens_file: PathBuf,
+    pub(crate) tokens_file: PathBuf,
     /// Where the logits go.
     #[arg(long, short, value_name = "FILE")]
-    pub out: PathBuf,
+    pub(crate) out: PathBuf,
     /// Print what was written as JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -338,32 +351,32 @@ pub(crate) struct LogitsArgs {
 )]
 pub(crate) struct TokenizeArgs {
     #[command(flatten)]
-    pub model: ModelArg,
+    pub(crate) model: ModelArg,
     /// The text.
     #[arg(long, short, value_name = "TEXT")]
-    pub text: Option<String>,
+    pub(crate) text: Option<String>,
     /// A file with the text; - reads standard input.
     #[arg(long, short, value_name = "FILE")]
-    pub file: Option<PathBuf>,
+    pub(crate) file: Option<PathBuf>,
     /// Add the tokens that the model wants around a text, and take special tokens written in it as such.
     #[arg(long)]
-    pub special: bool,
+    pub(crate) special: bool,
     /// Print JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  ampoule detokenize --model smollm2 --tokens 19556,28,905")]
 pub(crate) struct DetokenizeArgs {
     #[command(flatten)]
-    pub model: ModelArg,
+    pub(crate) model: ModelArg,
     /// Token ids separated by commas.
     #[arg(long, short, value_name = "IDS")]
-    pub tokens: TokenList,
+    pub(crate) tokens: TokenList,
     /// Print JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -373,13 +386,13 @@ pub(crate) struct DetokenizeArgs {
         token but a window's first is predicted. Printed are the mean negative log-likelihood in nats and its exponential.")]
 pub(crate) struct PerplexityArgs {
     #[command(flatten)]
-    pub model: ModelArg,
+    pub(crate) model: ModelArg,
     /// A file with the text; - reads standard input.
     #[arg(long, short, value_name = "FILE")]
-    pub file: PathBuf,
+    pub(crate) file: PathBuf,
     /// Print JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -389,19 +402,19 @@ pub(crate) struct PerplexityArgs {
         The exit code is 1 if anything differs by a single bit.")]
 pub(crate) struct VerifyArgs {
     #[command(flatten)]
-    pub model: ModelArg,
+    pub(crate) model: ModelArg,
     /// Trials: texts, split points and samplers.
     #[arg(long, default_value_t = 50, value_name = "N", value_parser = above_zero)]
-    pub trials: usize,
+    pub(crate) trials: usize,
     /// Chooses them.
     #[arg(long, default_value_t = 1, value_name = "N")]
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Fill all scratch memory with NaNs before every replay: only sealed state may carry anything over.
     #[arg(long)]
-    pub poison: bool,
+    pub(crate) poison: bool,
     /// Print JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -411,16 +424,16 @@ pub(crate) struct VerifyArgs {
         the next 48 greedy tokens are then different. The exit code is 1 if the whole capsule changes a token.")]
 pub(crate) struct AblateArgs {
     #[command(flatten)]
-    pub model: ModelArg,
+    pub(crate) model: ModelArg,
     /// Tokens before the boundary.
     #[arg(long, default_value_t = 200, value_name = "N", value_parser = above_zero)]
-    pub prefix: usize,
+    pub(crate) prefix: usize,
     /// Chooses the text.
     #[arg(long, default_value_t = 1, value_name = "N")]
-    pub seed: u64,
+    pub(crate) seed: u64,
     /// Print JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -437,10 +450,10 @@ pub(crate) enum CapsuleCommand {
 pub(crate) struct CapsuleArgs {
     /// The capsule file.
     #[arg(value_name = "FILE")]
-    pub file: PathBuf,
+    pub(crate) file: PathBuf,
     /// Print JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -460,13 +473,13 @@ pub(crate) enum PlanCommand {
 #[derive(Debug, Args)]
 pub(crate) struct PlanArgs {
     #[command(flatten)]
-    pub model: ModelArg,
+    pub(crate) model: ModelArg,
     /// Position of the decode step whose roofline is asked for.
     #[arg(long, default_value_t = 1024, value_name = "N")]
-    pub position: usize,
+    pub(crate) position: usize,
     /// Print JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -474,7 +487,7 @@ pub(crate) struct PlanArgs {
 pub(crate) struct DoctorArgs {
     /// Print JSON.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -498,25 +511,25 @@ pub(crate) enum BenchCommand {
 #[derive(Debug, Args)]
 pub(crate) struct BenchArgs {
     #[command(flatten)]
-    pub model: ModelArg,
+    pub(crate) model: ModelArg,
     /// Tokens of the prefix; several separated by commas.
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "512,1024,2048", value_parser = size)]
-    pub prefix: Vec<usize>,
+    pub(crate) prefix: Vec<usize>,
     /// Tokens read after the prefix (ttft), or decoded at each context (decode: 32 unless given).
     #[arg(long, value_name = "N", value_parser = above_zero)]
-    pub suffix: Option<usize>,
+    pub(crate) suffix: Option<usize>,
     /// Repetitions.
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = above_zero)]
-    pub reps: usize,
+    pub(crate) reps: usize,
     /// Write everything measured to this JSON file.
     #[arg(long, short, value_name = "FILE")]
-    pub out: Option<PathBuf>,
+    pub(crate) out: Option<PathBuf>,
     /// Draw the medians to this SVG file.
     #[arg(long, value_name = "FILE")]
-    pub svg: Option<PathBuf>,
+    pub(crate) svg: Option<PathBuf>,
     /// Print JSON instead of a table.
     #[arg(long)]
-    pub json: bool,
+    pub(crate) json: bool,
 }
 
 #[derive(Debug, Args)]
@@ -525,10 +538,10 @@ pub(crate) struct BenchArgs {
 pub(crate) struct DemoArgs {
     /// The model to show.
     #[arg(long, short, default_value = models::SMOLLM2, value_name = "MODEL")]
-    pub model: models::ModelRef,
+    pub(crate) model: models::ModelRef,
     /// Shorter texts, fewer repetitions.
     #[arg(long)]
-    pub fast: bool,
+    pub(crate) fast: bool,
 }
 
 #[derive(Debug, Args)]
@@ -537,5 +550,5 @@ pub(crate) struct DemoArgs {
 pub(crate) struct FetchArgs {
     /// The model's name: smollm2.
     #[arg(value_name = "NAME", default_value = models::SMOLLM2)]
-    pub name: String,
+    pub(crate) name: String,
 }

@@ -191,6 +191,8 @@ fn wrong_command_lines_end_with_code_2() {
         "generate --model x --tokens 1 --device tpu",
         "generate --model x --tokens 1 --kv-dtype q8_0",
         "generate --model x --tokens 1 --chat",
+        "generate --model x --tokens 1 --slots 0",
+        "generate --model x --tokens 1 --threads 5000",
         "tokenize --model x",
         "bench ttft --model x --prefix 0",
         "bench ttft --model x --reps 0",

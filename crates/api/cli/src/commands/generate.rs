@@ -103,6 +103,9 @@ pub(crate) fn run(args: &GenerateArgs, global: &GlobalArgs) -> anyhow::Result<()
         ttft_ms: first.map(|first| ms(first - start)),
         decode_ms_per_token: rest.filter(|_| tokens.len() > 1),
     };
+    if !args.json && !tokens.is_empty() {
+        output::line("")?;
+    }
     let saved = save(&mut model, slot, args)?;
     if args.json {
         let position = model.engine.position(slot)?;
@@ -118,9 +121,6 @@ pub(crate) fn run(args: &GenerateArgs, global: &GlobalArgs) -> anyhow::Result<()
             position,
             saved,
         });
-    }
-    if !tokens.is_empty() {
-        output::line("")?;
     }
     if let Some(saved) = saved {
         output::note(format!("saved {} ({})", saved.path, output::bytes(saved.bytes)));
