@@ -99,12 +99,12 @@ impl Progress {
 
     /// Of bytes.
     pub(crate) fn bytes(self, what: &str) -> ProgressBar {
-        self.bar(0, what, "{msg:<12} [{bar:32}] {bytes}/{total_bytes} {bytes_per_sec}")
+        self.bar(1, what, "{msg:<12} [{bar:32}] {bytes}/{total_bytes} {bytes_per_sec}")
     }
 
     /// Of things that are counted.
     pub(crate) fn count(self, total: usize, what: &str) -> ProgressBar {
-        self.bar(total as u64, what, "{msg:<12} [{bar:32}] {pos}/{len} {per_sec} eta {eta}")
+        self.bar(total as u64, what, "{msg:<12} [{bar:32}] {pos}/{len} eta {eta}")
     }
 }
 
