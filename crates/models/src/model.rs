@@ -33,7 +33,9 @@ pub enum OpenError {
         name: String,
     },
     /// The path leads nowhere.
-    #[error("{path}: no such file or folder; give a .gguf file, a Hugging Face folder, or random:NAME")]
+    #[error(
+        "{path}: no such file or folder; give a .gguf file, a Hugging Face folder, or random:NAME"
+    )]
     NotFound {
         /// The path.
         path: String,
@@ -59,7 +61,7 @@ pub struct BuiltModel {
     pub sealed: Arc<Sealed>,
     /// The weights.
     pub weights: ModelWeights,
-    /// BLAKE3 of the weights' content: the weight component of a fingerprint.
+    /// BLAKE3 of the weights' content and the decoder's shape: the weight component of a fingerprint.
     pub weights_digest: [u8; 32],
     /// BLAKE3 of the plans as they would be for one fixed set of buckets: the plan component of a fingerprint. It
     /// depends on the ops and their types, but on neither context length nor buckets, which change no result.
@@ -85,7 +87,11 @@ impl ModelFiles {
         if path.is_dir() {
             let folder = WeightsDir::open(path)?;
             let model = Qwen35::open(&folder)?;
-            let tokenizer = path.join("tokenizer.json").exists().then(|| Tokenizer::from_dir(path)).transpose()?;
+            let tokenizer = path
+                .join("tokenizer.json")
+                .exists()
+                .then(|| Tokenizer::from_dir(path))
+                .transpose()?;
             let shape = model.shape.clone();
             return Ok(Self {
                 weights: Weights::Folder(Arc::new(folder), model),
@@ -122,7 +128,7 @@ impl ModelFiles {
     /// # Errors
     /// If a tensor is missing or wrong, or the options fit no plan.
     pub fn build(&self, options: &BuildOptions) -> Result<BuiltModel, BuildError> {
-        let (sealed, data) = self.plans(options)?;
+        let (sealed, data) = self.plans(&self.shape, options)?;
         let canonical = BuildOptions {
             context: 1024,
             prefill: vec![16],
@@ -130,15 +136,18 @@ impl ModelFiles {
             decode_contexts: Vec::new(),
             precision: options.precision,
         };
-        let plan_digest = self.plans(&canonical)?.0.digest();
-        let weights_digest = match &self.weights {
-            Weights::Gguf(file) => file.digest(),
-            Weights::Folder(folder, _) => folder.digest(),
-            Weights::Random { seed } => {
-                let recipe = format!("ampoule.random.v1 {seed} {:?}", self.shape);
-                *blake3::hash(recipe.as_bytes()).as_bytes()
-            }
+        // Neither a folder's name nor the longest context changes a result.
+        let nameless = DecoderShape { name: "model".to_owned(), context: 0, ..self.shape.clone() };
+        let plan_digest = self.plans(&nameless, &canonical)?.0.digest();
+        let content = match &self.weights {
+            Weights::Gguf(file) => file.digest().to_vec(),
+            Weights::Folder(folder, _) => folder.digest().to_vec(),
+            Weights::Random { seed } => format!("ampoule.random.v1 {seed}").into_bytes(),
         };
+        // The shape holds what the configuration adds to the tensors, such as the rotary frequencies.
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&content).update(format!("{nameless:?}").as_bytes());
+        let weights_digest = *hasher.finalize().as_bytes();
         let tensors: Option<Arc<dyn TensorSource + Send + Sync>> = match &self.weights {
             Weights::Gguf(file) => Some(Arc::clone(file) as _),
             Weights::Folder(folder, _) => Some(Arc::clone(folder) as _),
@@ -148,11 +157,13 @@ impl ModelFiles {
         Ok(BuiltModel { sealed: Arc::new(sealed), weights, weights_digest, plan_digest })
     }
 
-    fn plans(&self, options: &BuildOptions) -> Result<Built, BuildError> {
+    fn plans(&self, shape: &DecoderShape, options: &BuildOptions) -> Result<Built, BuildError> {
         match &self.weights {
-            Weights::Gguf(file) => build(&self.shape, &LlamaParts(file), options),
-            Weights::Folder(folder, model) => build(&self.shape, &Qwen35Parts { model, folder }, options),
-            Weights::Random { seed } => build(&self.shape, &RandomParts { seed: *seed, dtype: DType::BF16 }, options),
+            Weights::Gguf(file) => build(shape, &LlamaParts(file), options),
+            Weights::Folder(folder, model) => build(shape, &Qwen35Parts { model, folder }, options),
+            Weights::Random { seed } => {
+                build(shape, &RandomParts { seed: *seed, dtype: DType::BF16 }, options)
+            }
         }
     }
 }

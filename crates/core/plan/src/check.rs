@@ -118,6 +118,18 @@ impl Checker<'_> {
         self.typed(field, view, DType::F32, 1, len)
     }
 
+    /// A product of attributes, which may be anything.
+    fn product(&self, factors: &[usize]) -> Result<usize, OpError> {
+        let product = factors
+            .iter()
+            .try_fold(1_usize, |n, &f| n.checked_mul(f))
+            .filter(|&n| n <= isize::MAX as usize);
+        product.ok_or_else(|| OpError {
+            op: self.op,
+            problem: format!("sizes {factors:?} multiply to more than memory"),
+        })
+    }
+
     fn divides(&self, what: &str, part: usize, whole: usize) -> Result<(), OpError> {
         if part > 0 && whole.is_multiple_of(part) {
             return Ok(());
@@ -171,7 +183,10 @@ impl Op {
                     && ranges_meet(&a.view.cols, &b.view.cols);
                 let in_place = a.view == b.view
                     && IN_PLACE.contains(&(a.field, b.field))
-                    && matches!(self, Self::RmsNorm(_) | Self::SigmoidGate(_) | Self::GatedRmsNorm(_));
+                    && matches!(
+                        self,
+                        Self::RmsNorm(_) | Self::SigmoidGate(_) | Self::GatedRmsNorm(_)
+                    );
                 if overlap && (writes(a) || writes(b)) && !in_place {
                     let name = &table[a.view.buffer].name;
                     return c.fail(format!(
@@ -204,7 +219,7 @@ impl Op {
                 c.dtype("x", &o.x, ACTIVATION)?;
                 c.divides("head_dim", o.head_dim, o.x.width())?;
                 c.vector("frequencies", &o.frequencies, o.frequencies.width())?;
-                if 2 * o.frequencies.width() > o.head_dim {
+                if o.frequencies.width() > o.head_dim / 2 {
                     return c.fail(format!(
                         "{} frequencies turn more than {} elements",
                         o.frequencies.width(),
@@ -225,11 +240,13 @@ impl Op {
             }
             Self::Attention(o) => {
                 c.divides("kv_heads", o.kv_heads, o.heads)?;
-                c.activation("query", &o.query, o.out.height(), o.heads * o.head_dim)?;
-                c.activation("out", &o.out, o.query.height(), o.heads * o.head_dim)?;
+                let (query_width, row_width) =
+                    (c.product(&[o.heads, o.head_dim])?, c.product(&[o.kv_heads, o.head_dim])?);
+                c.activation("query", &o.query, o.out.height(), query_width)?;
+                c.activation("out", &o.out, o.query.height(), query_width)?;
                 for (field, cache) in [("key_cache", &o.key_cache), ("value_cache", &o.value_cache)]
                 {
-                    c.activation(field, cache, o.key_cache.height(), o.kv_heads * o.head_dim)?;
+                    c.activation(field, cache, o.key_cache.height(), row_width)?;
                 }
                 c.cursor(&o.cursor)?;
                 c.count(o.count.as_ref())
@@ -251,14 +268,16 @@ impl Op {
             Self::GatedDelta(o) => {
                 c.divides("key_heads", o.key_heads, o.value_heads)?;
                 let rows = o.out.height();
-                let values = o.value_heads * o.value_dim;
-                c.activation("qkv", &o.qkv, rows, 2 * o.key_heads * o.key_dim + values)?;
+                let values = c.product(&[o.value_heads, o.value_dim])?;
+                let keys = c.product(&[2, o.key_heads, o.key_dim])?;
+                let state_rows = c.product(&[o.value_heads, o.key_dim])?;
+                c.activation("qkv", &o.qkv, rows, keys + values)?;
                 c.activation("decay", &o.decay, rows, o.value_heads)?;
                 c.activation("beta", &o.beta, rows, o.value_heads)?;
                 c.vector("a_log", &o.a_log, o.value_heads)?;
                 c.vector("dt_bias", &o.dt_bias, o.value_heads)?;
                 c.whole("state", &o.state)?;
-                c.typed("state", &o.state, DType::F32, o.value_heads * o.key_dim, o.value_dim)?;
+                c.typed("state", &o.state, DType::F32, state_rows, o.value_dim)?;
                 c.count(o.count.as_ref())?;
                 c.activation("out", &o.out, rows, values)
             }

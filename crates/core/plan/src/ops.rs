@@ -530,6 +530,22 @@ ops! {
     }
 }
 
+impl Op {
+    /// Whether the op has a `count` field.
+    pub const fn takes_count(&self) -> bool {
+        matches!(
+            self,
+            Self::KvAppend(_)
+                | Self::Attention(_)
+                | Self::CausalConv(_)
+                | Self::GatedDelta(_)
+                | Self::LastRow(_)
+                | Self::Observe(_)
+                | Self::Advance(_)
+        )
+    }
+}
+
 /// Indices into the `params` operand of [`Sample`].
 pub mod sampler_params {
     /// Divides the logits; 0 takes the highest logit.

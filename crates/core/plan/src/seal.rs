@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use crate::check::ranges_meet;
 use crate::{
-    Access, Buffer, BufferId, DType, Growth, Model, OpError, Phase, Plan, Role, ShapeKey, View,
+    Access, Buffer, BufferId, DType, Growth, Model, Op, OpError, Phase, Plan, Role, ShapeKey,
+    StateKind, View,
 };
 
 /// Why a model cannot be sealed. Every variant names the plan, the op and the buffer.
@@ -105,9 +106,58 @@ pub enum SealError {
         /// The buffer.
         buffer: String,
     },
+    /// An op counts rows otherwise than its plan, so rows past the count could reach State.
+    #[error(
+        "plan '{plan}', op {index} ({op}) must take the plan's own count, or none where the plan has none"
+    )]
+    OtherCount {
+        /// The plan.
+        plan: ShapeKey,
+        /// Index of the op.
+        index: usize,
+        /// The op's name.
+        op: &'static str,
+    },
+    /// An op reads the position from somewhere else than the one Cursor.
+    #[error(
+        "plan '{plan}', op {index} ({op}) reads the position from '{buffer}', but every op must read it from the one \
+         State(Cursor) buffer"
+    )]
+    OtherCursor {
+        /// The plan.
+        plan: ShapeKey,
+        /// Index of the op.
+        index: usize,
+        /// The op's name.
+        op: &'static str,
+        /// The buffer.
+        buffer: String,
+    },
+    /// The position moves before the replay's rows are done with, or twice.
+    #[error(
+        "plan '{plan}', op {index} ({op}): the position may move once, after every op that reads it"
+    )]
+    CursorMoved {
+        /// The plan.
+        plan: ShapeKey,
+        /// Index of the op.
+        index: usize,
+        /// The op's name.
+        op: &'static str,
+    },
+    /// More positions than rows.
+    #[error("plan '{plan}' lets positions run to its context, but '{buffer}' has only {rows} rows")]
+    ContextRows {
+        /// The plan.
+        plan: ShapeKey,
+        /// The buffer.
+        buffer: String,
+        /// Its rows.
+        rows: usize,
+    },
     /// State that the reset plan leaves as it was.
     #[error(
-        "no reset plan writes all of state '{buffer}', so an emptied slot would remember its last session"
+        "a reset plan does not write all of state '{buffer}', so an emptied slot would remember its last session"
     )]
     NotReset {
         /// The buffer.
@@ -179,22 +229,28 @@ impl Model {
     /// - State that grows by rows is appended at the cursor and read below it, and in no other way; so rows at or
     ///   past the position never matter, and a capsule that holds the rows below it holds all.
     /// - Everything else that is read before it is written is Fixed State, held whole by every capsule.
-    /// - A reset plan writes all Fixed State, so an emptied slot remembers nothing.
+    /// - Every op of a plan takes the plan's count and reads the position from the one Cursor, which moves once, last; so
+    ///   rows past the count reach no State, and the rows read are those appended.
+    /// - Every reset plan writes all Fixed State and reads none it has not written, so an emptied slot remembers nothing.
     ///
     /// # Errors
     /// The first violation, naming plan, op and buffer.
     pub fn seal(self) -> Result<Sealed, SealError> {
         let mut keys = HashSet::new();
         let mut touched = HashSet::new();
-        let mut reset: HashMap<BufferId, Vec<View>> = HashMap::new();
+        // How many reset plans write all of a buffer; each must write all Fixed State by itself.
+        let (mut resets, mut reset) = (0_usize, HashMap::<BufferId, usize>::new());
         for plan in &self.plans {
             if !keys.insert(plan.key) {
                 return Err(SealError::DuplicateKey { plan: plan.key });
             }
             let written = self.seal_plan(plan, &mut touched)?;
             if plan.key.phase == Phase::Reset {
+                resets += 1;
                 for (id, views) in written {
-                    reset.entry(id).or_default().extend(views);
+                    if unwritten(&self.buffers.view(id), &views).is_none() {
+                        *reset.entry(id).or_default() += 1;
+                    }
                 }
             }
         }
@@ -207,8 +263,7 @@ impl Model {
             if !touched.contains(&id) {
                 return Err(SealError::UnusedState { buffer: name() });
             }
-            let covered =
-                reset.get(&id).is_some_and(|w| unwritten(&self.buffers.view(id), w).is_none());
+            let covered = resets > 0 && reset.get(&id) == Some(&resets);
             if buffer.growth() == Some(Growth::Fixed) && !covered {
                 return Err(SealError::NotReset { buffer: name() });
             }
@@ -232,7 +287,8 @@ impl Model {
             }
         }
         let mut written: HashMap<BufferId, Vec<View>> = HashMap::new();
-        let mut appended: HashSet<BufferId> = HashSet::new();
+        let mut appended: HashMap<BufferId, usize> = HashMap::new();
+        let mut moved = false;
         for (index, op) in plan.ops.iter().enumerate() {
             op.check(&self.buffers).map_err(|source| SealError::Op {
                 plan: plan.key,
@@ -241,6 +297,11 @@ impl Model {
             })?;
             let at = Site { plan: plan.key, index, op: op.name() };
             let operands = op.operands();
+            self.check_count_and_cursor(plan, op, &at, &mut moved)?;
+            let height = operands
+                .iter()
+                .find(|o| matches!(o.field, "key" | "query"))
+                .map_or(0, |o| o.view.height());
             // Reads come before writes, so that an op in place does not vouch for itself.
             for o in operands.iter().filter(|o| o.access != Access::Write) {
                 let buffer = &self.buffers[o.view.buffer];
@@ -250,9 +311,13 @@ impl Model {
                         Access::AppendRows | Access::ReadRows,
                         Role::State { growth: Growth::Rows, .. },
                     ) => {
+                        if plan.key.context > buffer.rows() {
+                            let (buffer, rows) = (buffer.name.clone(), buffer.rows());
+                            return Err(SealError::ContextRows { plan: plan.key, buffer, rows });
+                        }
                         if o.access == Access::AppendRows {
-                            appended.insert(o.view.buffer);
-                        } else if !appended.contains(&o.view.buffer) {
+                            appended.insert(o.view.buffer, height);
+                        } else if appended.get(&o.view.buffer).is_none_or(|&rows| rows < height) {
                             return Err(at.rows_not_appended(buffer));
                         }
                     }
@@ -262,13 +327,13 @@ impl Model {
                     (_, Role::State { growth: Growth::Rows, .. }) => {
                         return Err(at.rows_outside_cursor(buffer));
                     }
-                    (_, Role::Scratch | Role::Output) => {
+                    (_, role) if carries_nothing(role, plan) => {
                         let done = written.get(&o.view.buffer).map_or(&[][..], Vec::as_slice);
                         if let Some(gap) = unwritten(o.view, done) {
                             return Err(at.read_before_write(buffer, &gap));
                         }
                     }
-                    (_, Role::Weight | Role::Input | Role::State { .. }) => {}
+                    _ => {}
                 }
             }
             for o in operands.iter().filter(|o| matches!(o.access, Access::Write | Access::Update))
@@ -292,7 +357,57 @@ impl Model {
     }
 }
 
+/// Whether what the buffer held before the replay must not matter: Scratch and Output, and in a reset plan all State.
+fn carries_nothing(role: &Role, plan: &Plan) -> bool {
+    matches!(role, Role::Scratch | Role::Output)
+        || (plan.key.phase == Phase::Reset && role.is_state())
+}
+
+impl Model {
+    /// One count and one cursor per plan, and no op reads the position after it has moved.
+    fn check_count_and_cursor(
+        &self,
+        plan: &Plan,
+        op: &Op,
+        at: &Site,
+        moved: &mut bool,
+    ) -> Result<(), SealError> {
+        let Site { plan: key, index, op: name } = *at;
+        let operands = op.operands();
+        let count = operands.iter().find(|o| o.field == "count").map(|o| o.view.buffer);
+        if op.takes_count() && count != plan.count {
+            return Err(SealError::OtherCount { plan: key, index, op: name });
+        }
+        if let Some(cursor) = operands.iter().find(|o| o.field == "cursor") {
+            let buffer = &self.buffers[cursor.view.buffer];
+            if !matches!(
+                buffer.role,
+                Role::State { kind: StateKind::Cursor, growth: Growth::Fixed }
+            ) || self
+                .buffers
+                .iter()
+                .filter(|(_, b)| matches!(b.role, Role::State { kind: StateKind::Cursor, .. }))
+                .count()
+                > 1
+            {
+                return Err(SealError::OtherCursor {
+                    plan: key,
+                    index,
+                    op: name,
+                    buffer: buffer.name.clone(),
+                });
+            }
+            if *moved {
+                return Err(SealError::CursorMoved { plan: key, index, op: name });
+            }
+            *moved = matches!(op, Op::Advance(_));
+        }
+        Ok(())
+    }
+}
+
 /// Where an error is.
+#[derive(Clone, Copy)]
 struct Site {
     plan: ShapeKey,
     index: usize,

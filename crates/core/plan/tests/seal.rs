@@ -339,3 +339,97 @@ proptest::proptest! {
         let _ = Model::from_text(&format!("ampoule-plan 1\nmodel x\n{}", lines.join("\n")));
     }
 }
+
+#[test]
+fn a_plan_counts_and_stands_in_one_way() {
+    // An op that forgets the plan's count would let padding reach State.
+    let mut f = Fixture::new();
+    let count = f.buffer("count", Role::Input, DType::U32, &[1, 1]);
+    let input = f.f32("input", Role::Input, &[4, 8]);
+    let (keys, values) = (f.f32("keys", rows(), &[16, 8]), f.f32("values", rows(), &[16, 8]));
+    let mut with_count = append(&f, &input, (&keys, &values));
+    with_count.count = Some(count);
+    f.op(with_count);
+    assert!(matches!(f.seal().unwrap_err(), SealError::OtherCount { op: "kv_append", .. }));
+
+    // A position from an Input is not the Cursor.
+    let mut f = Fixture::new();
+    let elsewhere = f.buffer("elsewhere", Role::Input, DType::U32, &[1, 4]);
+    let input = f.f32("input", Role::Input, &[1, 8]);
+    let (keys, values) = (f.f32("keys", rows(), &[16, 8]), f.f32("values", rows(), &[16, 8]));
+    let mut other = append(&f, &input, (&keys, &values));
+    other.cursor = elsewhere;
+    f.op(other);
+    assert!(
+        matches!(f.seal().unwrap_err(), SealError::OtherCursor { buffer, .. } if buffer == "elsewhere")
+    );
+
+    // The position moves once, after everything that reads it.
+    let mut f = Fixture::new();
+    let cursor = f.cursor();
+    f.op(Advance { count: None, cursor });
+    assert!(matches!(f.seal().unwrap_err(), SealError::CursorMoved { op: "advance", .. }));
+
+    // Positions end where rows end.
+    let mut f = Fixture::new();
+    let input = f.f32("input", Role::Input, &[1, 8]);
+    let (keys, values) = (f.f32("keys", rows(), &[8, 8]), f.f32("values", rows(), &[8, 8]));
+    f.op(append(&f, &input, (&keys, &values)));
+    assert!(matches!(f.seal().unwrap_err(), SealError::ContextRows { rows: 8, .. }));
+}
+
+#[test]
+fn more_queries_than_appended_rows_are_refused() {
+    let mut f = Fixture::new();
+    let input = f.f32("input", Role::Input, &[1, 8]);
+    let query = f.f32("query", Role::Input, &[4, 8]);
+    let out = f.f32("out", Role::Output, &[4, 8]);
+    let (keys, values) = (f.f32("keys", rows(), &[16, 8]), f.f32("values", rows(), &[16, 8]));
+    f.op(append(&f, &input, (&keys, &values)));
+    let cursor = f.cursor();
+    f.op(ampoule_plan::Attention {
+        query,
+        key_cache: keys,
+        value_cache: values,
+        cursor,
+        count: None,
+        out,
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 8,
+        scale: 1.0,
+    });
+    assert!(matches!(f.seal().unwrap_err(), SealError::RowsNotAppended { op: "attention", .. }));
+}
+
+#[test]
+fn a_reset_that_copies_or_updates_state_resets_nothing() {
+    let mut f = Fixture::new();
+    let input = f.f32("input", Role::Input, &[2, 8]);
+    let memory = f.f32("memory", fixed(StateKind::Recurrent), &[2, 8]);
+    f.op(Copy { source: input, out: memory });
+    let mut model = f.seal().unwrap().model().clone();
+    let cursor = model.buffers.view(model.buffers.find("cursor").unwrap());
+    model.plans[0].ops[0] = Advance { count: None, cursor }.into();
+    assert!(
+        matches!(model.seal().unwrap_err(), SealError::ReadBeforeWrite { buffer, .. } if buffer == "cursor")
+    );
+}
+
+#[test]
+fn sizes_that_overflow_are_refused() {
+    let text = |heads: &str| {
+        format!(
+            "ampoule-plan 1\nmodel m\nbuffer cursor state(cursor,fixed) u32 [1,4]\nbuffer q input f32 [1,16]\n\
+             buffer o output f32 [1,16]\nbuffer k state(kv_cache,rows) f32 [8,16]\nbuffer v state(kv_cache,rows) f32 [8,16]\n\
+             plan reset tokens=0 slots=1 context=8 count=-\n  fill out=cursor bits=0\nend\n\
+             plan decode tokens=1 slots=1 context=8 count=-\n  \
+             kv_append key=q value=q cursor=cursor key_cache=k value_cache=v\n  \
+             attention query=q key_cache=k value_cache=v cursor=cursor out=o heads={heads} kv_heads={heads} head_dim=8 scale=1.0\nend\n"
+        )
+    };
+    Model::from_text(&text("2")).unwrap().seal().unwrap();
+    let wrapping = (1_u64 << 61) + 2; // times 8 wraps to 16
+    let error = Model::from_text(&text(&wrapping.to_string())).unwrap().seal().unwrap_err();
+    assert!(error.to_string().contains("more than memory"), "{error}");
+}
