@@ -1,9 +1,10 @@
 //! Builds the plans of a decoder: attention or gated-delta mixers, SwiGLU, pre-norms, and the sampler.
 
 use ampoule_plan::{
-    Advance, Attention, BeginReply, Buffer, BufferId, BufferTable, CausalConv, Copy, DType, Embed, Fill, GatedDelta,
-    GatedRmsNorm, Growth, KvAppend, LastRow, Linear, LinearAdd, Model, Observe, Op, Phase, Plan, RmsNorm, Role, Rope,
-    RopeStyle, Sample, SealError, Sealed, ShapeKey, SigmoidGate, StateKind, SwiGlu, TableError, View, sampler_params,
+    Advance, Attention, BeginReply, Buffer, BufferId, BufferTable, CausalConv, Copy, DType, Embed,
+    Fill, GatedDelta, GatedRmsNorm, Growth, KvAppend, LastRow, Linear, LinearAdd, Model, Observe,
+    Op, Phase, Plan, RmsNorm, Role, Rope, RopeStyle, Sample, SealError, Sealed, ShapeKey,
+    SigmoidGate, StateKind, SwiGlu, TableError, View, sampler_params,
 };
 
 use crate::error::ModelFileError;
@@ -139,7 +140,11 @@ pub type Built = (Sealed, Vec<Option<WeightData>>);
 ///
 /// # Errors
 /// If sizes are impossible, a weight is missing or wrong, or the options fit no plan.
-pub fn build(shape: &DecoderShape, source: &dyn PartSource, options: &BuildOptions) -> Result<Built, BuildError> {
+pub fn build(
+    shape: &DecoderShape,
+    source: &dyn PartSource,
+    options: &BuildOptions,
+) -> Result<Built, BuildError> {
     check(shape, options)?;
     let mut b = Builder { table: BufferTable::default(), data: Vec::new(), shape, source, options };
     let weights = b.weights()?;
@@ -150,8 +155,17 @@ pub fn build(shape: &DecoderShape, source: &dyn PartSource, options: &BuildOptio
 }
 
 fn check(shape: &DecoderShape, options: &BuildOptions) -> Result<(), BuildError> {
-    let fail = |problem: &str| Err(BuildError::Shape { name: shape.name.clone(), problem: problem.to_owned() });
-    let positive = [shape.vocabulary, shape.hidden, shape.intermediate, shape.mixers.len(), options.context, options.score];
+    let fail = |problem: &str| {
+        Err(BuildError::Shape { name: shape.name.clone(), problem: problem.to_owned() })
+    };
+    let positive = [
+        shape.vocabulary,
+        shape.hidden,
+        shape.intermediate,
+        shape.mixers.len(),
+        options.context,
+        options.score,
+    ];
     if positive.contains(&0) || options.prefill.is_empty() || options.prefill.contains(&0) {
         return fail("a size is zero");
     }
@@ -167,7 +181,10 @@ fn check(shape: &DecoderShape, options: &BuildOptions) -> Result<(), BuildError>
         if !shape.heads.is_multiple_of(shape.kv_heads) {
             return fail("the key heads do not divide the query heads");
         }
-        if shape.heads > limit || shape.head_dim > limit || 2 * shape.frequencies.len() > shape.head_dim {
+        if shape.heads > limit
+            || shape.head_dim > limit
+            || 2 * shape.frequencies.len() > shape.head_dim
+        {
             return fail("the rotary part is larger than a head, or a head impossibly large");
         }
         if shape.frequencies.is_empty() {
@@ -178,7 +195,10 @@ fn check(shape: &DecoderShape, options: &BuildOptions) -> Result<(), BuildError>
         None if has(Mixer::GatedDelta) => fail("linear layers have no sizes"),
         Some(d) if has(Mixer::GatedDelta) => {
             let sizes = [d.key_heads, d.value_heads, d.key_dim, d.value_dim];
-            if sizes.contains(&0) || sizes.iter().any(|&n| n > limit) || !d.value_heads.is_multiple_of(d.key_heads) {
+            if sizes.contains(&0)
+                || sizes.iter().any(|&n| n > limit)
+                || !d.value_heads.is_multiple_of(d.key_heads)
+            {
                 return fail("the sizes of the linear layers are impossible");
             }
             if !(2..=64).contains(&d.taps) {
@@ -262,25 +282,50 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn add(&mut self, name: &str, role: Role, dtype: DType, shape: &[usize]) -> Result<View, TableError> {
-        let id = self.table.add(Buffer { name: name.to_owned(), role, dtype, shape: shape.to_vec() })?;
+    fn add(
+        &mut self,
+        name: &str,
+        role: Role,
+        dtype: DType,
+        shape: &[usize],
+    ) -> Result<View, TableError> {
+        let id =
+            self.table.add(Buffer { name: name.to_owned(), role, dtype, shape: shape.to_vec() })?;
         self.data.push(None);
         Ok(self.table.view(id))
     }
 
-    fn weight(&mut self, name: &str, dtype: DType, shape: &[usize], data: WeightData) -> Result<View, TableError> {
+    fn weight(
+        &mut self,
+        name: &str,
+        dtype: DType,
+        shape: &[usize],
+        data: WeightData,
+    ) -> Result<View, TableError> {
         let view = self.add(name, Role::Weight, dtype, shape)?;
         self.data[view.buffer.index()] = Some(data.named(name));
         Ok(view)
     }
 
-    fn vector(&mut self, name: &str, part: Part, layer: usize, len: usize) -> Result<View, BuildError> {
+    fn vector(
+        &mut self,
+        name: &str,
+        part: Part,
+        layer: usize,
+        len: usize,
+    ) -> Result<View, BuildError> {
         let data = self.source.vector(part, layer, len)?;
         Ok(self.weight(name, DType::F32, &[len], data)?)
     }
 
     /// Matrices that read the same `cols` inputs; neighbours of one element type and without bias become one.
-    fn group(&mut self, name: &str, layer: usize, parts: &[(Part, usize)], cols: usize) -> Result<Group, BuildError> {
+    fn group(
+        &mut self,
+        name: &str,
+        layer: usize,
+        parts: &[(Part, usize)],
+        cols: usize,
+    ) -> Result<Group, BuildError> {
         let mut group = Group { parts: Vec::new(), width: 0 };
         let mut open: Option<(DType, usize, WeightData)> = None;
         for &(part, rows) in parts {
@@ -293,7 +338,9 @@ impl Builder<'_> {
                     spans.extend(more);
                     Some((dtype, before + rows, WeightData::Rows(spans)))
                 }
-                (Some((dtype, before, WeightData::Random(fill))), WeightData::Random(_)) if bias.is_none() => {
+                (Some((dtype, before, WeightData::Random(fill))), WeightData::Random(_))
+                    if bias.is_none() =>
+                {
                     Some((dtype, before + rows, WeightData::Random(fill)))
                 }
                 (before, data) => {
@@ -321,7 +368,9 @@ impl Builder<'_> {
         let index = group.parts.len();
         let name = if index == 0 { name.to_owned() } else { format!("{name}.{index}") };
         let weight = self.weight(&format!("{name}.weight"), dtype, &[rows, cols], data)?;
-        let bias = bias.map(|b| self.weight(&format!("{name}.bias"), DType::F32, &[rows], b)).transpose()?;
+        let bias = bias
+            .map(|b| self.weight(&format!("{name}.bias"), DType::F32, &[rows], b))
+            .transpose()?;
         group.parts.push((weight, bias, group.width, rows));
         group.width += rows;
         Ok(())
@@ -330,7 +379,8 @@ impl Builder<'_> {
     fn weights(&mut self) -> Result<Weights, BuildError> {
         let s = self.shape;
         let table = self.source.matrix(Part::Embedding, 0, [s.vocabulary, s.hidden])?;
-        let embedding = self.weight("embedding.weight", table.dtype, &[s.vocabulary, s.hidden], table.data)?;
+        let embedding =
+            self.weight("embedding.weight", table.dtype, &[s.vocabulary, s.hidden], table.data)?;
         let frequencies = if s.mixers.contains(&Mixer::Attention) {
             let data = WeightData::Floats(s.frequencies.clone());
             Some(self.weight("rope.frequencies", DType::F32, &[s.frequencies.len()], data)?)
@@ -349,35 +399,83 @@ impl Builder<'_> {
                         (Part::DeltaBeta, d.value_heads),
                         (Part::DeltaDecay, d.value_heads),
                     ];
-                    let conv = self.source.vector(Part::Convolution, layer, d.channels() * d.taps)?;
+                    let conv =
+                        self.source.vector(Part::Convolution, layer, d.channels() * d.taps)?;
                     MixerWeights::Delta {
                         input: self.group(&name("delta.in"), layer, &parts, s.hidden)?,
-                        conv: self.weight(&name("delta.conv"), DType::F32, &[d.channels(), d.taps], conv)?,
-                        a_log: self.vector(&name("delta.a_log"), Part::DecayLog, layer, d.value_heads)?,
-                        dt_bias: self.vector(&name("delta.dt_bias"), Part::DecayBias, layer, d.value_heads)?,
-                        norm: self.vector(&name("delta.norm"), Part::DeltaNorm, layer, d.value_dim)?,
-                        out: self.group(&name("delta.out"), layer, &[(Part::DeltaOut, s.hidden)], d.values())?,
+                        conv: self.weight(
+                            &name("delta.conv"),
+                            DType::F32,
+                            &[d.channels(), d.taps],
+                            conv,
+                        )?,
+                        a_log: self.vector(
+                            &name("delta.a_log"),
+                            Part::DecayLog,
+                            layer,
+                            d.value_heads,
+                        )?,
+                        dt_bias: self.vector(
+                            &name("delta.dt_bias"),
+                            Part::DecayBias,
+                            layer,
+                            d.value_heads,
+                        )?,
+                        norm: self.vector(
+                            &name("delta.norm"),
+                            Part::DeltaNorm,
+                            layer,
+                            d.value_dim,
+                        )?,
+                        out: self.group(
+                            &name("delta.out"),
+                            layer,
+                            &[(Part::DeltaOut, s.hidden)],
+                            d.values(),
+                        )?,
                     }
                 }
                 _ => {
                     let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
                     let gate = s.output_gate.then_some((Part::OutputGate, q));
-                    let parts: Vec<_> = [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)].into_iter().chain(gate).collect();
+                    let parts: Vec<_> = [(Part::Query, q), (Part::Key, kv), (Part::Value, kv)]
+                        .into_iter()
+                        .chain(gate)
+                        .collect();
                     let qkv = self.group(&name("attention.in"), layer, &parts, s.hidden)?;
                     let norms = if s.qk_norm {
-                        let query = self.vector(&name("attention.query_norm"), Part::QueryNorm, layer, s.head_dim)?;
-                        Some((query, self.vector(&name("attention.key_norm"), Part::KeyNorm, layer, s.head_dim)?))
+                        let query = self.vector(
+                            &name("attention.query_norm"),
+                            Part::QueryNorm,
+                            layer,
+                            s.head_dim,
+                        )?;
+                        Some((
+                            query,
+                            self.vector(
+                                &name("attention.key_norm"),
+                                Part::KeyNorm,
+                                layer,
+                                s.head_dim,
+                            )?,
+                        ))
                     } else {
                         None
                     };
-                    let out = self.group(&name("attention.out"), layer, &[(Part::AttentionOut, s.hidden)], q)?;
+                    let out = self.group(
+                        &name("attention.out"),
+                        layer,
+                        &[(Part::AttentionOut, s.hidden)],
+                        q,
+                    )?;
                     MixerWeights::Attention { qkv, out, norms }
                 }
             };
             let post_norm = self.vector(&name("post_norm"), Part::PostNorm, layer, s.hidden)?;
             let parts = [(Part::MlpGate, s.intermediate), (Part::MlpUp, s.intermediate)];
             let gate_up = self.group(&name("mlp.in"), layer, &parts, s.hidden)?;
-            let down = self.group(&name("mlp.out"), layer, &[(Part::MlpDown, s.hidden)], s.intermediate)?;
+            let down =
+                self.group(&name("mlp.out"), layer, &[(Part::MlpDown, s.hidden)], s.intermediate)?;
             layers.push(LayerWeights { input_norm, mixer, post_norm, gate_up, down });
         }
         let final_norm = self.vector("final_norm", Part::FinalNorm, 0, s.hidden)?;
@@ -400,7 +498,12 @@ impl Builder<'_> {
         for (layer, mixer) in s.mixers.iter().enumerate() {
             mixers.push(match (mixer, s.delta) {
                 (Mixer::GatedDelta, Some(d)) => MixerState::Delta {
-                    conv: self.add(&format!("layers.{layer}.conv"), fixed(StateKind::Conv), DType::F32, &[d.taps - 1, d.channels()])?,
+                    conv: self.add(
+                        &format!("layers.{layer}.conv"),
+                        fixed(StateKind::Conv),
+                        DType::F32,
+                        &[d.taps - 1, d.channels()],
+                    )?,
                     recurrent: self.add(
                         &format!("layers.{layer}.recurrent"),
                         fixed(StateKind::Recurrent),
@@ -411,7 +514,14 @@ impl Builder<'_> {
                 _ => {
                     let role = Role::State { kind: StateKind::KvCache, growth: Growth::Rows };
                     let shape = [o.context, s.kv_heads * s.head_dim];
-                    let mut cache = |part| self.add(&format!("layers.{layer}.kv.{part}"), role.clone(), o.precision.kv_cache, &shape);
+                    let mut cache = |part| {
+                        self.add(
+                            &format!("layers.{layer}.kv.{part}"),
+                            role.clone(),
+                            o.precision.kv_cache,
+                            &shape,
+                        )
+                    };
                     MixerState::Attention { key: cache("key")?, value: cache("value")? }
                 }
             });
@@ -424,23 +534,46 @@ impl Builder<'_> {
             0
         };
         let delta = s.delta.filter(|_| has(Mixer::GatedDelta));
-        let (delta_in, delta_out) = delta.map_or((0, 0), |d| (d.channels() + d.values() + 2 * d.value_heads, d.values()));
+        let (delta_in, delta_out) =
+            delta.map_or((0, 0), |d| (d.channels() + d.values() + 2 * d.value_heads, d.values()));
         let v = s.vocabulary;
         Ok(Memory {
             tokens: self.add("input.tokens", Role::Input, DType::I32, &[rows, 1])?,
             count: self.add("input.count", Role::Input, DType::U32, &[1, 1])?,
             forced: self.add("input.forced", Role::Input, DType::I32, &[1, 1])?,
-            new_params: self.add("input.params", Role::Input, DType::F32, &[1, sampler_params::LEN])?,
+            new_params: self.add(
+                "input.params",
+                Role::Input,
+                DType::F32,
+                &[1, sampler_params::LEN],
+            )?,
             new_seed: self.add("input.seed", Role::Input, DType::U32, &[1, 2])?,
-            new_bias_tokens: self.add("input.bias_tokens", Role::Input, DType::I32, &[1, BIAS_ENTRIES])?,
-            new_bias_values: self.add("input.bias_values", Role::Input, DType::F32, &[1, BIAS_ENTRIES])?,
+            new_bias_tokens: self.add(
+                "input.bias_tokens",
+                Role::Input,
+                DType::I32,
+                &[1, BIAS_ENTRIES],
+            )?,
+            new_bias_values: self.add(
+                "input.bias_values",
+                Role::Input,
+                DType::F32,
+                &[1, BIAS_ENTRIES],
+            )?,
             token: self.add("output.token", Role::Output, DType::I32, &[1, 1])?,
             score: self.add("output.logits", Role::Output, DType::F32, &[o.score, v])?,
             x: self.add("x", Role::Scratch, DType::F32, &[rows, s.hidden])?,
             h: self.add("h", Role::Scratch, act, &[rows, s.hidden])?,
-            projected: self.add("projected", Role::Scratch, act, &[rows, attention_in.max(delta_in)])?,
+            projected: self.add(
+                "projected",
+                Role::Scratch,
+                act,
+                &[rows, attention_in.max(delta_in)],
+            )?,
             mixed: self.add("mixed", Role::Scratch, act, &[rows, attention.max(delta_out)])?,
-            conv: delta.map(|d| self.add("convolved", Role::Scratch, act, &[rows, d.channels()])).transpose()?,
+            conv: delta
+                .map(|d| self.add("convolved", Role::Scratch, act, &[rows, d.channels()]))
+                .transpose()?,
             gate_up: self.add("gate_up", Role::Scratch, act, &[rows, 2 * s.intermediate])?,
             mlp: self.add("mlp", Role::Scratch, act, &[rows, s.intermediate])?,
             last: self.add("last", Role::Scratch, DType::F32, &[1, s.hidden])?,
@@ -450,8 +583,18 @@ impl Builder<'_> {
             params: self.add("sampler.params", sampler(), DType::F32, &[1, sampler_params::LEN])?,
             seed: self.add("sampler.seed", sampler(), DType::U32, &[1, 2])?,
             counts: self.add("sampler.counts", sampler(), DType::U32, &[1, v])?,
-            bias_tokens: self.add("sampler.bias_tokens", sampler(), DType::I32, &[1, BIAS_ENTRIES])?,
-            bias_values: self.add("sampler.bias_values", sampler(), DType::F32, &[1, BIAS_ENTRIES])?,
+            bias_tokens: self.add(
+                "sampler.bias_tokens",
+                sampler(),
+                DType::I32,
+                &[1, BIAS_ENTRIES],
+            )?,
+            bias_values: self.add(
+                "sampler.bias_values",
+                sampler(),
+                DType::F32,
+                &[1, BIAS_ENTRIES],
+            )?,
             mixers,
         })
     }
@@ -504,7 +647,9 @@ fn plans(
     let plain = |phase, ops| Plan { key: key(phase, 0, options.context), count: None, ops };
     let copy = |source: &View, out: &View| Copy { source: source.clone(), out: out.clone() }.into();
     let fixed_state = table.iter().filter(|(_, b)| b.growth() == Some(Growth::Fixed));
-    let reset = fixed_state.map(|(id, _)| Fill { out: table.view(id), bits: reset_bits(id, m) }.into()).collect();
+    let reset = fixed_state
+        .map(|(id, _)| Fill { out: table.view(id), bits: reset_bits(id, m) }.into())
+        .collect();
     let seed = copy(&m.new_seed, &m.seed);
     let configure = vec![
         copy(&m.new_params, &m.params),
@@ -520,15 +665,23 @@ fn plans(
     ];
     let prefill = |phase, tokens, ending| {
         let count = Some(m.count.clone());
-        let mut pass = Pass { shape, weights, memory, tokens, count: count.clone(), ops: Vec::new() };
+        let mut pass =
+            Pass { shape, weights, memory, tokens, count: count.clone(), ops: Vec::new() };
         let ids = m.tokens.first_rows(tokens);
         pass.op(Observe { tokens: ids.clone(), count, counts: m.counts.clone() });
         pass.forward(&ids, &ending);
-        Plan { key: key(phase, tokens, options.context), count: Some(m.count.buffer), ops: pass.ops }
+        Plan {
+            key: key(phase, tokens, options.context),
+            count: Some(m.count.buffer),
+            ops: pass.ops,
+        }
     };
-    plans.extend(options.prefill.iter().map(|&tokens| prefill(Phase::Prefill, tokens, Ending::Last)));
+    plans.extend(
+        options.prefill.iter().map(|&tokens| prefill(Phase::Prefill, tokens, Ending::Last)),
+    );
     plans.push(prefill(Phase::Score, options.score, Ending::All));
-    let mut contexts: Vec<usize> = options.decode_contexts.iter().copied().filter(|&c| c < options.context).collect();
+    let mut contexts: Vec<usize> =
+        options.decode_contexts.iter().copied().filter(|&c| c < options.context).collect();
     contexts.push(options.context);
     for context in contexts {
         let mut pass = Pass { shape, weights, memory, tokens: 1, count: None, ops: Vec::new() };
@@ -588,7 +741,10 @@ impl Pass<'_> {
         for (layer, state) in w.layers.iter().zip(&m.mixers) {
             self.norm(&x, &layer.input_norm, &h);
             match (&layer.mixer, state) {
-                (MixerWeights::Attention { qkv, out, norms }, MixerState::Attention { key, value }) => {
+                (
+                    MixerWeights::Attention { qkv, out, norms },
+                    MixerState::Attention { key, value },
+                ) => {
                     self.attention(&h, &x, (qkv, out), norms.as_ref(), (key, value));
                 }
                 (MixerWeights::Delta { .. }, MixerState::Delta { conv, recurrent }) => {
@@ -600,7 +756,11 @@ impl Pass<'_> {
             let gate_up = m.gate_up.first_rows(self.tokens);
             let (width, mlp) = (self.shape.intermediate, m.mlp.first_rows(self.tokens));
             self.project(&h, &layer.gate_up, &gate_up);
-            self.op(SwiGlu { gate: gate_up.columns(0, width), up: gate_up.columns(width, width), out: mlp.clone() });
+            self.op(SwiGlu {
+                gate: gate_up.columns(0, width),
+                up: gate_up.columns(width, width),
+                out: mlp.clone(),
+            });
             self.project_add(&mlp, &layer.down, &x);
         }
         if matches!(ending, Ending::All) {
@@ -632,7 +792,8 @@ impl Pass<'_> {
         let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
         let projected = m.projected.first_rows(self.tokens).columns(0, qkv.width);
         self.project(h, qkv, &projected);
-        let (query, key, value) = (projected.columns(0, q), projected.columns(q, kv), projected.columns(q + kv, kv));
+        let (query, key, value) =
+            (projected.columns(0, q), projected.columns(q, kv), projected.columns(q + kv, kv));
         if let Some((query_norm, key_norm)) = norms {
             self.norm(&query, query_norm, &query);
             self.norm(&key, key_norm, &key);
@@ -640,7 +801,13 @@ impl Pass<'_> {
         let frequencies = self.weights.frequencies.clone().expect("made where there is attention");
         for x in [&query, &key] {
             let (cursor, frequencies) = (m.cursor.clone(), frequencies.clone());
-            self.op(Rope { x: x.clone(), cursor, frequencies, head_dim: s.head_dim, style: s.rope_style });
+            self.op(Rope {
+                x: x.clone(),
+                cursor,
+                frequencies,
+                head_dim: s.head_dim,
+                style: s.rope_style,
+            });
         }
         self.op(KvAppend {
             key,
@@ -670,12 +837,22 @@ impl Pass<'_> {
         self.project_add(&mixed, out, x);
     }
 
-    fn delta(&mut self, h: &View, x: &View, weights: &MixerWeights, conv_state: &View, recurrent: &View) {
-        let MixerWeights::Delta { input, conv, a_log, dt_bias, norm, out } = weights else { return };
+    fn delta(
+        &mut self,
+        h: &View,
+        x: &View,
+        weights: &MixerWeights,
+        conv_state: &View,
+        recurrent: &View,
+    ) {
+        let MixerWeights::Delta { input, conv, a_log, dt_bias, norm, out } = weights else {
+            return;
+        };
         let (m, d) = (self.memory, self.shape.delta.expect("checked with the mixers"));
         let projected = m.projected.first_rows(self.tokens).columns(0, input.width);
         self.project(h, input, &projected);
-        let convolved = m.conv.as_ref().expect("made where there is a delta layer").first_rows(self.tokens);
+        let convolved =
+            m.conv.as_ref().expect("made where there is a delta layer").first_rows(self.tokens);
         self.op(CausalConv {
             x: projected.columns(0, d.channels()),
             weight: conv.clone(),

@@ -23,7 +23,8 @@ const LIMIT: u64 = 1 << 24;
 pub fn shape(file: &GgufFile) -> Result<DecoderShape, ModelFileError> {
     let architecture = file.require_string("general.architecture")?;
     if architecture != "llama" {
-        let reason = format!("architecture '{architecture}' is not supported; from GGUF files 'llama' is");
+        let reason =
+            format!("architecture '{architecture}' is not supported; from GGUF files 'llama' is");
         return Err(bad(file, "general.architecture", reason));
     }
     let size = |key: &str| -> Result<usize, ModelFileError> {
@@ -36,7 +37,11 @@ pub fn shape(file: &GgufFile) -> Result<DecoderShape, ModelFileError> {
     let optional = |key: &str| file.unsigned(key)?.map(|_| size(key)).transpose();
     for key in ["llama.expert_count", "llama.attention.sliding_window"] {
         if file.unsigned(key)?.is_some_and(|n| n > 0) {
-            return Err(bad(file, key, "mixtures of experts and sliding windows are not supported".to_owned()));
+            return Err(bad(
+                file,
+                key,
+                "mixtures of experts and sliding windows are not supported".to_owned(),
+            ));
         }
     }
     let hidden = size("llama.embedding_length")?;
@@ -70,7 +75,11 @@ pub fn shape(file: &GgufFile) -> Result<DecoderShape, ModelFileError> {
 fn frequencies(file: &GgufFile, rotary: usize) -> Result<Vec<f32>, ModelFileError> {
     let base = file.float("llama.rope.freq_base")?.unwrap_or(10_000.0);
     if !rotary.is_multiple_of(2) || base.is_nan() || base <= 0.0 {
-        return Err(bad(file, "llama.rope.dimension_count", format!("{rotary} elements with base {base} cannot rotate")));
+        return Err(bad(
+            file,
+            "llama.rope.dimension_count",
+            format!("{rotary} elements with base {base} cannot rotate"),
+        ));
     }
     let scale = match file.string("llama.rope.scaling.type")? {
         None | Some("none") => 1.0,
@@ -84,7 +93,8 @@ fn frequencies(file: &GgufFile, rotary: usize) -> Result<Vec<f32>, ModelFileErro
         Some(_) => floats(file, "rope_freqs.weight", rotary / 2)?,
         None => vec![1.0; rotary / 2],
     };
-    let frequency = |i: usize| base.powf(-2.0 * i as f64 / rotary as f64) / scale / f64::from(factors[i]);
+    let frequency =
+        |i: usize| base.powf(-2.0 * i as f64 / rotary as f64) / scale / f64::from(factors[i]);
     Ok((0..rotary / 2).map(|i| frequency(i) as f32).collect())
 }
 
@@ -117,17 +127,31 @@ impl LlamaParts<'_> {
 }
 
 impl PartSource for LlamaParts<'_> {
-    fn matrix(&self, part: Part, layer: usize, shape: [usize; 2]) -> Result<Matrix, ModelFileError> {
+    fn matrix(
+        &self,
+        part: Part,
+        layer: usize,
+        shape: [usize; 2],
+    ) -> Result<Matrix, ModelFileError> {
         let tensor = Self::name(part, layer);
         let dtype = matrix_dtype(self.0, &tensor, shape)?;
-        Ok(Matrix { dtype, rows: shape[0], data: WeightData::Rows(vec![RowSpan { tensor, rows: 0..shape[0] }]) })
+        Ok(Matrix {
+            dtype,
+            rows: shape[0],
+            data: WeightData::Rows(vec![RowSpan { tensor, rows: 0..shape[0] }]),
+        })
     }
 
     fn vector(&self, part: Part, layer: usize, len: usize) -> Result<WeightData, ModelFileError> {
         Ok(WeightData::Floats(floats(self.0, &Self::name(part, layer), len)?))
     }
 
-    fn bias(&self, part: Part, layer: usize, len: usize) -> Result<Option<WeightData>, ModelFileError> {
+    fn bias(
+        &self,
+        part: Part,
+        layer: usize,
+        len: usize,
+    ) -> Result<Option<WeightData>, ModelFileError> {
         let name = Self::name(part, layer).replace(".weight", ".bias");
         self.0.find(&name).map(|_| Ok(WeightData::Floats(floats(self.0, &name, len)?))).transpose()
     }

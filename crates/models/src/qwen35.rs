@@ -26,7 +26,11 @@ struct Config<'a> {
 
 impl Config<'_> {
     fn bad(&self, key: &str, reason: impl Into<String>) -> ModelFileError {
-        ModelFileError::KeyValue { file: self.path.join("config.json"), key: key.to_owned(), reason: reason.into() }
+        ModelFileError::KeyValue {
+            file: self.path.join("config.json"),
+            key: key.to_owned(),
+            reason: reason.into(),
+        }
     }
 
     /// The key's value; `null` counts as absent.
@@ -38,11 +42,18 @@ impl Config<'_> {
         let Some(value) = self.key(key) else { return Ok(default) };
         match value.as_u64() {
             Some(n) if (1..=LIMIT).contains(&n) => Ok(n as usize),
-            _ => Err(self.bad(key, format!("must be a whole number from 1 to {LIMIT}, not {value}"))),
+            _ => {
+                Err(self.bad(key, format!("must be a whole number from 1 to {LIMIT}, not {value}")))
+            }
         }
     }
 
-    fn number(&self, key: &str, value: Option<&Value>, default: f64) -> Result<f64, ModelFileError> {
+    fn number(
+        &self,
+        key: &str,
+        value: Option<&Value>,
+        default: f64,
+    ) -> Result<f64, ModelFileError> {
         let Some(value) = value else { return Ok(default) };
         let number = value.as_f64().filter(|n| n.is_finite() && *n > 0.0);
         number.ok_or_else(|| self.bad(key, format!("must be a positive number, not {value}")))
@@ -56,11 +67,14 @@ impl Config<'_> {
     fn mixers(&self) -> Result<Vec<Mixer>, ModelFileError> {
         let layers = self.size("num_hidden_layers", 32)?;
         if layers > 1024 {
-            return Err(self.bad("num_hidden_layers", format!("{layers} layers are more than anything real")));
+            return Err(self
+                .bad("num_hidden_layers", format!("{layers} layers are more than anything real")));
         }
         let Some(types) = self.key("layer_types") else {
             let interval = self.size("full_attention_interval", 4)?;
-            let mixer = |i: usize| if (i + 1).is_multiple_of(interval) { Mixer::Attention } else { Mixer::GatedDelta };
+            let mixer = |i: usize| {
+                if (i + 1).is_multiple_of(interval) { Mixer::Attention } else { Mixer::GatedDelta }
+            };
             return Ok((0..layers).map(mixer).collect());
         };
         let list = types.as_array().ok_or_else(|| self.bad("layer_types", "must be a list"))?;
@@ -71,14 +85,18 @@ impl Config<'_> {
         let mixer = |value: &Value| match value.as_str() {
             Some("linear_attention") => Ok(Mixer::GatedDelta),
             Some("full_attention") => Ok(Mixer::Attention),
-            _ => Err(self.bad("layer_types", format!("{value} is not supported; linear_attention and full_attention are"))),
+            _ => Err(self.bad(
+                "layer_types",
+                format!("{value} is not supported; linear_attention and full_attention are"),
+            )),
         };
         list.iter().map(mixer).collect()
     }
 
     /// `theta^(-2 i / rotary)` over the rotating part of a head.
     fn frequencies(&self, head_dim: usize) -> Result<Vec<f32>, ModelFileError> {
-        let nested = self.key("rope_scaling").filter(|v| v.as_object().is_some_and(|o| !o.is_empty()));
+        let nested =
+            self.key("rope_scaling").filter(|v| v.as_object().is_some_and(|o| !o.is_empty()));
         let nested = nested.or_else(|| self.key("rope_parameters"));
         let inner = |key: &str| nested.and_then(|n| n.get(key)).filter(|v| !v.is_null());
         let kind = inner("rope_type").or_else(|| inner("type"));
@@ -94,7 +112,9 @@ impl Config<'_> {
             return Err(self.bad("partial_rotary_factor", reason));
         }
         // In f32, as the reference computes it.
-        Ok((0..rotary / 2).map(|i| 1.0 / (theta as f32).powf(2.0 * i as f32 / rotary as f32)).collect())
+        Ok((0..rotary / 2)
+            .map(|i| 1.0 / (theta as f32).powf(2.0 * i as f32 / rotary as f32))
+            .collect())
     }
 }
 
@@ -130,7 +150,9 @@ impl Qwen35 {
             return Err(config.bad("architectures", reason));
         }
         let prefixes = ["model.language_model.", "model.", "language_model.model."];
-        let prefix = prefixes.into_iter().find(|p| folder.find(&format!("{p}embed_tokens.weight")).is_some());
+        let prefix = prefixes
+            .into_iter()
+            .find(|p| folder.find(&format!("{p}embed_tokens.weight")).is_some());
         let shape = Self::shape(&config, folder)?;
         let biased = config.flag(text, "attention_bias", false)?;
         Ok(Self { shape, prefix: prefix.unwrap_or("model."), biased })
@@ -142,7 +164,9 @@ impl Qwen35 {
             return Err(config.bad("hidden_act", "only 'silu' is supported"));
         }
         if !config.flag(text, "attn_output_gate", true)? {
-            return Err(config.bad("attn_output_gate", "attention without an output gate is not supported"));
+            return Err(
+                config.bad("attn_output_gate", "attention without an output gate is not supported")
+            );
         }
         let hidden = config.size("hidden_size", 4096)?;
         let heads = config.size("num_attention_heads", 16)?;
@@ -150,8 +174,12 @@ impl Qwen35 {
         let head_dim = if explicit_null { hidden / heads } else { config.size("head_dim", 256)? };
         let eps = config.number("rms_norm_eps", config.key("rms_norm_eps"), 1e-6)?;
         // The file's own head wins over the flag, as in the reference.
-        let tied = config.flag(config.root, "tie_word_embeddings", false)? && folder.find("lm_head.weight").is_none();
-        let name = folder.path().file_name().map_or_else(|| "qwen3.5".into(), |n| n.to_string_lossy().into_owned());
+        let tied = config.flag(config.root, "tie_word_embeddings", false)?
+            && folder.find("lm_head.weight").is_none();
+        let name = folder
+            .path()
+            .file_name()
+            .map_or_else(|| "qwen3.5".into(), |n| n.to_string_lossy().into_owned());
         Ok(DecoderShape {
             name,
             vocabulary: config.size("vocab_size", 248_320)?,
@@ -226,12 +254,21 @@ pub struct Qwen35Parts<'a> {
 }
 
 impl PartSource for Qwen35Parts<'_> {
-    fn matrix(&self, part: Part, layer: usize, shape: [usize; 2]) -> Result<Matrix, ModelFileError> {
+    fn matrix(
+        &self,
+        part: Part,
+        layer: usize,
+        shape: [usize; 2],
+    ) -> Result<Matrix, ModelFileError> {
         let tensor = self.model.name(part, layer);
         let interleaved = matches!(part, Part::Query | Part::OutputGate);
         let stored = if interleaved { [2 * shape[0], shape[1]] } else { shape };
         let dtype = matrix_dtype(self.folder, &tensor, stored)?;
-        let rows = if interleaved { self.model.half_of_heads(part) } else { std::iter::once(0..shape[0]).collect() };
+        let rows = if interleaved {
+            self.model.half_of_heads(part)
+        } else {
+            std::iter::once(0..shape[0]).collect()
+        };
         let spans = rows.into_iter().map(|rows| RowSpan { tensor: tensor.clone(), rows }).collect();
         Ok(Matrix { dtype, rows: shape[0], data: WeightData::Rows(spans) })
     }
@@ -240,8 +277,16 @@ impl PartSource for Qwen35Parts<'_> {
         Ok(WeightData::Floats(floats(self.folder, &self.model.name(part, layer), len)?))
     }
 
-    fn bias(&self, part: Part, layer: usize, len: usize) -> Result<Option<WeightData>, ModelFileError> {
-        let attention = matches!(part, Part::Query | Part::OutputGate | Part::Key | Part::Value | Part::AttentionOut);
+    fn bias(
+        &self,
+        part: Part,
+        layer: usize,
+        len: usize,
+    ) -> Result<Option<WeightData>, ModelFileError> {
+        let attention = matches!(
+            part,
+            Part::Query | Part::OutputGate | Part::Key | Part::Value | Part::AttentionOut
+        );
         if !self.model.biased || !attention {
             return Ok(None);
         }
@@ -250,7 +295,12 @@ impl PartSource for Qwen35Parts<'_> {
             return Ok(Some(WeightData::Floats(floats(self.folder, &name, len)?)));
         }
         let all = floats(self.folder, &name, 2 * len)?;
-        let half = self.model.half_of_heads(part).into_iter().flat_map(|rows| all[rows].to_vec()).collect();
+        let half = self
+            .model
+            .half_of_heads(part)
+            .into_iter()
+            .flat_map(|rows| all[rows].to_vec())
+            .collect();
         Ok(Some(WeightData::Floats(half)))
     }
 }

@@ -19,7 +19,8 @@ pub fn shape(name: &str) -> Option<DecoderShape> {
         "qwen3.5-4b" => (2560, 9216, 32, 16, 4, big, true),
         "qwen3.5-0.8b" => (1024, 3584, 24, 8, 2, DeltaShape { value_heads: 16, ..big }, true),
         "qwen3.5-tiny" => {
-            let delta = DeltaShape { key_heads: 2, value_heads: 4, key_dim: 16, value_dim: 16, taps: 4 };
+            let delta =
+                DeltaShape { key_heads: 2, value_heads: 4, key_dim: 16, value_dim: 16, taps: 4 };
             (64, 160, 4, 4, 2, delta, true)
         }
         _ => return None,
@@ -33,7 +34,9 @@ pub fn shape(name: &str) -> Option<DecoderShape> {
         vocabulary,
         hidden,
         intermediate,
-        mixers: (1..=layers).map(|i| if i % 4 == 0 { Mixer::Attention } else { Mixer::GatedDelta }).collect(),
+        mixers: (1..=layers)
+            .map(|i| if i % 4 == 0 { Mixer::Attention } else { Mixer::GatedDelta })
+            .collect(),
         heads,
         kv_heads,
         head_dim,
@@ -41,7 +44,9 @@ pub fn shape(name: &str) -> Option<DecoderShape> {
         output_gate: true,
         norm_centered: true,
         norm_eps: 1e-6,
-        frequencies: (0..rotary / 2).map(|i| 1.0 / theta.powf(2.0 * i as f32 / rotary as f32)).collect(),
+        frequencies: (0..rotary / 2)
+            .map(|i| 1.0 / theta.powf(2.0 * i as f32 / rotary as f32))
+            .collect(),
         rope_style: RopeStyle::Half,
         delta: Some(delta),
         tied,
@@ -64,7 +69,12 @@ impl RandomParts {
 }
 
 impl PartSource for RandomParts {
-    fn matrix(&self, part: Part, _: usize, [rows, cols]: [usize; 2]) -> Result<Matrix, ModelFileError> {
+    fn matrix(
+        &self,
+        part: Part,
+        _: usize,
+        [rows, cols]: [usize; 2],
+    ) -> Result<Matrix, ModelFileError> {
         // Outputs of unit variance for inputs of unit variance: half_width^2 / 3 = 1 / cols. The embedding feeds a
         // residual stream, not a product.
         let half_width = if part == Part::Embedding { 0.5 } else { (3.0 / cols as f32).sqrt() };

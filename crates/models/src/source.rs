@@ -98,7 +98,8 @@ pub trait PartSource {
     ///
     /// # Errors
     /// If it is missing or has another shape or a type that is not a real one.
-    fn matrix(&self, part: Part, layer: usize, shape: [usize; 2]) -> Result<Matrix, ModelFileError>;
+    fn matrix(&self, part: Part, layer: usize, shape: [usize; 2])
+    -> Result<Matrix, ModelFileError>;
 
     /// The vector (or small matrix, row-major) of a part as f32, of `len` elements.
     ///
@@ -110,14 +111,23 @@ pub trait PartSource {
     ///
     /// # Errors
     /// As [`PartSource::vector`].
-    fn bias(&self, part: Part, layer: usize, len: usize) -> Result<Option<WeightData>, ModelFileError>;
+    fn bias(
+        &self,
+        part: Part,
+        layer: usize,
+        len: usize,
+    ) -> Result<Option<WeightData>, ModelFileError>;
 }
 
 /// Reads a tensor's elements as f32.
 ///
 /// # Errors
 /// If the tensor is missing, is not f32, f16 or bf16, or has not `len` elements.
-pub(crate) fn floats(source: &dyn TensorSource, name: &str, len: usize) -> Result<Vec<f32>, ModelFileError> {
+pub(crate) fn floats(
+    source: &dyn TensorSource,
+    name: &str,
+    len: usize,
+) -> Result<Vec<f32>, ModelFileError> {
     let tensor = source.tensor(name)?;
     let fail = |problem| Err(tensor_error(source, name, problem));
     if tensor.shape.iter().product::<usize>() != len {
@@ -125,11 +135,18 @@ pub(crate) fn floats(source: &dyn TensorSource, name: &str, len: usize) -> Resul
     }
     let pairs = || tensor.bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
     Ok(match tensor.dtype {
-        DType::F32 => tensor.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        DType::F32 => tensor
+            .bytes
+            .chunks_exact(4)
+            .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+            .collect(),
         DType::F16 => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
         DType::BF16 => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
         other => {
-            return fail(TensorProblem::ElementType { found: other.name().to_owned(), supported: "f32, f16, bf16 here" });
+            return fail(TensorProblem::ElementType {
+                found: other.name().to_owned(),
+                supported: "f32, f16, bf16 here",
+            });
         }
     })
 }
@@ -145,7 +162,8 @@ pub(crate) fn matrix_dtype(
 ) -> Result<DType, ModelFileError> {
     let tensor = source.tensor(name)?;
     if tensor.shape != shape {
-        let problem = TensorProblem::Shape { found: tensor.shape.to_vec(), expected: shape.to_vec() };
+        let problem =
+            TensorProblem::Shape { found: tensor.shape.to_vec(), expected: shape.to_vec() };
         return Err(tensor_error(source, name, problem));
     }
     if !tensor.dtype.is_float() {
@@ -156,6 +174,10 @@ pub(crate) fn matrix_dtype(
     Ok(tensor.dtype)
 }
 
-pub(crate) fn tensor_error(source: &dyn TensorSource, name: &str, problem: TensorProblem) -> ModelFileError {
+pub(crate) fn tensor_error(
+    source: &dyn TensorSource,
+    name: &str,
+    problem: TensorProblem,
+) -> ModelFileError {
     ModelFileError::Tensor { file: source.path().to_owned(), tensor: shown(name), problem }
 }

@@ -26,7 +26,8 @@ impl ModelWeights {
     }
 
     fn error(&self, buffer: BufferId, problem: impl ToString) -> WeightError {
-        let buffer = self.table.lookup(buffer).map_or_else(|| format!("#{}", buffer.0), |b| b.name.clone());
+        let buffer =
+            self.table.lookup(buffer).map_or_else(|| format!("#{}", buffer.0), |b| b.name.clone());
         WeightError { buffer, problem: problem.to_string() }
     }
 }
@@ -41,7 +42,11 @@ impl WeightSource for ModelWeights {
 
     fn read(&self, buffer: BufferId, offset: usize, into: &mut [u8]) -> Result<(), WeightError> {
         let fail = |problem: &str| self.error(buffer, problem);
-        let data = self.data.get(buffer.index()).and_then(Option::as_ref).ok_or_else(|| fail("has no contents"))?;
+        let data = self
+            .data
+            .get(buffer.index())
+            .and_then(Option::as_ref)
+            .ok_or_else(|| fail("has no contents"))?;
         let b = &self.table[buffer];
         if offset.checked_add(into.len()).is_none_or(|end| end > b.bytes()) {
             return Err(fail("is smaller than the bytes asked for"));
@@ -49,10 +54,13 @@ impl WeightSource for ModelWeights {
         match data {
             WeightData::Floats(values) => {
                 let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-                let part = bytes.get(offset..offset + into.len()).ok_or_else(|| fail("has fewer values than elements"))?;
+                let part = bytes
+                    .get(offset..offset + into.len())
+                    .ok_or_else(|| fail("has fewer values than elements"))?;
                 into.copy_from_slice(part);
             }
-            WeightData::Random(fill) => random_bytes(fill, b.dtype, offset, into).ok_or_else(|| fail("has a type that cannot be random"))?,
+            WeightData::Random(fill) => random_bytes(fill, b.dtype, offset, into)
+                .ok_or_else(|| fail("has a type that cannot be random"))?,
             WeightData::Rows(spans) => {
                 let tensors = self.tensors.as_ref().ok_or_else(|| fail("has no file behind it"))?;
                 let row = b.row_bytes();
@@ -62,9 +70,13 @@ impl WeightSource for ModelWeights {
                     let end = start + span.rows.len() * row;
                     if offset < end && !rest.is_empty() {
                         let take = (end - offset).min(rest.len());
-                        let tensor = tensors.tensor(&span.tensor).map_err(|e| self.error(buffer, e))?;
+                        let tensor =
+                            tensors.tensor(&span.tensor).map_err(|e| self.error(buffer, e))?;
                         let from = span.rows.start * row + (offset - start);
-                        let bytes = tensor.bytes.get(from..from + take).ok_or_else(|| fail("has fewer rows in its file"))?;
+                        let bytes = tensor
+                            .bytes
+                            .get(from..from + take)
+                            .ok_or_else(|| fail("has fewer rows in its file"))?;
                         let (now, later) = rest.split_at_mut(take);
                         now.copy_from_slice(bytes);
                         (rest, offset) = (later, offset + take);
@@ -83,7 +95,11 @@ impl WeightSource for ModelWeights {
 /// `None` where the type is no plain real one, or the range cuts an element.
 fn random_bytes(fill: &RandomFill, dtype: DType, offset: usize, into: &mut [u8]) -> Option<()> {
     let size = dtype.block_bytes();
-    if dtype.is_quantized() || !dtype.is_float() || !offset.is_multiple_of(size) || !into.len().is_multiple_of(size) {
+    if dtype.is_quantized()
+        || !dtype.is_float()
+        || !offset.is_multiple_of(size)
+        || !into.len().is_multiple_of(size)
+    {
         return None;
     }
     let first = (offset / size) as u64;

@@ -14,7 +14,7 @@ use ampoule_capsule::{
 };
 use ampoule_plan::{BufferId, Phase, Sealed, WeightSource};
 
-use crate::lineage::RowNode;
+use crate::lineage::{Boundary, RowNode};
 use crate::sampling::{Event, Stamped};
 use crate::{EngineError, SamplingParams};
 
@@ -74,6 +74,10 @@ pub(crate) struct Slot {
     pub(crate) held: Vec<Arc<RowNode>>,
     /// Why the slot is empty, if a failure emptied it.
     pub(crate) failure: Option<String>,
+    /// The boundary it was restored from: kept, so that a rollback behind it need not read everything again.
+    pub(crate) base: Option<Arc<Boundary>>,
+    /// Whether an experiment changed its state: no capsule may say it is of this lineage.
+    pub(crate) tainted: bool,
 }
 
 impl Slot {
@@ -85,6 +89,8 @@ impl Slot {
             events: Vec::new(),
             held: Vec::new(),
             failure: None,
+            base: None,
+            tainted: false,
         }
     }
 
@@ -277,11 +283,18 @@ impl Engine {
         let entry = self.slots.get_mut(&slot).ok_or(EngineError::NoSuchSlot { slot: slot.0 })?;
         let held = std::mem::take(&mut entry.held);
         *entry = Slot::new();
-        self.run(slot, Phase::Reset, 0)?;
-        let greedy = SamplingParams::default();
-        self.apply(slot, &Event::Configure(Box::new(greedy)))?;
-        self.slots.entry(slot).and_modify(|s| s.held = held);
-        Ok(())
+        let greedy = Event::Configure(Box::default());
+        let emptied = self.run(slot, Phase::Reset, 0).and_then(|()| self.apply(slot, &greedy));
+        match emptied {
+            Ok(()) => {
+                self.slots.entry(slot).and_modify(|s| s.held = held);
+                Ok(())
+            }
+            Err(error) => {
+                self.empty(slot, &error.to_string());
+                Err(error)
+            }
+        }
     }
 
     /// The slot, if it has state.
@@ -351,7 +364,8 @@ impl Engine {
         Ok(done)
     }
 
-    /// Reads known tokens and returns the logits after each: `tokens.len()` rows of the vocabulary's size.
+    /// Reads known tokens and gives `sink` the logits after each, a row of the vocabulary's size. Returns how many
+    /// tokens were read: where `sink` breaks off, up to the end of the chunk, which may be more than it saw.
     ///
     /// # Errors
     /// As [`Engine::append`].
@@ -369,7 +383,9 @@ impl Engine {
             let n = self.chunk(Phase::Score, self.position(slot)? as usize, tokens.len() - done);
             self.read_chunk(slot, Phase::Score, &tokens[done..done + n])?;
             for t in 0..n {
-                self.program.read_output(self.buffers.scores, t * bytes.len(), &mut bytes)?;
+                let read =
+                    self.program.read_output(self.buffers.scores, t * bytes.len(), &mut bytes);
+                self.survive(slot, read)?;
                 floats(&bytes, &mut row);
                 if sink(&row).is_break() {
                     return Ok(done + n);
@@ -408,10 +424,10 @@ impl Engine {
         tokens: &[u32],
     ) -> Result<(), EngineError> {
         self.forget_rows_from_here(slot)?;
-        self.poison_if_asked()?;
+        self.poison_if_asked(slot)?;
         let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
-        self.program.write_input(self.buffers.tokens, &bytes)?;
-        self.program.write_input(self.buffers.count, &(tokens.len() as u32).to_le_bytes())?;
+        self.write_input(slot, self.buffers.tokens, &bytes)?;
+        self.write_input(slot, self.buffers.count, &(tokens.len() as u32).to_le_bytes())?;
         self.run(slot, phase, tokens.len())?;
         self.record(slot, Origin::Prefill, tokens)
     }
@@ -446,9 +462,9 @@ impl Engine {
             return Err(EngineError::ContextFull { position, wanted: 1, context: self.context });
         }
         self.forget_rows_from_here(slot)?;
-        self.poison_if_asked()?;
+        self.poison_if_asked(slot)?;
         if self.forced != Some(forced) {
-            self.program.write_input(self.buffers.forced, &forced.to_le_bytes())?;
+            self.write_input(slot, self.buffers.forced, &forced.to_le_bytes())?;
             self.forced = Some(forced);
         }
         self.run(slot, Phase::Decode, 1)?;
@@ -501,12 +517,12 @@ impl Engine {
     }
 
     fn apply(&mut self, slot: SlotId, event: &Event) -> Result<(), EngineError> {
-        self.poison_if_asked()?;
+        self.poison_if_asked(slot)?;
         let seed = |seed: u64| [seed as u32, (seed >> 32) as u32].map(u32::to_le_bytes).concat();
         match event {
             Event::Begin => self.run(slot, Phase::Begin, 0),
             Event::Reseed(value) => {
-                self.program.write_input(self.buffers.seed, &seed(*value))?;
+                self.write_input(slot, self.buffers.seed, &seed(*value))?;
                 self.run(slot, Phase::Reseed, 0)
             }
             Event::Configure(params) => {
@@ -520,10 +536,10 @@ impl Engine {
                     bias_tokens.into_iter().flat_map(i32::to_le_bytes).collect();
                 let bias_values: Vec<u8> =
                     bias_values.into_iter().flat_map(f32::to_le_bytes).collect();
-                self.program.write_input(self.buffers.params, &values)?;
-                self.program.write_input(self.buffers.seed, &seed(params.seed))?;
-                self.program.write_input(self.buffers.bias_tokens, &bias_tokens)?;
-                self.program.write_input(self.buffers.bias_values, &bias_values)?;
+                self.write_input(slot, self.buffers.params, &values)?;
+                self.write_input(slot, self.buffers.seed, &seed(params.seed))?;
+                self.write_input(slot, self.buffers.bias_tokens, &bias_tokens)?;
+                self.write_input(slot, self.buffers.bias_values, &bias_values)?;
                 self.run(slot, Phase::Configure, 0)
             }
         }
@@ -538,11 +554,7 @@ impl Engine {
             return Err(EngineError::NothingRead { slot: slot.0 });
         }
         let mut bytes = vec![0; 4 * self.vocabulary];
-        self.program.read_state(
-            slot,
-            &Region { buffer: self.buffers.logits, rows: 0..1 },
-            &mut bytes,
-        )?;
+        self.read_state(slot, &Region { buffer: self.buffers.logits, rows: 0..1 }, &mut bytes)?;
         let mut out = vec![0.0; self.vocabulary];
         floats(&bytes, &mut out);
         Ok(out)
@@ -559,7 +571,7 @@ impl Engine {
         let mut out = Vec::with_capacity(regions.len());
         for region in regions {
             let mut bytes = vec![0; region.bytes(&self.model.model().buffers)];
-            self.program.read_state(slot, &region, &mut bytes)?;
+            self.read_state(slot, &region, &mut bytes)?;
             out.push((self.model.buffer(region.buffer).name.clone(), bytes));
         }
         Ok(out)
@@ -576,11 +588,7 @@ impl Engine {
     /// The device's own view of the position, for checks.
     pub(crate) fn cursor(&mut self, slot: SlotId) -> Result<u32, EngineError> {
         let mut bytes = [0; 16];
-        self.program.read_state(
-            slot,
-            &Region { buffer: self.buffers.cursor, rows: 0..1 },
-            &mut bytes,
-        )?;
+        self.read_state(slot, &Region { buffer: self.buffers.cursor, rows: 0..1 }, &mut bytes)?;
         Ok(u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
     }
 
@@ -600,23 +608,54 @@ impl Engine {
         self.survive(slot, result)
     }
 
-    /// Marks the slot as empty where the backend failed in the middle of changing it.
-    pub(crate) fn survive(
+    /// Passes a result on; where the device failed, the slot's state is unknown, so it is emptied and says so.
+    ///
+    /// Refusals (a budget, a wrong buffer) come before anything is changed and leave the slot as it was.
+    pub(crate) fn survive<T>(
         &mut self,
         slot: SlotId,
-        result: Result<(), BackendError>,
-    ) -> Result<(), EngineError> {
-        let Err(error) = result else { return Ok(()) };
-        if let Some(entry) = self.slots.get_mut(&slot) {
-            *entry = Slot::new();
-            entry.failure = Some(error.to_string());
-        }
-        Err(error.into())
+        result: Result<T, BackendError>,
+    ) -> Result<T, EngineError> {
+        result.map_err(|error| {
+            if !is_refusal(&error) {
+                self.empty(slot, &error.to_string());
+            }
+            error.into()
+        })
     }
 
-    fn poison_if_asked(&mut self) -> Result<(), EngineError> {
+    /// Empties a slot whose state is unknown.
+    pub(crate) fn empty(&mut self, slot: SlotId, cause: &str) {
+        if let Some(entry) = self.slots.get_mut(&slot) {
+            *entry = Slot::new();
+            entry.failure = Some(cause.to_owned());
+        }
+    }
+
+    fn write_input(
+        &mut self,
+        slot: SlotId,
+        buffer: BufferId,
+        bytes: &[u8],
+    ) -> Result<(), EngineError> {
+        let written = self.program.write_input(buffer, bytes);
+        self.survive(slot, written)
+    }
+
+    fn read_state(
+        &mut self,
+        slot: SlotId,
+        region: &Region,
+        into: &mut [u8],
+    ) -> Result<(), EngineError> {
+        let read = self.program.read_state(slot, region, into);
+        self.survive(slot, read)
+    }
+
+    fn poison_if_asked(&mut self, slot: SlotId) -> Result<(), EngineError> {
         if self.poison {
-            self.program.poison()?;
+            let poisoned = self.program.poison();
+            self.survive(slot, poisoned)?;
             self.forced = None;
         }
         Ok(())
@@ -638,6 +677,20 @@ impl Engine {
         slot.tail.extend_from_slice(tokens);
         Ok(())
     }
+}
+
+/// Whether the backend refused before it changed anything.
+fn is_refusal(error: &BackendError) -> bool {
+    matches!(
+        error,
+        BackendError::CapsuleBudget { .. }
+            | BackendError::OutOfMemory { .. }
+            | BackendError::WrongBuffer { .. }
+            | BackendError::ForeignState
+            | BackendError::NoFreeSlot { .. }
+            | BackendError::NoSuchSlot { .. }
+            | BackendError::NoSuchPlan { .. }
+    )
 }
 
 /// The State of a model as a capsule file describes it, the same for every context length.

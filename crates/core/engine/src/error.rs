@@ -71,13 +71,21 @@ pub enum EngineError {
     },
     /// A rollback behind an imported boundary whose file did not say which sampler settings led to it.
     #[error(
-        "the capsule imported at position {position} has no journal, so position {wanted} before it cannot be rebuilt; export a capsule there as well"
+        "position {wanted} cannot be rebuilt: the capsule imported at position {position} has no journal of the settings that led there; export a capsule at {wanted} as well"
     )]
     NoJournal {
         /// Position of the imported boundary.
         position: u32,
         /// The position asked for.
         wanted: u32,
+    },
+    /// An experiment changed the slot's state.
+    #[error(
+        "slot {slot} holds state that an experiment changed, which is of no lineage; restore a capsule or reset it"
+    )]
+    Tainted {
+        /// The slot.
+        slot: u32,
     },
     /// A capsule of another engine.
     #[error("the capsule belongs to another engine; export it there and import it here")]
@@ -96,7 +104,8 @@ pub enum EngineError {
         /// What the state says.
         found: String,
     },
-    /// The backend failed.
+    /// The backend refused or failed. Where it failed, the slot is empty and says so; where it refused (a budget, say),
+    /// the slot is as it was.
     #[error(transparent)]
     Backend(#[from] BackendError),
     /// The model lacks a buffer or plan that the engine needs.

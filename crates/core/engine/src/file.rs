@@ -3,13 +3,13 @@
 use std::ops::ControlFlow;
 
 use ampoule_backend::{Region, fixed_regions, row_regions};
-use ampoule_capsule::{CapsuleFile, CapsuleWriter, MAX_JOURNAL_BYTES, Manifest, Parent};
+use ampoule_capsule::{CapsuleFile, CapsuleHeader, CapsuleWriter, MAX_JOURNAL_BYTES, Manifest};
 use ampoule_plan::BufferTable;
 
 use crate::engine::Engine;
 use crate::lineage::{Capsule, RowNode, path};
 use crate::sampling::{Event, Stamped};
-use crate::{EngineError, SlotId};
+use crate::{EngineError, SamplingParams, SlotId};
 
 impl Engine {
     /// Encodes a capsule as a file: `sink` is given the bytes piece by piece, in order, and may stop.
@@ -56,10 +56,6 @@ impl Engine {
     /// What the capsule's file says about it.
     pub fn manifest(&self, capsule: &Capsule) -> Manifest {
         let node = &capsule.0.node;
-        let mut ancestor = node.parent.as_ref();
-        while ancestor.is_some_and(|n| n.end() == node.end()) {
-            ancestor = ancestor.and_then(|n| n.parent.as_ref());
-        }
         let nodes = path(Some(node));
         Manifest {
             producer: format!("ampoule {}", env!("CARGO_PKG_VERSION")),
@@ -67,9 +63,7 @@ impl Engine {
             position: node.end(),
             history: node.history.clone(),
             lineage: node.id,
-            parent: ancestor
-                .filter(|n| n.end() > 0)
-                .map(|n| Parent { id: n.id, position: n.end() }),
+            parent: node.lineage_parent(),
             salt: self.scope.salt,
             fingerprint: self.fingerprint.clone(),
             layout: self.layout.clone(),
@@ -108,6 +102,7 @@ impl Engine {
             return Err(EngineError::TokenRange { token, vocabulary: self.vocabulary() });
         }
         self.check_cursor(&file, position)?;
+        self.check_sampler(&file)?;
         let events: Option<Vec<Stamped>> =
             manifest.journal.as_deref().map(serde_json::from_str).transpose().map_err(|e| {
                 EngineError::CapsuleState {
@@ -115,6 +110,14 @@ impl Engine {
                     found: e.to_string(),
                 }
             })?;
+        let stamps: Vec<u32> = events.iter().flatten().map(|e| e.position).collect();
+        if !stamps.is_sorted() || stamps.last().is_some_and(|&last| last > position) {
+            let found = format!("positions {stamps:?}");
+            return Err(EngineError::CapsuleState {
+                what: format!("its journal ends at position {position}"),
+                found,
+            });
+        }
         for stamped in events.iter().flatten() {
             if let Event::Configure(params) = &stamped.event {
                 self.check_sampling(params)?;
@@ -133,9 +136,39 @@ impl Engine {
         } else {
             Some(self.program.freeze_bytes(&rows, &part(&rows))?)
         };
-        let node =
-            RowNode::new(None, tokens, manifest.history.clone(), events, rows, manifest.lineage);
+        let node = RowNode::imported(tokens, manifest, events, rows);
         Ok(Capsule::new(node, fixed, self.id))
+    }
+
+    /// Refuses a file that does not fit, by its header alone: before any of the state is read.
+    ///
+    /// # Errors
+    /// As [`Engine::import`], but for the state itself.
+    pub fn check_fits(&self, header: &CapsuleHeader) -> Result<(), EngineError> {
+        header.check_fits(&self.fingerprint, &self.layout, &self.scope.salt)?;
+        let wanted = header.manifest().position as usize;
+        if wanted > self.context() {
+            return Err(EngineError::ContextFull { position: 0, wanted, context: self.context() });
+        }
+        Ok(())
+    }
+
+    /// The sampler's own settings must be ones that somebody could have made.
+    fn check_sampler(&self, file: &CapsuleFile<'_>) -> Result<(), EngineError> {
+        let words = |name: &str| -> Vec<[u8; 4]> {
+            file.tensor(name).unwrap_or_default().as_chunks::<4>().0.to_vec()
+        };
+        let values: Vec<f32> =
+            words("sampler.params").into_iter().map(f32::from_le_bytes).collect();
+        let tokens = words("sampler.bias_tokens").into_iter().map(i32::from_le_bytes);
+        let biases = words("sampler.bias_values").into_iter().map(f32::from_le_bytes);
+        let params = SamplingParams::from_buffer(&values, tokens.zip(biases)).ok_or_else(|| {
+            EngineError::CapsuleState {
+                what: "it holds sampling parameters".to_owned(),
+                found: format!("{values:?}"),
+            }
+        })?;
+        self.check_sampling(&params)
     }
 
     /// The state's own position must be the manifest's: else every row after it would land in the wrong place.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use ampoule_backend::Frozen;
-use ampoule_capsule::{History, LineageId};
+use ampoule_capsule::{History, LineageId, Manifest, Parent};
 
 use crate::sampling::Stamped;
 
@@ -23,6 +23,8 @@ pub(crate) struct RowNode {
     /// The rows themselves; `None` where there are none.
     pub(crate) rows: Option<Arc<dyn Frozen>>,
     pub(crate) id: LineageId,
+    /// Of an imported root: the node that its identity was made from in the session that exported it.
+    pub(crate) imported_from: Option<Parent>,
     /// The boundary at the node's end, while somebody holds it.
     boundary: Mutex<Weak<Boundary>>,
 }
@@ -45,8 +47,42 @@ impl RowNode {
             events,
             rows,
             id,
+            imported_from: None,
             boundary: Mutex::default(),
         })
+    }
+
+    /// The root that an imported capsule makes: all its rows at once.
+    pub(crate) fn imported(
+        tokens: Vec<u32>,
+        manifest: &Manifest,
+        events: Option<Vec<Stamped>>,
+        rows: Option<Arc<dyn Frozen>>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            parent: None,
+            start: 0,
+            tokens,
+            history: manifest.history.clone(),
+            events,
+            rows,
+            id: manifest.lineage,
+            imported_from: manifest.parent,
+            boundary: Mutex::default(),
+        })
+    }
+
+    /// The node from which this node's identity was made: the nearest ancestor before its end.
+    pub(crate) fn lineage_parent(&self) -> Option<Parent> {
+        let mut node = self;
+        while let Some(parent) = &node.parent {
+            if parent.end() < self.end() {
+                let known = Parent { id: parent.id, position: parent.end() };
+                return Some(known).filter(|p| p.position > 0);
+            }
+            node = parent;
+        }
+        node.imported_from
     }
 
     pub(crate) fn end(&self) -> u32 {

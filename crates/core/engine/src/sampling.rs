@@ -92,6 +92,32 @@ impl SamplingParams {
         Ok(())
     }
 
+    /// The settings that the buffers of the op `sample` hold, but for the seed; `None` if no settings could.
+    pub(crate) fn from_buffer(
+        values: &[f32],
+        bias: impl Iterator<Item = (i32, f32)>,
+    ) -> Option<Self> {
+        let top_k = *values.get(p::TOP_K)?;
+        if values.len() != p::LEN || !(0.0..=16_777_216.0).contains(&top_k) || top_k.fract() != 0.0
+        {
+            return None;
+        }
+        let bias = bias
+            .filter(|(token, _)| *token >= 0)
+            .map(|(token, value)| (token.cast_unsigned(), value));
+        Some(Self {
+            temperature: values[p::TEMPERATURE],
+            top_k: top_k as u32,
+            top_p: values[p::TOP_P],
+            min_p: values[p::MIN_P],
+            repetition_penalty: values[p::REPETITION],
+            presence_penalty: values[p::PRESENCE],
+            frequency_penalty: values[p::FREQUENCY],
+            seed: 0,
+            logit_bias: bias.collect(),
+        })
+    }
+
     /// The `params` buffer of the op `sample`.
     pub(crate) fn buffer(&self, vocabulary: usize) -> [f32; p::LEN] {
         let mut out = [0.0; p::LEN];

@@ -29,18 +29,29 @@ impl Engine {
     /// If the budget for capsules is used up or the device fails; the slot goes on as it was.
     pub fn snapshot(&mut self, slot: SlotId) -> Result<Capsule, EngineError> {
         let entry = self.slot(slot)?;
-        if entry.tail.is_empty()
-            && entry.events.is_empty()
-            && let Some(boundary) = entry.chain.as_ref().and_then(|n| n.boundary())
+        if entry.tainted {
+            return Err(EngineError::Tainted { slot: slot.0 });
+        }
+        if let Some(chain) =
+            entry.chain.clone().filter(|_| entry.tail.is_empty() && entry.events.is_empty())
         {
-            return Ok(Capsule(boundary));
+            if let Some(boundary) = chain.boundary() {
+                return Ok(Capsule(boundary));
+            }
+            let fixed = self.program.freeze(slot, &fixed_regions(&self.model));
+            return Ok(Capsule::new(chain, self.survive(slot, fixed)?, self.id));
         }
         let (start, end) = (entry.chain.as_ref().map_or(0, |n| n.end()), entry.position());
         let id = self.next_lineage(entry, start)?;
-        let fixed = self.program.freeze(slot, &fixed_regions(&self.model))?;
+        let fixed = self.program.freeze(slot, &fixed_regions(&self.model));
+        let fixed = self.survive(slot, fixed)?;
         let regions = row_regions(&self.model, &(start as usize..end as usize));
-        let rows =
-            if regions.is_empty() { None } else { Some(self.program.freeze(slot, &regions)?) };
+        let rows = if regions.is_empty() {
+            None
+        } else {
+            let rows = self.program.freeze(slot, &regions);
+            Some(self.survive(slot, rows)?)
+        };
         let entry = self.slot_mut(slot)?;
         let (tail, events) = (std::mem::take(&mut entry.tail), std::mem::take(&mut entry.events));
         let node =
@@ -95,12 +106,15 @@ impl Engine {
             events: Vec::new(),
             held,
             failure: None,
+            base: Some(Arc::clone(&capsule.0)),
+            tainted: false,
         };
         Ok(())
     }
 
     /// For experiments: restores `capsule`, but takes the Fixed State buffers that `other` picks by name from `donor`,
-    /// or zeroes them where there is none. What the slot then says is not the model's answer: that is the point.
+    /// or zeroes them where there is none. What the slot then says is not the model's answer: that is the point. The
+    /// slot refuses to be snapshotted or rolled back until it is restored or reset.
     ///
     /// # Errors
     /// As [`Engine::restore`].
@@ -111,11 +125,11 @@ impl Engine {
         donor: Option<&Capsule>,
         other: &dyn Fn(&str) -> bool,
     ) -> Result<(), EngineError> {
-        self.restore(slot, capsule)?;
         let source = donor.unwrap_or(capsule);
         if source.0.engine != self.id {
             return Err(EngineError::ForeignCapsule);
         }
+        self.restore(slot, capsule)?;
         let (mut regions, mut bytes) = (Vec::new(), Vec::new());
         for (index, region) in source.0.fixed.regions().iter().enumerate() {
             if other(&self.model.buffer(region.buffer).name) {
@@ -128,6 +142,7 @@ impl Engine {
             }
         }
         let bytes: Vec<&[u8]> = bytes.iter().map(Vec::as_slice).collect();
+        self.slot_mut(slot)?.tainted = true;
         let frozen = self.program.freeze_bytes(&regions, &bytes)?;
         let thawed = self.program.thaw(slot, &[frozen]);
         self.survive(slot, thawed)
@@ -175,11 +190,17 @@ impl Engine {
     /// again as they were read the first time, by prefill or by decode; so the bytes are the same. From a boundary
     /// at `position` itself it costs the fixed state only.
     ///
+    /// Settings made at `position` itself (a `begin_reply`, say) are part of that state.
+    ///
     /// # Errors
-    /// If `position` is ahead, nothing changes. If the device fails the slot is empty and says so.
+    /// If `position` is ahead, or behind an imported boundary whose file has no journal, nothing changes. If the device
+    /// fails the slot is empty and says so.
     pub fn rollback(&mut self, slot: SlotId, position: u32) -> Result<(), EngineError> {
         let entry = self.slot(slot)?;
         let here = entry.position();
+        if entry.tainted {
+            return Err(EngineError::Tainted { slot: slot.0 });
+        }
         if position > here {
             return Err(EngineError::RollbackAhead {
                 slot: slot.0,
@@ -197,13 +218,16 @@ impl Engine {
         let replay = replay(after, entry, position);
         let start = if let Some((_, boundary)) = boundary {
             let from = Capsule(boundary);
+            let base = self.slot(slot)?.base.clone();
             self.restore(slot, &from)?;
+            // What the slot was restored from stays its base while it stands behind it.
+            self.slot_mut(slot)?.base = base.or(Some(from.0.clone()));
             from.position()
         } else {
             self.reset(slot)?;
             0
         };
-        self.replay(slot, start, replay)
+        self.replay(slot, start, replay).inspect_err(|error| self.empty(slot, &error.to_string()))
     }
 
     fn replay(&mut self, slot: SlotId, start: u32, replay: Replay) -> Result<(), EngineError> {

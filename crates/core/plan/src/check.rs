@@ -123,7 +123,7 @@ impl Checker<'_> {
         let product = factors
             .iter()
             .try_fold(1_usize, |n, &f| n.checked_mul(f))
-            .filter(|&n| n <= isize::MAX as usize);
+            .filter(|&n| isize::try_from(n).is_ok());
         product.ok_or_else(|| OpError {
             op: self.op,
             problem: format!("sizes {factors:?} multiply to more than memory"),
