@@ -44,7 +44,7 @@ pub enum OpenError {
 
 enum Weights {
     Gguf(Arc<GgufFile>),
-    Folder(Arc<WeightsDir>, Qwen35),
+    Folder(Arc<WeightsDir>, Box<Qwen35>),
     Random { seed: u64 },
 }
 
@@ -94,7 +94,7 @@ impl ModelFiles {
                 .transpose()?;
             let shape = model.shape.clone();
             return Ok(Self {
-                weights: Weights::Folder(Arc::new(folder), model),
+                weights: Weights::Folder(Arc::new(folder), Box::new(model)),
                 shape,
                 tokenizer: tokenizer.map(Arc::new),
             });

@@ -25,7 +25,7 @@ impl ModelWeights {
         Self { table, data, tensors }
     }
 
-    fn error(&self, buffer: BufferId, problem: impl ToString) -> WeightError {
+    fn error(&self, buffer: BufferId, problem: &dyn std::fmt::Display) -> WeightError {
         let buffer =
             self.table.lookup(buffer).map_or_else(|| format!("#{}", buffer.0), |b| b.name.clone());
         WeightError { buffer, problem: problem.to_string() }
@@ -41,7 +41,7 @@ impl WeightSource for ModelWeights {
     }
 
     fn read(&self, buffer: BufferId, offset: usize, into: &mut [u8]) -> Result<(), WeightError> {
-        let fail = |problem: &str| self.error(buffer, problem);
+        let fail = |problem: &str| self.error(buffer, &problem);
         let data = self
             .data
             .get(buffer.index())
@@ -71,7 +71,7 @@ impl WeightSource for ModelWeights {
                     if offset < end && !rest.is_empty() {
                         let take = (end - offset).min(rest.len());
                         let tensor =
-                            tensors.tensor(&span.tensor).map_err(|e| self.error(buffer, e))?;
+                            tensors.tensor(&span.tensor).map_err(|e| self.error(buffer, &e))?;
                         let from = span.rows.start * row + (offset - start);
                         let bytes = tensor
                             .bytes
