@@ -373,21 +373,23 @@ impl Machine<'_> {
             let partial_stride = (blocks + 1) * shape.partial();
             let head_partials =
                 |head: usize| partials.row(0).cast::<f32>().wrapping_add(head * partial_stride);
+            // Whole rows of the caches where there are blocks enough for all threads.
+            let together = if blocks >= 2 * self.pool.threads() { shape.kv_heads } else { 1 };
+            let parts = shape.kv_heads / together;
             let block = |thread: usize, i: usize| {
-                let (kv_head, index) = (i / blocks, i % blocks);
+                let (index, part) = (i / parts, i % parts);
                 let start = index * KEYS;
-                let first = head_partials(kv_head * shape.group());
                 let block = Block {
                     shape,
                     query,
                     keys,
                     values,
                     row,
-                    kv_head,
+                    kv_heads: part * together..(part + 1) * together,
                     start,
                     count: (seen - start).min(KEYS),
                     scratch: scratch.of(thread),
-                    partials: first.wrapping_add(index * shape.partial()),
+                    partials: head_partials(0).wrapping_add(index * shape.partial()),
                     partial_stride,
                 };
                 launch(isa, block);
@@ -397,9 +399,9 @@ impl Machine<'_> {
                 launch(isa, Merge { shape, partials, blocks, out, row, head });
             };
             if seen * shape.heads * shape.padded() < SMALL_ATTENTION {
-                (0..blocks * shape.kv_heads).for_each(|i| block(0, i));
+                (0..blocks * parts).for_each(|i| block(0, i));
             } else {
-                self.pool.run(blocks * shape.kv_heads, &block);
+                self.pool.run(blocks * parts, &block);
             }
             if blocks * shape.heads * shape.padded() < SMALL {
                 (0..shape.heads).for_each(|head| merge(0, head));

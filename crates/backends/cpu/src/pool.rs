@@ -87,7 +87,7 @@ impl Shared {
                 continue;
             }
             looks += 1;
-            if looks % 64 != 0 || idle.elapsed() < SPIN {
+            if !looks.is_multiple_of(64) || idle.elapsed() < SPIN {
                 std::hint::spin_loop();
                 continue;
             }
@@ -168,7 +168,7 @@ impl Pool {
         let mut looks = 0_u32;
         while shared.state.load(Ordering::Acquire) & ACTIVE != 0 {
             looks += 1;
-            if looks % 4096 == 0 {
+            if looks.is_multiple_of(4096) {
                 std::thread::yield_now(); // the worker may need this core
             }
             std::hint::spin_loop();

@@ -42,7 +42,7 @@ pub(crate) struct Taps {
     /// Whether no replay changes the weight.
     constant: bool,
     channels: usize,
-    taps: usize,
+    count: usize,
     data: AlignedBytes,
 }
 
@@ -52,14 +52,14 @@ impl Taps {
         if !self.constant {
             self.transpose(weight);
         }
-        Mat::of_f32(self.data.address().cast(), self.channels, self.taps, self.channels)
+        Mat::of_f32(self.data.address().cast(), self.channels, self.count, self.channels)
     }
 
     fn transpose(&mut self, weight: &Mat) {
         let to = self.data.address().cast::<f32>();
         for c in 0..self.channels {
             let row = weight.row(c).cast::<f32>();
-            for j in 0..self.taps {
+            for j in 0..self.count {
                 // SAFETY: the weight is f32 `[channels, taps]`, and so large is the copy.
                 unsafe { *to.add(j * self.channels + c) = *row.add(j) };
             }
@@ -164,7 +164,7 @@ impl Scratch {
             let (channels, count) = (o.weight.height(), o.weight.width());
             let constant = table[id].role == Role::Weight;
             let data = allocate(channels * count)?;
-            let mut copy = Taps { constant, channels, taps: count, data };
+            let mut copy = Taps { constant, channels, count, data };
             if constant {
                 let bytes = memory.shared(id).as_ptr().cast_mut().cast();
                 copy.transpose(&Mat::of_f32(bytes, count, channels, count));

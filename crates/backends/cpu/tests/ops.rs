@@ -228,7 +228,7 @@ fn attend(
     let fresh: Vec<_> = (0..2).map(|_| random.bytes(x_type, rows * kv_width, 2.0)).collect();
     let old: Vec<_> = (0..2).map(|_| random.bytes(kv_type, context * kv_width, 2.0)).collect();
     let mut case = Case::new();
-    let (n, at) = if only.is_some() { (1, position + only.unwrap()) } else { (rows, position) };
+    let (n, at) = only.map_or((rows, position), |row| (1, position + row));
     let part = |bytes: &[u8], cols: usize| {
         let size = x_type.bytes_for(cols).unwrap();
         only.map_or(bytes.to_vec(), |row| bytes[row * size..(row + 1) * size].to_vec())

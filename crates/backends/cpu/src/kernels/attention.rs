@@ -6,6 +6,8 @@
 //! multiply-add. Blocks are then merged from the first to the last by [`merge`]. So blocks can be computed anywhere,
 //! and many rows together, with the same result.
 
+use std::ops::Range;
+
 use ampoule_plan::DType;
 
 use super::weights::{decode, store};
@@ -16,6 +18,7 @@ use crate::simd::{Kernel, LANES, Simd, exp};
 pub(crate) const KEYS: usize = 128;
 
 /// The shape of the heads.
+#[allow(clippy::struct_field_names)] // as in the op
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Heads {
     pub(crate) heads: usize,
@@ -42,25 +45,28 @@ impl Heads {
 
     /// Elements of scratch that [`Block`] needs.
     pub(crate) fn block_scratch(&self) -> usize {
-        2 * KEYS * self.padded() + self.group() * (self.padded() + KEYS)
+        KEYS * self.padded() + self.group() * (self.padded() + KEYS)
     }
 }
 
-/// One block of keys for the query heads of one KV head and one token row.
+/// Rows of a cache to ask for ahead of use.
+const ROWS_AHEAD: usize = 16;
+
+/// One block of keys for the query heads of some KV heads and one token row.
 ///
-/// Safe to run if operands are as [`Mat`] says, keys `start..start + keys` are rows of the caches, `scratch` has
-/// [`Heads::block_scratch`] elements, `partials` has room for the last head's, and nobody else touches either.
+/// Safe to run if operands are as [`Mat`] says, keys `start..start + count` are rows of the caches, `scratch` has
+/// [`Heads::block_scratch`] elements, `partials` has room for the heads', and nobody else touches either.
 pub(crate) struct Block {
     pub(crate) shape: Heads,
     pub(crate) query: Mat,
     pub(crate) keys: Mat,
     pub(crate) values: Mat,
     pub(crate) row: usize,
-    pub(crate) kv_head: usize,
+    pub(crate) kv_heads: Range<usize>,
     pub(crate) start: usize,
     pub(crate) count: usize,
     pub(crate) scratch: *mut f32,
-    /// The first head's partial result of this block.
+    /// The partial result of this block of head 0.
     pub(crate) partials: *mut f32,
     /// Elements to the next head's.
     pub(crate) partial_stride: usize,
@@ -71,68 +77,101 @@ impl Kernel for Block {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
+        for kv_head in self.kv_heads.clone() {
+            // The first head asks for the rows of all: memory likes whole rows.
+            let ahead = kv_head == self.kv_heads.start;
+            // SAFETY: the promise of `Block`.
+            unsafe { self.kv_head(s, kv_head, ahead) };
+        }
+    }
+}
+
+impl Block {
+    /// # Safety
+    /// As `Block` says.
+    #[inline(always)]
+    unsafe fn kv_head<S: Simd>(&self, s: S, kv_head: usize, ahead: bool) {
         let Heads { head_dim, scale, .. } = self.shape;
         let (padded, group) = (self.shape.padded(), self.shape.group());
-        let (key_space, rest) = (self.scratch, self.scratch.wrapping_add(KEYS * padded));
-        let (value_space, rest) = (rest, rest.wrapping_add(KEYS * padded));
+        let (space, rest) = (self.scratch, self.scratch.wrapping_add(KEYS * padded));
         let (queries, scores) = (rest, rest.wrapping_add(group * padded));
-        let at = self.kv_head * head_dim;
-        // SAFETY: the promise of `Block`.
+        let partials = self.partials.wrapping_add(kv_head * group * self.partial_stride);
+        let at = kv_head * head_dim;
+        // SAFETY: the caller's promise.
         unsafe {
             let rows = self.start..self.start + self.count;
-            let keys = cache_rows(s, &self.keys, rows.clone(), at, head_dim, key_space);
+            if ahead {
+                for row in rows.clone().take(ROWS_AHEAD) {
+                    self.ask(s, &self.keys, row);
+                }
+            }
             for head in 0..group {
-                let from = (self.kv_head * group + head) * head_dim;
-                let row = self.query.row(self.row);
+                let from = (kv_head * group + head) * head_dim;
                 let to = queries.add(head * padded);
-                widen(s, &self.query, row, from, head_dim, to);
-                let scores = scores.add(head * KEYS);
-                let mut first = 0;
-                while first < self.count {
-                    let n = (self.count - first).min(LANES);
+                widen(s, &self.query, self.query.row(self.row), from, head_dim, to);
+            }
+            let in_place = is_in_place(&self.keys, head_dim);
+            let mut first = 0;
+            while first < self.count {
+                let n = (self.count - first).min(LANES);
+                if ahead {
+                    for row in rows.start + first..rows.start + first + n {
+                        if row + ROWS_AHEAD < rows.end {
+                            self.ask(s, &self.keys, row + ROWS_AHEAD);
+                        }
+                        self.ask(s, &self.values, row);
+                    }
+                }
+                let part = rows.start + first..rows.start + first + n;
+                let keys = if in_place {
+                    Rows { base: self.keys.at(part.start, at).cast(), stride: self.keys.stride / 4 }
+                } else {
+                    cache_rows(s, &self.keys, part, at, head_dim, space)
+                };
+                for head in 0..group {
+                    let query = queries.add(head * padded);
                     let mut sums = [s.zero(); LANES];
                     for j in 0..n {
-                        let key = keys.row(first + j);
-                        if head == 0 {
-                            self.prefetch_value(s, rows.start + first + j, at);
-                        }
+                        let key = keys.row(j);
                         let mut sum = s.zero();
                         let mut d = 0;
                         while d < padded {
-                            sum = s.fma(s.load(to.add(d)), s.load(key.add(d)), sum);
+                            sum = s.fma(s.load(query.add(d)), s.load(key.add(d)), sum);
                             d += LANES;
                         }
                         sums[j] = sum;
                     }
-                    s.store(scores.add(first), s.mul(s.sum16(&sums), s.splat(scale)));
-                    first += LANES;
+                    let dots = s.mul(s.sum16(&sums), s.splat(scale));
+                    s.store(scores.add(head * KEYS + first), dots);
                 }
-                let partial = self.partials.add(head * self.partial_stride);
-                let (highest, sum) = softmax(s, scores, self.count);
+                first += LANES;
+            }
+            for head in 0..group {
+                let partial = partials.add(head * self.partial_stride);
+                let (highest, sum) = softmax(s, scores.add(head * KEYS), self.count);
                 *partial.add(padded) = highest;
                 *partial.add(padded + 1) = sum;
             }
-            let values = cache_rows(s, &self.values, rows, at, head_dim, value_space);
+            let values = cache_rows(s, &self.values, rows, at, head_dim, space);
             let mut head = 0;
             while head < group {
                 let sums = Sums {
                     weights: scores.add(head * KEYS),
                     values,
                     vectors: padded / LANES,
-                    out: self.partials.add(head * self.partial_stride),
+                    out: partials.add(head * self.partial_stride),
                     out_stride: self.partial_stride,
                 };
                 head += sums.some_queries(s, group - head, 0, self.count);
             }
         }
     }
-}
 
-impl Block {
+    /// Asks for the elements of all heads of this task in one row of a cache.
     #[inline(always)]
-    fn prefetch_value<S: Simd>(&self, s: S, row: usize, at: usize) {
-        let bytes = self.shape.head_dim * self.values.dtype.block_bytes();
-        let line = self.values.at(row, at);
+    fn ask<S: Simd>(&self, s: S, cache: &Mat, row: usize) {
+        let bytes = self.kv_heads.len() * self.shape.head_dim * cache.dtype.block_bytes();
+        let line = cache.at(row, self.kv_heads.start * self.shape.head_dim);
         for offset in (0..bytes).step_by(64) {
             s.prefetch(line.wrapping_add(offset));
         }
@@ -153,6 +192,12 @@ impl Rows {
     }
 }
 
+/// Whether a head of a cache is whole vectors of `f32` as it is.
+#[inline(always)]
+fn is_in_place(cache: &Mat, head_dim: usize) -> bool {
+    cache.dtype == DType::F32 && head_dim.is_multiple_of(LANES)
+}
+
 /// `head_dim` elements from column `at` on, of some rows of a cache, as whole vectors of `f32`: in place where they
 /// are that already, else decoded to `space`.
 ///
@@ -162,12 +207,12 @@ impl Rows {
 pub(crate) unsafe fn cache_rows<S: Simd>(
     s: S,
     cache: &Mat,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     at: usize,
     head_dim: usize,
     space: *mut f32,
 ) -> Rows {
-    if cache.dtype == DType::F32 && head_dim % LANES == 0 {
+    if is_in_place(cache, head_dim) {
         return Rows { base: cache.at(rows.start, at).cast(), stride: cache.stride / 4 };
     }
     let stride = head_dim.next_multiple_of(LANES);

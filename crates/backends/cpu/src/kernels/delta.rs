@@ -96,14 +96,22 @@ impl Delta {
         unsafe {
             self.unit(s, t, key_at, 1.0, key);
             self.unit(s, t, query_at, (self.key_dim as f32).sqrt(), query);
-            let one =
-                |mat: &Mat, row: usize| s.lanes(load(s, mat.dtype, mat.row(row), self.head, 1))[0];
-            let step = softplus(one(&self.decay, t) + one(&self.dt_bias, 0));
+            let step = softplus(self.one(s, &self.decay, t) + self.one(s, &self.dt_bias, 0));
             Step {
-                decay: (-one(&self.a_log, 0).exp() * step).exp(),
-                beta: 1.0 / (1.0 + (-one(&self.beta, t)).exp()),
+                decay: (-self.one(s, &self.a_log, 0).exp() * step).exp(),
+                beta: 1.0 / (1.0 + (-self.one(s, &self.beta, t)).exp()),
             }
         }
+    }
+
+    /// This head's element of a row.
+    ///
+    /// # Safety
+    /// As `Delta` says.
+    #[inline(always)]
+    unsafe fn one<S: Simd>(&self, s: S, mat: &Mat, row: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { s.lanes(load(s, mat.dtype, mat.row(row), self.head, 1))[0] }
     }
 
     /// `to = x / sqrt(sum of squares + 1e-6) / divisor`, filled up with zeros.
@@ -162,7 +170,7 @@ impl Delta {
                 for k in 0..self.key_dim {
                     let factor = s.splat(*key.add(k));
                     for v in 0..N {
-                        let kept = self.state_at(s, state.add(k * stride + v * LANES), width(v));
+                        let kept = Self::state_at(s, state.add(k * stride + v * LANES), width(v));
                         predicted[v] = s.fma(kept, factor, predicted[v]);
                     }
                 }
@@ -176,7 +184,7 @@ impl Delta {
                     let (key, query) = (s.splat(*key.add(k)), s.splat(*query.add(k)));
                     for v in 0..N {
                         let place = state.add(k * stride + v * LANES);
-                        let kept = self.state_at(s, place, width(v));
+                        let kept = Self::state_at(s, place, width(v));
                         let next = s.fma(key, delta[v], s.mul(kept, decay));
                         store(s, DType::F32, place.cast(), 0, width(v), next);
                         read[v] = s.fma(next, query, read[v]);
@@ -195,7 +203,7 @@ impl Delta {
     /// # Safety
     /// `place` must be readable for `n` elements.
     #[inline(always)]
-    unsafe fn state_at<S: Simd>(&self, s: S, place: *const f32, n: usize) -> S::V {
+    unsafe fn state_at<S: Simd>(s: S, place: *const f32, n: usize) -> S::V {
         // SAFETY: the caller's promise.
         unsafe { load(s, DType::F32, place.cast(), 0, n) }
     }

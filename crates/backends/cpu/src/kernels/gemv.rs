@@ -3,6 +3,8 @@
 //! Order: lane `l` sums the products of `k = l, l + 16, ...` with fused multiply-add, then the lanes are summed as
 //! [`Simd::sum`] does. [`super::gemm`] keeps the same order.
 
+use std::ops::Range;
+
 use ampoule_plan::{BLOCK, DType};
 
 use super::weights::{load, offset, store};
@@ -12,9 +14,9 @@ use crate::simd::{Kernel, LANES, Simd};
 /// Weight rows that run together, so that their chains of additions overlap.
 const ROWS: usize = 4;
 /// Blocks whose scales are converted ahead of use.
-const AHEAD: usize = 32;
-/// How far ahead of the row at hand to ask for memory, in bytes.
-const PREFETCH: usize = 4096;
+const AHEAD: usize = 512;
+/// How far ahead of the rows at hand to ask for memory, in bytes.
+const PREFETCH: usize = 8192;
 
 /// Where a product goes: `out = sum (+ bias)`, or `out += sum (+ bias)`.
 #[derive(Clone, Copy)]
@@ -59,59 +61,159 @@ pub(crate) struct Gemv {
     pub(crate) to: usize,
 }
 
-/// Scales and minima of some blocks of some rows.
-type Scales = [[[f32; 4]; AHEAD]; ROWS];
+/// Scales (and minima) of some blocks: as they are stored, then as `f32`.
+struct Scales {
+    packed: [u16; 2 * AHEAD],
+    wide: [f32; 2 * AHEAD],
+}
 
 impl Kernel for Gemv {
     type Output = ();
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self, s: S) {
-        let mut scales: Scales = [[[0.0; 4]; AHEAD]; ROWS];
+        // SAFETY: the promise of `Gemv`.
+        unsafe {
+            match self.weight.dtype {
+                DType::F32 => self.floats::<S, F32>(s),
+                DType::F16 => self.floats::<S, F16>(s),
+                DType::BF16 => self.floats::<S, Bf16>(s),
+                DType::Q8_0 => self.blocks::<S, Q8>(s),
+                DType::Q4_0 => self.blocks::<S, Q4>(s),
+                _ => self.blocks::<S, Q41>(s),
+            }
+        }
+    }
+}
+
+impl Gemv {
+    /// Rows `first..` of the weight; a group that is cut short repeats row `last`.
+    #[inline(always)]
+    fn group(&self, first: usize, last: usize) -> [*const u8; ROWS] {
+        let mut rows = [std::ptr::null(); ROWS];
+        for r in 0..ROWS {
+            rows[r] = self.weight.row((first + r).min(last)).cast_const();
+        }
+        rows
+    }
+
+    /// # Safety
+    /// As `Gemv` says.
+    #[inline(always)]
+    unsafe fn floats<S: Simd, F: Float>(&self, s: S) {
         let mut first = self.from;
         while first < self.to {
             let n = (self.to - first).min(LANES);
             let mut sums = [s.zero(); LANES];
-            let mut i = 0;
-            while i < n {
-                // A group that is cut short repeats its last row.
-                let last = n - 1;
-                let row = |r: usize| self.weight.row(first + (i + r).min(last)).cast_const();
-                let rows: [*const u8; ROWS] = [row(0), row(1), row(2), row(3)];
-                // SAFETY: the promise of `Gemv`: rows and `x` have the weight's columns.
-                let part = unsafe { dot_rows(s, &self.weight, rows, self.x, &mut scales) };
-                sums[i..(i + ROWS).min(LANES)].copy_from_slice(&part[..ROWS.min(LANES - i)]);
-                i += ROWS;
+            for i in (0..n).step_by(ROWS) {
+                let rows = self.group(first + i, first + n - 1);
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let part = dot_floats::<S, F>(s, rows, self.weight.cols, self.x);
+                    sums[i..i + ROWS].copy_from_slice(&part);
+                }
             }
-            // SAFETY: the promise of `Gemv`.
+            // SAFETY: the caller's promise.
+            unsafe { self.sink.put(s, self.row, first, n, s.sum16(&sums)) };
+            first += LANES;
+        }
+    }
+
+    /// # Safety
+    /// As `Gemv` says.
+    #[inline(always)]
+    unsafe fn blocks<S: Simd, B: Blocks>(&self, s: S) {
+        let mut scales = Scales { packed: [0; 2 * AHEAD], wide: [0.0; 2 * AHEAD] };
+        let per_row = self.weight.cols / BLOCK;
+        // Rows follow one another without gaps, so the scales of several can be converted in one go.
+        let together = if per_row * LANES <= AHEAD { LANES } else { ROWS };
+        let fits = per_row * together <= AHEAD;
+        let mut first = self.from;
+        while first < self.to {
+            let n = (self.to - first).min(LANES);
+            let mut sums = [s.zero(); LANES];
+            for i in (0..n).step_by(ROWS) {
+                let rows = self.group(first + i, first + n - 1);
+                let part = &mut sums[i..i + ROWS];
+                // SAFETY: the caller's promise; `Scales` has room for `AHEAD` blocks.
+                unsafe {
+                    if fits {
+                        if i % together == 0 {
+                            let blocks = (n - i).min(together) * per_row;
+                            scales.convert::<S, B>(s, rows[0], 0, blocks);
+                        }
+                        let mut places = [0; ROWS];
+                        for r in 0..ROWS {
+                            places[r] =
+                                (i % together + r).min(n - 1 - i / together * together) * per_row;
+                        }
+                        dot_blocks::<S, B>(s, rows, 0..per_row, self.x, &scales, places, part);
+                        continue;
+                    }
+                    let each = AHEAD / ROWS;
+                    for start in (0..per_row).step_by(each) {
+                        let blocks = (per_row - start).min(each);
+                        let mut places = [0; ROWS];
+                        for r in 0..ROWS {
+                            let row = rows[r].add(start * B::DTYPE.block_bytes());
+                            scales.convert::<S, B>(s, row, r * each, blocks);
+                            places[r] = r * each;
+                        }
+                        let range = start..start + blocks;
+                        dot_blocks::<S, B>(s, rows, range, self.x, &scales, places, part);
+                    }
+                }
+            }
+            // SAFETY: the caller's promise.
             unsafe { self.sink.put(s, self.row, first, n, s.sum16(&sums)) };
             first += LANES;
         }
     }
 }
 
-/// The lanes of the dot products of `x` with some rows of the weight.
-///
-/// # Safety
-/// Rows and `x` must have the weight's columns.
-#[inline(always)]
-unsafe fn dot_rows<S: Simd>(
-    s: S,
-    weight: &Mat,
-    rows: [*const u8; ROWS],
-    x: *const f32,
-    scales: &mut Scales,
-) -> [S::V; ROWS] {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match weight.dtype {
-            DType::F32 => dot_floats::<S, F32>(s, rows, weight.cols, x),
-            DType::F16 => dot_floats::<S, F16>(s, rows, weight.cols, x),
-            DType::BF16 => dot_floats::<S, Bf16>(s, rows, weight.cols, x),
-            DType::Q8_0 => dot_blocks::<S, Q8>(s, rows, weight.cols, x, scales),
-            DType::Q4_0 => dot_blocks::<S, Q4>(s, rows, weight.cols, x, scales),
-            _ => dot_blocks::<S, Q41>(s, rows, weight.cols, x, scales),
+impl Scales {
+    /// Converts the headers of `count` blocks that follow one another to place `at` and on. Plain moves gather
+    /// them and 16 are converted at a time; broadcasting them from memory then takes nothing of the two vector ports
+    /// that limit the products.
+    ///
+    /// # Safety
+    /// The blocks must be readable, and `at + count <= AHEAD`.
+    #[inline(always)]
+    unsafe fn convert<S: Simd, B: Blocks>(
+        &mut self,
+        s: S,
+        block: *const u8,
+        at: usize,
+        count: usize,
+    ) {
+        let packed = self.packed.as_mut_ptr().wrapping_add(at * B::HEADER);
+        let wide = self.wide.as_mut_ptr().wrapping_add(at * B::HEADER);
+        // SAFETY: the caller's promise; `AHEAD` is a multiple of 16, so whole vectors fit.
+        unsafe {
+            for b in 0..count {
+                let header = block.add(b * B::DTYPE.block_bytes());
+                if B::HEADER == 2 {
+                    let both = header.cast::<[u16; 2]>().read_unaligned();
+                    packed.cast::<[u16; 2]>().add(b).write_unaligned(both);
+                } else {
+                    // Volatile, so that it stays the one move it is: vectors of such gaps are slow.
+                    packed.add(b).write_volatile(header.cast::<u16>().read_unaligned());
+                }
+            }
+            for i in (0..count * B::HEADER).step_by(LANES) {
+                s.store(wide.add(i), s.load_f16(packed.add(i)));
+            }
         }
+    }
+}
+
+/// Asks for `bytes` bytes that lie [`PREFETCH`] beyond `offset` in a group of rows. The rows follow one another, so
+/// going through the group once asks for all of what follows it.
+#[inline(always)]
+fn ahead<S: Simd>(s: S, rows: *const u8, offset: usize, bytes: usize) {
+    let place = rows.wrapping_add(offset + PREFETCH);
+    for line in 0..bytes.div_ceil(64) {
+        s.prefetch(place.wrapping_add(line * 64));
     }
 }
 
@@ -145,16 +247,14 @@ unsafe fn dot_floats<S: Simd, F: Float>(
 ) -> [S::V; ROWS] {
     let mut sums = [s.zero(); ROWS];
     let whole = cols / LANES * LANES;
-    let line = 64 / F::DTYPE.block_bytes();
+    let bytes = F::DTYPE.block_bytes();
     // SAFETY: the caller's promise; prefetches need none.
     unsafe {
         let mut k = 0;
         while k < whole {
             let a = s.load(x.add(k));
+            ahead(s, rows[0], k * ROWS * bytes, LANES * ROWS * bytes);
             for r in 0..ROWS {
-                if k % line == 0 {
-                    s.prefetch(rows[r].wrapping_add(k * F::DTYPE.block_bytes() + PREFETCH));
-                }
                 sums[r] = s.fma(a, load(s, F::DTYPE, rows[r], k, LANES), sums[r]);
             }
             k += LANES;
@@ -173,10 +273,12 @@ unsafe fn dot_floats<S: Simd, F: Float>(
 /// A block type.
 trait Blocks {
     const DTYPE: DType;
+    /// Half-precision numbers at the start of a block.
+    const HEADER: usize;
 
     /// # Safety
-    /// `block` must be a whole block.
-    unsafe fn decode<S: Simd>(s: S, block: *const u8, scale: &[f32; 4]) -> (S::V, S::V);
+    /// `block` must be a whole block; `scale` must hold its header.
+    unsafe fn decode<S: Simd>(s: S, block: *const u8, scale: *const f32) -> (S::V, S::V);
 }
 
 struct Q8;
@@ -185,71 +287,74 @@ struct Q41;
 
 impl Blocks for Q8 {
     const DTYPE: DType = DType::Q8_0;
+    const HEADER: usize = 1;
 
     #[inline(always)]
-    unsafe fn decode<S: Simd>(s: S, block: *const u8, scale: &[f32; 4]) -> (S::V, S::V) {
+    unsafe fn decode<S: Simd>(s: S, block: *const u8, scale: *const f32) -> (S::V, S::V) {
         // SAFETY: a block has 2 + 32 bytes.
-        unsafe { (s.decode8(block.add(2), &scale[0]), s.decode8(block.add(18), &scale[0])) }
+        unsafe { (s.decode8(block.add(2), *scale), s.decode8(block.add(18), *scale)) }
     }
 }
 
 impl Blocks for Q4 {
     const DTYPE: DType = DType::Q4_0;
+    const HEADER: usize = 1;
 
     #[inline(always)]
-    unsafe fn decode<S: Simd>(s: S, block: *const u8, scale: &[f32; 4]) -> (S::V, S::V) {
+    unsafe fn decode<S: Simd>(s: S, block: *const u8, scale: *const f32) -> (S::V, S::V) {
         // SAFETY: a block has 2 + 16 bytes.
-        unsafe { s.decode4_0(block.add(2), &scale[0]) }
+        unsafe { s.decode4_0(block.add(2), *scale) }
     }
 }
 
 impl Blocks for Q41 {
     const DTYPE: DType = DType::Q4_1;
+    const HEADER: usize = 2;
 
     #[inline(always)]
-    unsafe fn decode<S: Simd>(s: S, block: *const u8, scale: &[f32; 4]) -> (S::V, S::V) {
+    unsafe fn decode<S: Simd>(s: S, block: *const u8, scale: *const f32) -> (S::V, S::V) {
         // SAFETY: a block has 4 + 16 bytes.
-        unsafe { s.decode4_1(block.add(4), &scale[0], &scale[1]) }
+        unsafe { s.decode4_1(block.add(4), *scale, *scale.add(1)) }
     }
 }
 
+/// Adds the lanes of the dot products over some blocks. `places` says where the rows' scales start.
+///
 /// # Safety
-/// Rows and `x` must have `cols` elements.
+/// Rows and `x` must have the blocks, and `scales` hold theirs.
 #[inline(always)]
 unsafe fn dot_blocks<S: Simd, B: Blocks>(
     s: S,
     rows: [*const u8; ROWS],
-    cols: usize,
+    blocks: Range<usize>,
     x: *const f32,
-    scales: &mut Scales,
-) -> [S::V; ROWS] {
+    scales: &Scales,
+    places: [usize; ROWS],
+    out: &mut [S::V],
+) {
     let mut sums = [s.zero(); ROWS];
-    let mut start = 0;
-    while start < cols {
-        let blocks = ((cols - start) / BLOCK).min(AHEAD);
-        let at = offset(B::DTYPE, start);
-        // SAFETY: the caller's promise; the first 8 bytes of a block are its own; prefetches need no promise.
-        unsafe {
-            // Scales go through memory, from where broadcasting them costs no shuffle.
+    sums.copy_from_slice(out);
+    let at = offset(B::DTYPE, blocks.start * BLOCK);
+    let x = x.wrapping_add(blocks.start * BLOCK);
+    // SAFETY: the caller's promise; prefetches need none.
+    unsafe {
+        for b in 0..blocks.len() {
+            let a = s.load(x.add(b * BLOCK));
+            let c = s.load(x.add(b * BLOCK + LANES));
+            ahead(
+                s,
+                rows[0],
+                (at + b * B::DTYPE.block_bytes()) * ROWS,
+                ROWS * B::DTYPE.block_bytes(),
+            );
             for r in 0..ROWS {
-                for b in 0..blocks {
-                    let block = rows[r].add(at + b * B::DTYPE.block_bytes());
-                    s.widen4(block, &mut scales[r][b]);
-                }
-            }
-            for b in 0..blocks {
-                let a = s.load(x.add(start + b * BLOCK));
-                let c = s.load(x.add(start + b * BLOCK + LANES));
-                for r in 0..ROWS {
-                    let block = rows[r].add(at + b * B::DTYPE.block_bytes());
-                    s.prefetch(block.wrapping_add(PREFETCH));
-                    let (low, high) = B::decode(s, block, &scales[r][b]);
-                    sums[r] = s.fma(a, low, sums[r]);
-                    sums[r] = s.fma(c, high, sums[r]);
-                }
+                let block = rows[r].add(at + b * B::DTYPE.block_bytes());
+                let scale = scales.wide.as_ptr().add((places[r] + b) * B::HEADER);
+                let (low, high) = B::decode(s, block, scale);
+                sums[r] = s.fma(a, low, sums[r]);
+                sums[r] = s.fma(c, high, sums[r]);
             }
         }
-        start += blocks * BLOCK;
     }
-    sums
+    out.copy_from_slice(&sums);
 }

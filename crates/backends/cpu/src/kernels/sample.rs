@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ampoule_plan::{SEEN_AS_PROMPT, sampler_params as p};
 
 use crate::pool::Pool;
-use crate::simd::{Kernel, LANES, Simd, Verified, dispatch};
+use crate::simd::{Kernel, LANES, Simd, Verified, dispatch, exp};
 
 /// Tokens of one task; a multiple of 4, so that no block of random words is cut.
 const CHUNK: usize = 16_384;
@@ -21,6 +21,7 @@ const MOST_NOISE: f32 = 22.9;
 const NO_MASS: f32 = -23.0;
 
 /// What a draw looks at.
+#[allow(clippy::struct_field_names)] // whether to draw
 pub(crate) struct Draw<'a> {
     pub(crate) logits: &'a [f32],
     pub(crate) counts: &'a [u32],
@@ -107,7 +108,7 @@ impl Sampler {
             // SAFETY: `Penalize` asks for nothing.
             unsafe { dispatch(isa, kernel) }
         });
-        let biased = Self::apply_bias(&draw.bias_tokens[..], draw.bias_values, adjusted);
+        let biased = Self::apply_bias(draw.bias_tokens, draw.bias_values, adjusted);
         let best = if biased { self.highest(pool, isa, adjusted) } else { best };
         let temperature = params[p::TEMPERATURE];
         if temperature == 0.0 || best.value == f32::NEG_INFINITY {
@@ -124,7 +125,7 @@ impl Sampler {
         }
         let adjusted = &*adjusted;
         let filter = Filter {
-            threshold: self.threshold(pool, adjusted, params, best.value),
+            threshold: self.threshold(pool, isa, adjusted, params, best.value),
             highest: best.value,
             min_p: params[p::MIN_P],
         };
@@ -135,7 +136,9 @@ impl Sampler {
             start.offer(best.value + gumbel(words[best.token % 4]), best.token);
         }
         let drawn = self.best(pool, adjusted.len(), |tokens| {
-            noisy(adjusted, tokens, filter, seed, position, start)
+            let kernel = Noisy { adjusted, tokens, filter, seed, position, best: start };
+            // SAFETY: `Noisy` asks for nothing.
+            unsafe { dispatch(isa, kernel) }
         });
         if drawn.token < adjusted.len() { drawn.token } else { 0 }
     }
@@ -191,6 +194,7 @@ impl Sampler {
     fn threshold(
         &mut self,
         pool: &mut Pool,
+        isa: Verified,
         adjusted: &[f32],
         params: &[f32],
         highest: f32,
@@ -198,41 +202,22 @@ impl Sampler {
         let mut threshold = f32::NEG_INFINITY;
         let top_k = params[p::TOP_K] as usize;
         if top_k > 0 && top_k < adjusted.len() {
-            threshold = self.kth(adjusted, top_k);
+            threshold = self.kth(isa, adjusted, top_k);
         }
         if params[p::TOP_P] < 1.0 {
             let share = (params[p::TOP_P].max(0.0) * 16_777_216.0) as u128;
-            threshold = self.nucleus(pool, adjusted, threshold, highest, share);
+            threshold = self.nucleus(pool, isa, adjusted, threshold, highest, share);
         }
         threshold
     }
 
     /// The `k`-th highest value.
-    fn kth(&mut self, adjusted: &[f32], k: usize) -> f32 {
+    fn kth(&mut self, isa: Verified, adjusted: &[f32], k: usize) -> f32 {
         let room = (2 * k).max(1024).min(adjusted.len());
-        let values = &mut self.values;
-        values.clear();
-        let mut bound = f32::NEG_INFINITY;
-        for part in adjusted.chunks(64) {
-            if values.len() >= k && !part.iter().fold(false, |any, v| any | (*v > bound)) {
-                continue;
-            }
-            for &v in part {
-                if values.len() >= k && v <= bound {
-                    continue;
-                }
-                if values.len() == room {
-                    values.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
-                    values.truncate(k);
-                    bound = values[k - 1];
-                    if v <= bound {
-                        continue;
-                    }
-                }
-                values.push(v);
-            }
-        }
-        *values.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+        let kernel = Leaders { adjusted, k, room, found: &mut self.values };
+        // SAFETY: `Leaders` asks for nothing.
+        unsafe { dispatch(isa, kernel) };
+        *self.values.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
     }
 
     /// Of the values from `floor` on, in falling order, the first at which the sum of masses reaches
@@ -240,76 +225,275 @@ impl Sampler {
     fn nucleus(
         &mut self,
         pool: &mut Pool,
+        isa: Verified,
         adjusted: &[f32],
         floor: f32,
         highest: f32,
         share: u128,
     ) -> f32 {
-        let mass = |v: f32| ((v - highest).exp() * 4_294_967_296.0) as u64;
         let found = &self.found[..adjusted.len().div_ceil(CHUNK)];
-        // Integers: their sum depends on no order. A chunk's is below 2^14 * 2^33.
-        pool.run(found.len(), &|_, chunk| {
-            let end = ((chunk + 1) * CHUNK).min(adjusted.len());
-            let values = adjusted[chunk * CHUNK..end].iter();
-            let kept = values.filter(|v| **v >= floor && **v - highest >= NO_MASS);
-            found[chunk].store(kept.map(|v| mass(*v)).sum(), Ordering::Relaxed);
+        let chunk = |i: usize| &adjusted[i * CHUNK..((i + 1) * CHUNK).min(adjusted.len())];
+        pool.run(found.len(), &|_, i| {
+            let kernel = About { values: chunk(i), floor, highest };
+            // SAFETY: `About` asks for nothing.
+            let about = unsafe { dispatch(isa, kernel) };
+            found[i].store(f64::from(about).to_bits(), Ordering::Relaxed);
         });
-        let total: u128 = found.iter().map(|f| u128::from(f.load(Ordering::Relaxed))).sum();
+        let about: f64 = found.iter().map(|f| f64::from_bits(f.load(Ordering::Relaxed))).sum();
+        // A lane adds 1024 values at most, each within a few units in the last place: 1e-4 is more than all of that;
+        // and every mass is rounded down.
+        let about = about * 4_294_967_296.0;
+        let slack = about * 1e-4 + adjusted.len() as f64;
+        let bounds = ((about - slack).max(0.0) as u128, (about + slack) as u128);
+        if about.is_finite()
+            && let Some(value) = self.reach(isa, adjusted, floor, highest, share, bounds)
+        {
+            return value;
+        }
+        // Too close to call. Integers: their sum depends on no order; a chunk's is below 2^14 * 2^33.
+        let found = &self.found[..adjusted.len().div_ceil(CHUNK)];
+        pool.run(found.len(), &|_, i| {
+            let kept = chunk(i).iter().filter(|v| **v >= floor && **v - highest >= NO_MASS);
+            found[i].store(kept.map(|v| mass(*v, highest)).sum(), Ordering::Relaxed);
+        });
+        let total = found.iter().map(|f| u128::from(f.load(Ordering::Relaxed))).sum();
+        self.reach(isa, adjusted, floor, highest, share, (total, total)).unwrap_or(highest)
+    }
+
+    /// As [`Self::nucleus`], given bounds of the total; `None` where they do not settle it.
+    fn reach(
+        &mut self,
+        isa: Verified,
+        adjusted: &[f32],
+        floor: f32,
+        highest: f32,
+        share: u128,
+        (least, most): (u128, u128),
+    ) -> Option<f32> {
         let mut sum = 0_u128;
-        let mut lowest = highest;
+        let mut lowest = None;
         let mut above = f32::INFINITY;
-        for width in [1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, -NO_MASS] {
+        for width in [1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, f32::INFINITY] {
             // The next band of values, without the last one's.
-            let below =
-                if highest - width < floor || width == -NO_MASS { floor } else { highest - width };
+            let below = if highest - width > floor { highest - width } else { floor };
             self.values.clear();
-            for part in adjusted.chunks(64) {
-                if part.iter().fold(false, |any, v| any | ((*v >= below) & (*v < above))) {
-                    self.values.extend(part.iter().filter(|v| **v >= below && **v < above));
-                }
-            }
+            let kernel = Band { values: adjusted, below, above, found: &mut self.values };
+            // SAFETY: `Band` asks for nothing.
+            unsafe { dispatch(isa, kernel) };
             above = below;
             self.values.sort_unstable_by(|a, b| b.total_cmp(a));
             for &v in &self.values {
-                if v - highest >= NO_MASS {
-                    sum += u128::from(mass(v));
+                sum += u128::from(mass(v, highest));
+                lowest = Some(v);
+                if (sum << 24) >= share * most {
+                    return lowest;
                 }
-                lowest = v;
-                if (sum << 24) >= share * total {
-                    return v;
+                if (sum << 24) >= share * least {
+                    return None;
                 }
             }
         }
-        lowest
+        if least == most { lowest } else { None }
     }
 }
 
-/// The kept token with the highest value after noise, among some tokens; or `start`, if that is better.
-fn noisy(
-    adjusted: &[f32],
+/// A value's share of the probability, in units of 2^-32 of the highest's.
+fn mass(v: f32, highest: f32) -> u64 {
+    if v - highest < NO_MASS { 0 } else { ((v - highest).exp() * 4_294_967_296.0) as u64 }
+}
+
+/// The sum of `exp(v - highest)` over the values from `floor` on, about.
+struct About<'a> {
+    values: &'a [f32],
+    floor: f32,
+    highest: f32,
+}
+
+impl Kernel for About<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, s: S) -> f32 {
+        let mut sum = s.zero();
+        for part in self.values.chunks(LANES) {
+            let mut lanes = [f32::NEG_INFINITY; LANES];
+            lanes[..part.len()].copy_from_slice(part);
+            for l in &mut lanes {
+                *l = if *l >= self.floor { *l } else { f32::NEG_INFINITY };
+            }
+            let distance = s.sub(s.from_lanes(&lanes), s.splat(self.highest));
+            sum = s.add(sum, exp(s, distance));
+        }
+        s.sum(sum)
+    }
+}
+
+/// Whether any of the values is in `below..above`.
+#[inline(always)]
+fn any_between(part: &[f32], below: f32, above: f32) -> bool {
+    let mut any = 0;
+    for v in part {
+        any |= u32::from(*v >= below) & u32::from(*v < above);
+    }
+    any != 0
+}
+
+/// Values in `below..above`.
+struct Band<'a> {
+    values: &'a [f32],
+    below: f32,
+    above: f32,
+    found: &'a mut Vec<f32>,
+}
+
+impl Kernel for Band<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, _: S) {
+        // What is infinite is the highest, and of the first band.
+        let above = if self.above == f32::INFINITY { f32::NAN } else { self.above };
+        for part in self.values.chunks(64) {
+            if above.is_nan() {
+                self.found.extend(part.iter().filter(|v| **v >= self.below));
+            } else if any_between(part, self.below, above) {
+                self.found.extend(part.iter().filter(|v| **v >= self.below && **v < above));
+            }
+        }
+    }
+}
+
+/// At least the `k` highest values; never more than `room`.
+struct Leaders<'a> {
+    adjusted: &'a [f32],
+    k: usize,
+    room: usize,
+    found: &'a mut Vec<f32>,
+}
+
+impl Kernel for Leaders<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, _: S) {
+        let Self { adjusted, k, room, found } = self;
+        found.clear();
+        let mut bound = f32::NEG_INFINITY;
+        for part in adjusted.chunks(64) {
+            if found.len() >= k {
+                let mut any = 0;
+                for v in part {
+                    any |= u32::from(*v > bound);
+                }
+                if any == 0 {
+                    continue;
+                }
+            }
+            for &v in part {
+                if found.len() >= k && v <= bound {
+                    continue;
+                }
+                if found.len() == room {
+                    found.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
+                    found.truncate(k);
+                    bound = found[k - 1];
+                    if v <= bound {
+                        continue;
+                    }
+                }
+                found.push(v);
+            }
+        }
+    }
+}
+
+/// The kept token with the highest value after noise, among some tokens; or `best`, if that is better.
+struct Noisy<'a> {
+    adjusted: &'a [f32],
     tokens: Range<usize>,
     filter: Filter,
     seed: [u32; 2],
     position: u32,
-    start: Best,
-) -> Best {
-    let mut best = start;
-    for first in tokens.clone().step_by(4) {
-        let group = &adjusted[first..(first + 4).min(tokens.end)];
-        let hopeful = |v: f32| v >= filter.threshold && v + MOST_NOISE >= best.value;
-        if !group.iter().any(|v| hopeful(*v)) {
-            continue;
-        }
-        let words = philox4x32([(first / 4) as u32, position, 0, 0], seed);
-        for (i, &v) in group.iter().enumerate() {
-            // -ln(-ln(1 - u)) <= -ln(u), and u is at least 2^-(leading zeros + 1); a little more for rounding.
-            let bound = (words[i].leading_zeros() + 1) as f32 * std::f32::consts::LN_2 + 1e-3;
-            if v >= filter.threshold && v + bound >= best.value && filter.keeps(v) {
-                best.offer(v + gumbel(words[i]), first + i);
+    best: Best,
+}
+
+/// Tokens that get their random words together.
+const TOGETHER: usize = 4 * LANES;
+
+impl Kernel for Noisy<'_> {
+    type Output = Best;
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self, _: S) -> Best {
+        let mut best = self.best;
+        for first in self.tokens.clone().step_by(TOGETHER) {
+            let part = &self.adjusted[first..(first + TOGETHER).min(self.tokens.end)];
+            // Without noise above what there is, a value below this cannot win; `v + noise` rounds monotonically.
+            let mut hopeful = 0;
+            for v in part {
+                hopeful |= u32::from(*v >= self.filter.threshold)
+                    & u32::from(*v + MOST_NOISE >= best.value);
+            }
+            if hopeful == 0 {
+                continue;
+            }
+            let words = words_from((first / 4) as u32, self.position, self.seed);
+            let mut values = [f32::NEG_INFINITY; TOGETHER];
+            values[..part.len()].copy_from_slice(part);
+            let mut hopeful = 0;
+            for (v, word) in values.iter().zip(&words) {
+                hopeful |= u32::from(*v >= self.filter.threshold)
+                    & u32::from(*v + noise_bound(*word) >= best.value);
+            }
+            if hopeful == 0 {
+                continue;
+            }
+            for (i, &v) in part.iter().enumerate() {
+                if v + noise_bound(words[i]) >= best.value && self.filter.keeps(v) {
+                    best.offer(v + gumbel(words[i]), first + i);
+                }
             }
         }
+        best
     }
-    best
+}
+
+/// No less than the noise that [`gumbel`] makes of the bits.
+///
+/// `-ln(-ln(1 - u)) <= -ln(u)`, and `u` is at least the power of two below `bits * 2^-32`. Rounding `bits` to f32 may
+/// reach the next power; that, and what the logarithms round, is far below the last term.
+#[inline(always)]
+fn noise_bound(bits: u32) -> f32 {
+    let exponent = (bits as f32).to_bits() >> 23;
+    (159 - exponent.cast_signed()) as f32 * std::f32::consts::LN_2 + 1e-3
+}
+
+/// The words of [`TOGETHER`] tokens: those of [`philox4x32`] from block `first` on.
+#[inline(always)]
+fn words_from(first: u32, position: u32, seed: [u32; 2]) -> [u32; TOGETHER] {
+    let mut c: [[u32; LANES]; 4] = [[0; LANES], [position; LANES], [0; LANES], [0; LANES]];
+    for l in 0..LANES {
+        c[0][l] = first.wrapping_add(l as u32);
+    }
+    let mut key = seed;
+    for _ in 0..10 {
+        for l in 0..LANES {
+            let a = u64::from(c[0][l]) * 0xD251_1F53;
+            let b = u64::from(c[2][l]) * 0xCD9E_8D57;
+            c[0][l] = (b >> 32) as u32 ^ c[1][l] ^ key[0];
+            c[2][l] = (a >> 32) as u32 ^ c[3][l] ^ key[1];
+            c[1][l] = b as u32;
+            c[3][l] = a as u32;
+        }
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+    }
+    let mut words = [0; TOGETHER];
+    for l in 0..LANES {
+        for i in 0..4 {
+            words[4 * l + i] = c[i][l];
+        }
+    }
+    words
 }
 
 /// Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").

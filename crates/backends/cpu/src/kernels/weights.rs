@@ -58,9 +58,9 @@ pub(crate) unsafe fn store<S: Simd>(
         let whole = n >= LANES;
         let to = if whole { p } else { lanes.as_mut_ptr() };
         if dtype == DType::F16 {
-            s.store_f16(to, a)
+            s.store_f16(to, a);
         } else {
-            s.store_bf16(to, a)
+            s.store_bf16(to, a);
         }
         if !whole {
             std::ptr::copy_nonoverlapping(lanes.as_ptr(), p, n);
@@ -105,10 +105,10 @@ pub(crate) unsafe fn decode<S: Simd>(
             s.widen4(block, &mut scale);
             let (low, high) = match dtype {
                 DType::Q8_0 => {
-                    (s.decode8(block.add(2), &scale[0]), s.decode8(block.add(18), &scale[0]))
+                    (s.decode8(block.add(2), scale[0]), s.decode8(block.add(18), scale[0]))
                 }
-                DType::Q4_0 => s.decode4_0(block.add(2), &scale[0]),
-                _ => s.decode4_1(block.add(4), &scale[0], &scale[1]),
+                DType::Q4_0 => s.decode4_0(block.add(2), scale[0]),
+                _ => s.decode4_1(block.add(4), scale[0], scale[1]),
             };
             s.store(to.add(2 * b * step), low);
             s.store(to.add((2 * b + 1) * step), high);

@@ -192,30 +192,30 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn decode8(self, p: *const u8, d: &f32) -> Pair {
+    unsafe fn decode8(self, p: *const u8, d: f32) -> Pair {
         // SAFETY: the caller's promise, and the features.
         unsafe {
             let q = _mm_loadu_si128(p.cast());
             let low = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q));
             let high = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(q)));
-            self.mul(Pair(low, high), self.splat(*d))
+            self.mul(Pair(low, high), self.splat(d))
         }
     }
 
     #[inline(always)]
-    unsafe fn decode4_0(self, p: *const u8, d: &f32) -> (Pair, Pair) {
+    unsafe fn decode4_0(self, p: *const u8, d: f32) -> (Pair, Pair) {
         // SAFETY: the caller's promise.
         let (low, high) = unsafe { nibbles(self, p) };
-        let (d, eight) = (self.splat(*d), self.splat(8.0));
+        let (d, eight) = (self.splat(d), self.splat(8.0));
         (self.mul(self.sub(low, eight), d), self.mul(self.sub(high, eight), d))
     }
 
     #[inline(always)]
-    unsafe fn decode4_1(self, p: *const u8, d: &f32, m: &f32) -> (Pair, Pair) {
+    unsafe fn decode4_1(self, p: *const u8, d: f32, m: f32) -> (Pair, Pair) {
         // SAFETY: the caller's promise.
         let (low, high) = unsafe { nibbles(self, p) };
-        let (d, m) = (self.splat(*d), self.splat(*m));
-        (self.add(self.mul(low, d), m), self.add(self.mul(high, d), m))
+        let (d, m) = (self.splat(d), self.splat(m));
+        (self.fma(low, d, m), self.fma(high, d, m))
     }
 
     #[inline(always)]

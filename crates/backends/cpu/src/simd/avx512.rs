@@ -208,36 +208,35 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn decode8(self, p: *const u8, d: &f32) -> __m512 {
+    unsafe fn decode8(self, p: *const u8, d: f32) -> __m512 {
         // SAFETY: the caller's promise, and the features.
         unsafe {
             let q = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
-            _mm512_mul_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(*d))
+            _mm512_mul_ps(_mm512_cvtepi32_ps(q), _mm512_set1_ps(d))
         }
     }
 
     #[inline(always)]
-    unsafe fn decode4_0(self, p: *const u8, d: &f32) -> (__m512, __m512) {
+    unsafe fn decode4_0(self, p: *const u8, d: f32) -> (__m512, __m512) {
         // SAFETY: the caller's promise, and the features.
         unsafe {
             let steps = _mm512_setr_ps(
                 -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0,
                 7.0,
             );
-            lookup(p, _mm512_mul_ps(steps, _mm512_set1_ps(*d)))
+            lookup(p, _mm512_mul_ps(steps, _mm512_set1_ps(d)))
         }
     }
 
     #[inline(always)]
-    unsafe fn decode4_1(self, p: *const u8, d: &f32, m: &f32) -> (__m512, __m512) {
+    unsafe fn decode4_1(self, p: *const u8, d: f32, m: f32) -> (__m512, __m512) {
         // SAFETY: the caller's promise, and the features.
         unsafe {
             let steps = _mm512_setr_ps(
                 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0,
                 15.0,
             );
-            let scaled = _mm512_mul_ps(steps, _mm512_set1_ps(*d));
-            lookup(p, _mm512_add_ps(scaled, _mm512_set1_ps(*m)))
+            lookup(p, _mm512_fmadd_ps(steps, _mm512_set1_ps(d), _mm512_set1_ps(m)))
         }
     }
 

@@ -106,19 +106,20 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     ///
     /// # Safety
     /// `p` must hold 16 readable bytes.
-    unsafe fn decode8(self, p: *const u8, d: &f32) -> Self::V;
+    unsafe fn decode8(self, p: *const u8, d: f32) -> Self::V;
 
     /// `d * (q - 8)` for the low and the high nibbles of 16 bytes.
     ///
     /// # Safety
     /// `p` must hold 16 readable bytes.
-    unsafe fn decode4_0(self, p: *const u8, d: &f32) -> (Self::V, Self::V);
+    unsafe fn decode4_0(self, p: *const u8, d: f32) -> (Self::V, Self::V);
 
-    /// `d * q + m`, rounded twice, for the low and the high nibbles of 16 bytes.
+    /// `d * q + m` for the low and the high nibbles of 16 bytes. Rounded twice or once is the same where `d` was
+    /// a half-precision number: its product with `q` has at most 15 significant bits.
     ///
     /// # Safety
     /// `p` must hold 16 readable bytes.
-    unsafe fn decode4_1(self, p: *const u8, d: &f32, m: &f32) -> (Self::V, Self::V);
+    unsafe fn decode4_1(self, p: *const u8, d: f32, m: f32) -> (Self::V, Self::V);
 
     /// Transposes a 16 by 16 tile: row `i` of the result is lane `i` of every row.
     fn transpose(self, rows: &mut [Self::V; LANES]) {

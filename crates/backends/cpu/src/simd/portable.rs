@@ -104,19 +104,19 @@ impl Simd for Portable {
         *out = bits.map(|b| f16::from_bits(b).to_f32_const());
     }
 
-    unsafe fn decode8(self, p: *const u8, d: &f32) -> Self::V {
+    unsafe fn decode8(self, p: *const u8, d: f32) -> Self::V {
         // SAFETY: the caller's promise.
         unsafe { bytes(p) }.map(|q| d * f32::from(q.cast_signed()))
     }
 
-    unsafe fn decode4_0(self, p: *const u8, d: &f32) -> (Self::V, Self::V) {
+    unsafe fn decode4_0(self, p: *const u8, d: f32) -> (Self::V, Self::V) {
         // SAFETY: the caller's promise.
         let packed = unsafe { bytes(p) };
         let value = |q: u8| d * (f32::from(q) - 8.0);
         (packed.map(|q| value(q & 15)), packed.map(|q| value(q >> 4)))
     }
 
-    unsafe fn decode4_1(self, p: *const u8, d: &f32, m: &f32) -> (Self::V, Self::V) {
+    unsafe fn decode4_1(self, p: *const u8, d: f32, m: f32) -> (Self::V, Self::V) {
         // SAFETY: the caller's promise.
         let packed = unsafe { bytes(p) };
         let value = |q: u8| d * f32::from(q) + m;

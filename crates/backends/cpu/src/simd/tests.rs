@@ -43,10 +43,10 @@ impl Kernel for Everything<'_> {
             results.push(s.load_bf16(p.cast()));
             s.widen4(p, &mut quad);
             let (d, m) = (quad[0], quad[1]);
-            results.push(s.decode8(p.add(4), &d));
-            let (low, high) = s.decode4_0(p.add(4), &d);
+            results.push(s.decode8(p.add(4), d));
+            let (low, high) = s.decode4_0(p.add(4), d);
             results.extend([low, high]);
-            let (low, high) = s.decode4_1(p.add(4), &d, &m);
+            let (low, high) = s.decode4_1(p.add(4), d, m);
             results.extend([low, high]);
             results.push(s.load_n(self.a.as_ptr(), 5));
             let mut partly = *self.b;

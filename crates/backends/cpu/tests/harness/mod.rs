@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use ampoule_backend::{Backend, LoadOptions, Region, SlotId, WeightError, WeightSource};
 use ampoule_plan::{
-    BLOCK, Buffer, BufferId, DType, Fill, Growth, Model, Op, Phase, Plan, RandomFill, Role,
-    ShapeKey, StateKind, View,
+    BLOCK, Buffer, BufferId, BufferTable, DType, Fill, Growth, Model, Op, Phase, Plan, RandomFill,
+    Role, ShapeKey, StateKind, View,
 };
 use ampoule_reference::store_elements;
 
@@ -60,7 +60,7 @@ pub(crate) struct Case {
 
 impl Case {
     pub(crate) fn new() -> Self {
-        let model = Model { name: "case".into(), buffers: Default::default(), plans: vec![] };
+        let model = Model { name: "case".into(), buffers: BufferTable::default(), plans: vec![] };
         Self { model, contents: vec![], ops: vec![], count: None }
     }
 
@@ -117,7 +117,8 @@ impl Case {
 
     pub(crate) fn position(&mut self, position: usize) -> View {
         let bytes = [position as u32, 0, 0, 0].iter().flat_map(|w| w.to_le_bytes()).collect();
-        self.state(Growth::Fixed, DType::U32, 1, 4, bytes)
+        let role = Role::State { kind: StateKind::Cursor, growth: Growth::Fixed };
+        self.add(role, DType::U32, 1, 4, bytes)
     }
 
     /// The plan's count; also for ops that want one.

@@ -52,7 +52,7 @@ fn check(random: &mut Random, vocabulary: usize, rounds: usize) {
             .map(|_| match random.below(12) {
                 0 => SEEN_AS_PROMPT,
                 1 => random.word() % 5,
-                2 => SEEN_AS_PROMPT | random.word() % 5,
+                2 => SEEN_AS_PROMPT | (random.word() % 5),
                 _ => 0,
             })
             .collect();
