@@ -133,10 +133,8 @@ pub enum SealError {
         /// The buffer.
         buffer: String,
     },
-    /// The position moves before the replay's rows are done with, or twice.
-    #[error(
-        "plan '{plan}', op {index} ({op}): the position may move once, after every op that reads it"
-    )]
+    /// The position moves before the replay's rows are done with.
+    #[error("plan '{plan}', op {index} ({op}) reads the position after it has moved")]
     CursorMoved {
         /// The plan.
         plan: ShapeKey,
@@ -229,7 +227,7 @@ impl Model {
     /// - State that grows by rows is appended at the cursor and read below it, and in no other way; so rows at or
     ///   past the position never matter, and a capsule that holds the rows below it holds all.
     /// - Everything else that is read before it is written is Fixed State, held whole by every capsule.
-    /// - Every op of a plan takes the plan's count and reads the position from the one Cursor, which moves once, last; so
+    /// - Every op of a plan takes the plan's count and reads the position from the one Cursor, which moves last; so
     ///   rows past the count reach no State, and the rows read are those appended.
     /// - Every reset plan writes all Fixed State and reads none it has not written, so an emptied slot remembers nothing.
     ///
@@ -397,10 +395,11 @@ impl Model {
                     buffer: buffer.name.clone(),
                 });
             }
-            if *moved {
+            let moves = matches!(op, Op::Advance(_));
+            if *moved && !moves {
                 return Err(SealError::CursorMoved { plan: key, index, op: name });
             }
-            *moved = matches!(op, Op::Advance(_));
+            *moved = moves;
         }
         Ok(())
     }

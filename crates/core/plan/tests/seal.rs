@@ -364,11 +364,14 @@ fn a_plan_counts_and_stands_in_one_way() {
         matches!(f.seal().unwrap_err(), SealError::OtherCursor { buffer, .. } if buffer == "elsewhere")
     );
 
-    // The position moves once, after everything that reads it.
+    // The position moves after everything that reads it.
     let mut f = Fixture::new();
     let cursor = f.cursor();
     f.op(Advance { count: None, cursor });
-    assert!(matches!(f.seal().unwrap_err(), SealError::CursorMoved { op: "advance", .. }));
+    let input = f.f32("input", Role::Input, &[1, 8]);
+    let (keys, values) = (f.f32("keys", rows(), &[16, 8]), f.f32("values", rows(), &[16, 8]));
+    f.op(append(&f, &input, (&keys, &values)));
+    assert!(matches!(f.seal().unwrap_err(), SealError::CursorMoved { op: "kv_append", .. }));
 
     // Positions end where rows end.
     let mut f = Fixture::new();
