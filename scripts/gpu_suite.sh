@@ -1,0 +1,33 @@
+#!/bin/sh
+# Runs everything that needs a GPU, from the binaries that scripts/gpu_bundle.sh made. No Rust, no network.
+#
+#     scripts/gpu_suite.sh OUT [quick]
+#
+# Writes logs and JSON to OUT, prints a summary, and exits with 1 if anything failed.
+set -u
+out=$1
+mode=${2:-full}
+root=$(cd "$(dirname "$0")/.." && pwd)
+bin=$root/.gpu
+mkdir -p "$out"
+failed=0
+step() {
+    name=$1
+    shift
+    start=$(date +%s)
+    if "$@" > "$out/$name.txt" 2>&1; then verdict=ok; else verdict="FAILED ($?)"; failed=1; fi
+    echo "$name: $verdict, $(($(date +%s) - start)) s"
+}
+export AMPOULE_REQUIRE_GPU=1
+nvidia-smi > "$out/nvidia-smi.txt" 2>&1
+step gpu_tests "$bin/gpu_tests" --test-threads=1
+step goldens "$bin/goldens" --backend cuda --folder "$root/conformance/golden/qwen35"
+step verify_tiny "$bin/ampoule" verify --model random:qwen3.5-tiny --device cuda --trials 200 --json
+step ops "$bin/conformance" ops --backend cuda
+if [ "$mode" = full ]; then
+    step ops_unfused env AMPOULE_CUDA_FUSION=0 AMPOULE_CUDA_PDL=0 "$bin/conformance" ops --backend cuda
+    step kernels "$bin/bench_kernels" launch gemv copy attention delta sample model
+    step memcheck compute-sanitizer --tool memcheck --error-exitcode 9 "$bin/goldens" --backend cuda --folder "$root/conformance/golden/qwen35"
+    step racecheck compute-sanitizer --tool racecheck --error-exitcode 9 "$bin/ampoule" verify --model random:qwen3.5-tiny --device cuda --trials 1
+fi
+exit $failed
