@@ -4,6 +4,7 @@ use ampoule_engine::{Capsule, SlotId};
 use ampoule_plan::{Role, StateKind};
 use serde::Serialize;
 
+use crate::verify::release;
 use crate::{Ampoule, Error, sample_tokens};
 
 /// Which recurrent state the continuation starts from; the KV cache is restored in all of them.
@@ -34,19 +35,22 @@ pub struct AblationReport {
 }
 
 impl AblationReport {
-    /// Whether the whole capsule changed nothing, and (where there is recurrent state) its absence something.
+    /// Whether the whole capsule changed nothing, and (where there is recurrent state) its absence something; not
+    /// where no token was compared.
     pub fn passed(&self) -> bool {
-        self.differ.iter().all(|&(ablation, differ)| match ablation {
-            Ablation::Whole => differ == 0,
-            Ablation::Zeroed => differ > 0 || !self.recurrent,
-            Ablation::Stale => true,
-        })
+        self.tokens > 0
+            && self.differ.iter().all(|&(ablation, differ)| match ablation {
+                Ablation::Whole => differ == 0,
+                Ablation::Zeroed => differ > 0 || !self.recurrent,
+                Ablation::Stale => true,
+            })
     }
 }
 
 impl Ampoule {
     /// Continues `tokens` greedy tokens from a boundary after `prefix` tokens, with the recurrent and convolution
-    /// state zeroed, stale, and whole. Needs one free slot.
+    /// state zeroed, stale, and whole. Needs one free slot. A prefix has at least two tokens, so that there is an
+    /// earlier boundary whose state can be stale; a shorter one is made so long.
     ///
     /// # Errors
     /// If the engine fails.
@@ -56,11 +60,10 @@ impl Ampoule {
         tokens: usize,
         seed: u64,
     ) -> Result<AblationReport, Error> {
-        let text = sample_tokens(self, prefix, seed)?;
+        let text = sample_tokens(self, prefix.max(2), seed)?;
         let slot = self.engine.create_slot()?;
-        let result = self.ablate_in(slot, &text, tokens);
-        self.engine.drop_slot(slot)?;
-        result
+        let outcome = self.ablate_in(slot, &text, tokens);
+        release(&mut self.engine, &[slot], outcome)
     }
 
     fn ablate_in(
@@ -69,7 +72,7 @@ impl Ampoule {
         text: &[u32],
         tokens: usize,
     ) -> Result<AblationReport, Error> {
-        let early = text.len() - (text.len() / 3).clamp(1, 64).min(text.len() - 1);
+        let early = text.len() - (text.len() / 3).clamp(1, 64);
         self.append(slot, &text[..early])?;
         let stale = self.engine.snapshot(slot)?;
         self.append(slot, &text[early..])?;

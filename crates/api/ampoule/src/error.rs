@@ -2,6 +2,14 @@
 
 use std::path::PathBuf;
 
+/// A device's name that nobody knows.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("unknown device '{name}'; there are auto, cpu, cuda and reference")]
+pub struct UnknownDevice {
+    /// The name.
+    pub name: String,
+}
+
 /// An operation of the public API failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -22,6 +30,12 @@ pub enum Error {
         path: PathBuf,
         /// What is wrong with it.
         source: Box<ampoule_engine::EngineError>,
+    },
+    /// The path of a capsule leads to a folder, a device or a pipe.
+    #[error("{path}: not a regular file; give the path of a capsule file", path = path.display())]
+    NotAFile {
+        /// The path.
+        path: PathBuf,
     },
     /// A text cannot be tokenized.
     #[error(transparent)]

@@ -29,21 +29,56 @@ mod texts;
 mod verify;
 
 pub use ablate::{Ablation, AblationReport};
-pub use error::Error;
-pub use files::write_atomically;
+pub use error::{Error, UnknownDevice};
+pub use files::{CapsuleReader, write_atomically};
 pub use load::{Ampoule, Device, LoadOptions};
 pub use reply::{Reply, ReplyOptions, ReplyStep};
 pub use texts::{TEXTS, sample_tokens};
 pub use verify::{LevelReport, VerifyOptions, VerifyReport};
 
 pub use ampoule_backend::{Backend, BackendError, Region, fixed_regions, row_regions};
-pub use ampoule_capsule::{CapsuleError, CapsuleFile, CapsuleHeader, Component, Manifest};
+pub use ampoule_capsule::{
+    CapsuleError, CapsuleFile, CapsuleHeader, Component, LineageError, Manifest,
+};
 pub use ampoule_cuda::GpuInfo;
 pub use ampoule_engine::{
-    Capsule, Control, Counters, DeviceInfo, Digest, Engine, EngineError, EngineOptions, Fingerprint,
-    FinishReason, Generation, History, LineageId, Origin, PrefillProgress, SamplingParams, Segment,
-    SlotId, StopRules,
+    Capsule, Control, Counters, DeviceInfo, Digest, Engine, EngineError, EngineOptions,
+    Fingerprint, FinishReason, Generation, History, Identity, LineageId, Origin, PrefillProgress,
+    SamplingParams, Segment, SlotId, StopRules,
 };
 pub use ampoule_models::chat::{ChatError, ChatTemplate};
-pub use ampoule_models::tokenizer::{EncodeOptions, StopMatcher, StreamDecoder, Tokenizer};
-pub use ampoule_plan::{Cost, CostPoint, DType, Model as PlanModel, Op, Phase, Plan, Role, Sealed};
+pub use ampoule_models::decoder::BuildError;
+pub use ampoule_models::error::ModelFileError;
+pub use ampoule_models::model::OpenError;
+pub use ampoule_models::tokenizer::{
+    EncodeOptions, Passed, StopMatcher, StreamDecoder, TokenKind, Tokenizer, TokenizerError,
+};
+pub use ampoule_plan::{
+    Buffer, BufferId, BufferTable, Cost, CostPoint, DType, Model as PlanModel, Op, Phase, Plan,
+    Role, Sealed, StateKind, WeightSource,
+};
+
+/// The backends there are, for [`Ampoule::load_on`].
+pub mod backends {
+    pub use ampoule_cpu::{CpuBackend, Isa};
+    pub use ampoule_cuda::{CudaBackend, CudaOptions, LIBS_VARIABLE};
+    pub use ampoule_reference::ReferenceBackend;
+}
+
+/// What a backend implements: [`Backend`](backend::Backend), [`Program`](backend::Program) and
+/// [`Frozen`](backend::Frozen), with everything in their signatures.
+///
+/// Its [`LoadOptions`](backend::LoadOptions) are the backend's share of [`crate::LoadOptions`].
+pub mod backend {
+    pub use ampoule_backend::*;
+}
+
+/// The file format of capsules, with every type that its manifest is made of.
+pub mod format {
+    pub use ampoule_capsule::*;
+}
+
+/// Plans: buffers, ops and phases, as backends get them.
+pub mod plan {
+    pub use ampoule_plan::*;
+}

@@ -16,7 +16,7 @@ use ampoule_plan::{DType, Sealed};
 use ampoule_reference::ReferenceBackend;
 use serde_json::{Map, Value};
 
-use crate::Error;
+use crate::{Error, UnknownDevice};
 
 /// Where a model runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,17 +34,15 @@ pub enum Device {
 }
 
 impl FromStr for Device {
-    type Err = String;
+    type Err = UnknownDevice;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, UnknownDevice> {
         match text {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
             "reference" => Ok(Self::Reference),
             "cuda" => Ok(Self::Cuda),
-            other => {
-                Err(format!("unknown device '{other}'; there are auto, cpu, cuda and reference"))
-            }
+            other => Err(UnknownDevice { name: other.to_owned() }),
         }
     }
 }
@@ -97,6 +95,14 @@ pub struct Ampoule {
     name: String,
     pub(crate) tokenizer: Option<Arc<Tokenizer>>,
     template: Option<ChatTemplate>,
+    fallback: Option<Fallback>,
+}
+
+/// Why `auto` took the CPU.
+struct Fallback {
+    reason: String,
+    /// Whether there is no NVIDIA driver at all.
+    no_driver: bool,
 }
 
 impl Ampoule {
@@ -109,8 +115,9 @@ impl Ampoule {
         options: &LoadOptions,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Self, Error> {
-        let backend = choose(options)?;
-        Self::load_on(backend.as_ref(), model, options, progress)
+        let (backend, fallback) = choose(options)?;
+        let loaded = Self::load_on(backend.as_ref(), model, options, progress)?;
+        Ok(Self { fallback, ..loaded })
     }
 
     /// As [`Ampoule::load`], on a backend of the caller's; `options.device` and `options.threads` are ignored.
@@ -144,7 +151,7 @@ impl Ampoule {
                 Ok::<_, Error>(ChatTemplate::new(source)?.with_variables(variables.clone()))
             })
             .transpose()?;
-        Ok(Self { engine, name, tokenizer, template })
+        Ok(Self { engine, name, tokenizer, template, fallback: None })
     }
 
     /// The plans of a model, without loading its weights.
@@ -153,7 +160,7 @@ impl Ampoule {
     /// If the model cannot be opened or built.
     pub fn plans(model: &str, options: &LoadOptions) -> Result<Arc<Sealed>, Error> {
         let files = ModelFiles::open(model)?;
-        let backend = choose(options)?;
+        let (backend, _) = choose(options)?;
         Ok(files.build(&build_options(&files, options, &backend.info()))?.sealed)
     }
 
@@ -170,7 +177,7 @@ impl Ampoule {
     /// # Errors
     /// If it is not there.
     pub fn device_info(options: &LoadOptions) -> Result<DeviceInfo, Error> {
-        Ok(choose(options)?.info())
+        Ok(choose(options)?.0.info())
     }
 
     /// The GPUs that can be used, or a sentence that says why there are none.
@@ -179,6 +186,17 @@ impl Ampoule {
     /// If there is no driver, no NVRTC or no GPU.
     pub fn gpus() -> Result<Vec<GpuInfo>, BackendError> {
         CudaBackend::discover()
+    }
+
+    /// Why [`Device::Auto`] took the CPU and not a GPU; `None` where it took a GPU, or another device was asked for.
+    pub fn fallback(&self) -> Option<&str> {
+        self.fallback.as_ref().map(|f| f.reason.as_str())
+    }
+
+    /// As [`Ampoule::fallback`], but `None` where there is no NVIDIA driver at all: that is no fault, and nobody needs
+    /// to be told.
+    pub fn gpu_fault(&self) -> Option<&str> {
+        self.fallback.as_ref().filter(|f| !f.no_driver).map(|f| f.reason.as_str())
     }
 
     /// What the model calls itself.
@@ -270,21 +288,29 @@ impl Ampoule {
     }
 }
 
-/// The backend that the options name.
+/// The backend that the options name, and why `auto` fell back on the CPU if it did.
 ///
 /// # Errors
 /// If a GPU is asked for and cannot be used. `auto` takes the CPU then.
-fn choose(options: &LoadOptions) -> Result<Box<dyn Backend>, Error> {
+fn choose(options: &LoadOptions) -> Result<(Box<dyn Backend>, Option<Fallback>), Error> {
     let cpu = || Box::new(CpuBackend::new(options.threads));
     Ok(match options.device {
-        Device::Cpu => cpu(),
-        Device::Reference => Box::new(ReferenceBackend),
-        Device::Cuda => Box::new(CudaBackend::new(0)?),
+        Device::Cpu => (cpu(), None),
+        Device::Reference => (Box::new(ReferenceBackend), None),
+        Device::Cuda => (Box::new(CudaBackend::new(0)?), None),
         Device::Auto => match CudaBackend::new(0) {
-            Ok(gpu) => Box::new(gpu),
-            Err(_) => cpu(),
+            Ok(gpu) => (Box::new(gpu), None),
+            Err(error) => (cpu(), Some(Fallback::from(&error))),
         },
     })
+}
+
+impl From<&BackendError> for Fallback {
+    fn from(error: &BackendError) -> Self {
+        let no_driver = matches!(error, BackendError::Device { device, problem }
+            if device == "NVIDIA driver" && problem.contains("libcuda was not found"));
+        Self { reason: error.to_string(), no_driver }
+    }
 }
 
 fn build_options(files: &ModelFiles, options: &LoadOptions, device: &DeviceInfo) -> BuildOptions {
@@ -319,5 +345,40 @@ fn build_options(files: &ModelFiles, options: &LoadOptions, device: &DeviceInfo)
             decode_contexts: Vec::new(),
             precision,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_have_names() {
+        assert_eq!("auto".parse(), Ok(Device::Auto));
+        assert_eq!("cuda".parse(), Ok(Device::Cuda));
+        let unknown = "tpu".parse::<Device>().unwrap_err();
+        assert!(unknown.to_string().contains("'tpu'"), "{unknown}");
+    }
+
+    #[test]
+    fn auto_says_why_it_took_the_cpu() {
+        let options = LoadOptions { context: 64, ..LoadOptions::default() };
+        let load = |options: &LoadOptions| {
+            Ampoule::load("random:qwen3.5-tiny", options, &mut |_, _| {}).unwrap()
+        };
+        let model = load(&options);
+        match Ampoule::gpus() {
+            Ok(_) if model.engine.device().backend == "cuda" => assert!(model.fallback().is_none()),
+            Ok(_) => assert!(model.fallback().is_some() && model.gpu_fault().is_some()),
+            Err(error) => {
+                let reason = error.to_string();
+                assert_eq!(model.fallback(), Some(reason.as_str()));
+                // Without a driver that is how things are; with one something is wrong.
+                let fault = !reason.contains("there is no NVIDIA driver here");
+                assert_eq!(model.gpu_fault().is_some(), fault, "{reason}");
+            }
+        }
+        let model = load(&LoadOptions { device: Device::Cpu, ..options });
+        assert!(model.fallback().is_none() && model.gpu_fault().is_none());
     }
 }

@@ -11,9 +11,9 @@ use crate::{Ampoule, Error, sample_tokens};
 pub struct VerifyOptions {
     /// Trials.
     pub trials: usize,
-    /// Tokens of a trial's text at most.
+    /// Tokens of a trial's text at most; a text has at least two.
     pub max_tokens: usize,
-    /// Tokens decoded after each restore.
+    /// Tokens decoded after each restore. With none there is nothing to compare for some levels, and they do not pass.
     pub decode: usize,
     /// Chooses texts, split points and samplers.
     pub seed: u64,
@@ -117,12 +117,9 @@ impl Ampoule {
         let mut dice = Dice::new(options.seed);
         for trial in 0..options.trials {
             run.trial = trial;
-            let slots = [run.model.engine.create_slot()?, run.model.engine.create_slot()?];
-            let result = run.trial(slots, options, &mut dice);
-            for slot in slots {
-                run.model.engine.drop_slot(slot)?;
-            }
-            result?;
+            let a = run.model.engine.create_slot()?;
+            let outcome = run.beside(a, options, &mut dice);
+            release(&mut run.model.engine, &[a], outcome)?;
             progress(trial + 1, options.trials);
         }
         let levels = run.levels;
@@ -132,14 +129,22 @@ impl Ampoule {
 }
 
 impl Run<'_> {
+    /// A trial in `a` and a slot of its own.
+    fn beside(&mut self, a: SlotId, options: &VerifyOptions, dice: &mut Dice) -> Result<(), Error> {
+        let b = self.model.engine.create_slot()?;
+        let outcome = self.trial([a, b], options, dice);
+        release(&mut self.model.engine, &[b], outcome)
+    }
+
     fn trial(
         &mut self,
         [a, b]: [SlotId; 2],
         options: &VerifyOptions,
         dice: &mut Dice,
     ) -> Result<(), Error> {
-        let room = self.model.engine.context().saturating_sub(4 * options.decode + 4).max(3);
-        let len = 2 + dice.below(options.max_tokens.min(room) - 1);
+        let decoded = options.decode.saturating_mul(4).saturating_add(4);
+        let room = self.model.engine.context().saturating_sub(decoded);
+        let len = 2 + dice.below(options.max_tokens.min(room).max(2) - 1);
         let tokens = sample_tokens(self.model, len, dice.next())?;
         let split = 1 + dice.below(len - 1);
         let params = sampler(dice, self.model.engine.vocabulary());
@@ -170,7 +175,7 @@ impl Run<'_> {
             self.same_trace(E2, &format!("from position {}", capsule.position()), &again, trace);
         }
 
-        self.forks(b, &middle, dice, options.decode)?;
+        self.forks(b, &middle, dice, &second)?;
         self.rollbacks(a, dice, (&prefix, &prefix_bytes), (&middle, &middle_bytes), &end_bytes)?;
         self.file(b, &middle, &middle_bytes, &second)?;
         self.cold([a, b], &tokens, split, &params, options.decode, dice)
@@ -178,14 +183,19 @@ impl Run<'_> {
 
     /// Fills a slot with a session of its own.
     fn dirty(&mut self, slot: SlotId, dice: &mut Dice) -> Result<(), Error> {
-        let tokens = sample_tokens(self.model, 1 + dice.below(40), dice.next())?;
+        let room = self.model.engine.context().saturating_sub(1).clamp(1, 40);
+        let tokens = sample_tokens(self.model, 1 + dice.below(room), dice.next())?;
+        // Every sampler buffer differs from that of any trial: what a capsule forgets stays, and shows.
+        let params = SamplingParams {
+            temperature: 1.3,
+            seed: dice.next(),
+            logit_bias: vec![(dice.below(self.model.engine.vocabulary()) as u32, 1.5)],
+            ..SamplingParams::default()
+        };
         let engine = &mut self.model.engine;
         engine.reset(slot)?;
         append(engine, slot, &tokens)?;
-        engine.configure(
-            slot,
-            &SamplingParams { temperature: 1.3, seed: dice.next(), ..SamplingParams::default() },
-        )?;
+        engine.configure(slot, &params)?;
         engine.step(slot)?;
         Ok(())
     }
@@ -195,27 +205,39 @@ impl Run<'_> {
         (0..n).map(|_| Ok((engine.step(slot)?, bits(&engine.logits(slot)?)))).collect()
     }
 
+    /// `known` is how the session goes on from `capsule`.
     fn forks(
         &mut self,
         slot: SlotId,
         capsule: &Capsule,
         dice: &mut Dice,
-        n: usize,
+        known: &Trace,
     ) -> Result<(), Error> {
         let seed = dice.next();
         self.model.engine.restore(slot, capsule)?;
         self.model.engine.reseed(slot, seed)?;
-        let wanted = self.decode(slot, n)?;
+        let wanted = self.decode(slot, known.len())?;
         let forks = self.model.engine.fork(capsule, &[Some(seed)])?;
-        // The sibling goes on between the fork's steps.
-        self.model.engine.restore(slot, capsule)?;
-        let mut got = Trace::new();
-        for _ in 0..n {
-            self.decode(slot, 1)?;
-            got.extend(self.decode(forks[0], 1)?);
+        let outcome = self.beside_a_fork(slot, forks[0], capsule, (known, &wanted));
+        release(&mut self.model.engine, &forks, outcome)
+    }
+
+    /// A fork and its sibling go on in turn: each as if it were alone.
+    fn beside_a_fork(
+        &mut self,
+        sibling: SlotId,
+        fork: SlotId,
+        capsule: &Capsule,
+        (known, wanted): (&Trace, &Trace),
+    ) -> Result<(), Error> {
+        self.model.engine.restore(sibling, capsule)?;
+        let (mut left, mut right) = (Trace::new(), Trace::new());
+        for _ in known {
+            left.extend(self.decode(sibling, 1)?);
+            right.extend(self.decode(fork, 1)?);
         }
-        self.model.engine.drop_slot(forks[0])?;
-        self.same_trace(FORK, "beside a sibling", &got, &wanted);
+        self.same_trace(FORK, "the fork, beside a sibling", &right, wanted);
+        self.same_trace(FORK, "the sibling, beside a fork", &left, known);
         Ok(())
     }
 
@@ -231,20 +253,22 @@ impl Run<'_> {
         let engine = &mut self.model.engine;
         let end = engine.position(slot)?;
         let reply: Vec<u32> = engine.tokens(slot)?[middle.position() as usize..].to_vec();
-        engine.rollback(slot, middle.position())?;
-        self.same_bytes(ROLLBACK, "to a boundary", slot, middle_bytes)?;
-        for token in &reply {
-            self.model.engine.step_forced(slot, *token)?;
+        if !reply.is_empty() {
+            engine.rollback(slot, middle.position())?;
+            self.same_bytes(ROLLBACK, "to a boundary", slot, middle_bytes)?;
+            for token in &reply {
+                self.model.engine.step_forced(slot, *token)?;
+            }
+            self.same_bytes(ROLLBACK, "and forward by the same tokens", slot, end_bytes)?;
+            let inside = middle.position() + dice.below(reply.len() + 1) as u32;
+            self.model.engine.rollback(slot, inside)?;
+            for token in &reply[(inside - middle.position()) as usize..] {
+                self.model.engine.step_forced(slot, *token)?;
+            }
+            let position = self.model.engine.position(slot)?;
+            self.check(ROLLBACK, position == end, || format!("position {position}, not {end}"));
+            self.same_bytes(ROLLBACK, "to a token of the reply and forward", slot, end_bytes)?;
         }
-        self.same_bytes(ROLLBACK, "and forward by the same tokens", slot, end_bytes)?;
-        let inside = middle.position() + dice.below(reply.len() + 1) as u32;
-        self.model.engine.rollback(slot, inside)?;
-        for token in &reply[(inside - middle.position()) as usize..] {
-            self.model.engine.step_forced(slot, *token)?;
-        }
-        let position = self.model.engine.position(slot)?;
-        self.check(ROLLBACK, position == end, || format!("position {position}, not {end}"));
-        self.same_bytes(ROLLBACK, "to a token of the reply and forward", slot, end_bytes)?;
         self.model.engine.rollback(slot, prefix.position())?;
         self.same_bytes(ROLLBACK, "to the end of the prompt", slot, prefix_bytes)?;
         // Into the prompt: nothing holds a boundary there, so it is read again from the start.
@@ -340,7 +364,11 @@ impl Run<'_> {
         Ok(())
     }
 
+    /// Compares what was decoded; nothing decoded is no comparison.
     fn same_trace(&mut self, level: usize, what: &str, got: &Trace, wanted: &Trace) {
+        if got.is_empty() && wanted.is_empty() {
+            return;
+        }
         let at = got.iter().zip(wanted).position(|(g, w)| g != w);
         self.check(level, got == wanted, || {
             format!("{what}: step {} differs", at.unwrap_or(wanted.len()))
@@ -358,6 +386,21 @@ fn append(
 
 fn bits(logits: &[f32]) -> Vec<u32> {
     logits.iter().map(|l| l.to_bits()).collect()
+}
+
+/// Gives slots back, whatever the outcome; its error comes before theirs.
+pub(crate) fn release<T>(
+    engine: &mut ampoule_engine::Engine,
+    slots: &[SlotId],
+    outcome: Result<T, Error>,
+) -> Result<T, Error> {
+    let mut given = Ok(());
+    for &slot in slots {
+        given = given.and(engine.drop_slot(slot));
+    }
+    let value = outcome?;
+    given?;
+    Ok(value)
 }
 
 /// Greedy, or one of the samplers in use.
@@ -380,5 +423,59 @@ fn sampler(dice: &mut Dice, vocabulary: usize) -> SamplingParams {
             logit_bias: vec![(dice.below(vocabulary) as u32, 2.0)],
             ..greedy
         },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Device, LoadOptions};
+
+    fn tiny(context: usize, slots: usize) -> Ampoule {
+        let mut options =
+            LoadOptions { device: Device::Reference, context, ..LoadOptions::default() };
+        options.engine.slots = slots;
+        Ampoule::load("random:qwen3.5-tiny", &options, &mut |_, _| {}).unwrap()
+    }
+
+    /// Slots that can still be taken.
+    fn free(model: &mut Ampoule) -> usize {
+        let taken: Vec<_> = std::iter::from_fn(|| model.engine.create_slot().ok()).collect();
+        for &slot in &taken {
+            model.engine.drop_slot(slot).unwrap();
+        }
+        taken.len()
+    }
+
+    #[test]
+    fn options_of_nothing_check_nothing_and_do_not_pass() {
+        let mut model = tiny(64, 3);
+        let few = VerifyOptions { trials: 2, max_tokens: 0, decode: 2, seed: 1 };
+        assert!(model.verify(&few, &mut |_, _| {}).unwrap().passed(), "texts of two tokens");
+        let none =
+            model.verify(&VerifyOptions { decode: 0, ..few.clone() }, &mut |_, _| {}).unwrap();
+        assert!(!none.passed() && none.levels[FORK].checks == 0, "{none:?}");
+        assert!(none.levels.iter().all(|l| l.mismatches == 0), "{none:?}");
+        let none = model.verify(&VerifyOptions { trials: 0, ..few }, &mut |_, _| {}).unwrap();
+        assert!(!none.passed());
+        assert!(!model.ablate(0, 0, 1).unwrap().passed());
+        let report = model.ablate(0, 8, 1).unwrap();
+        assert!(report.prefix == 2 && report.differ.len() == 3, "{report:?}");
+        assert_eq!(free(&mut model), 3);
+    }
+
+    #[test]
+    fn failures_leave_no_slot_behind() {
+        for slots in [1, 2] {
+            let mut model = tiny(64, slots);
+            assert!(model.verify(&VerifyOptions::default(), &mut |_, _| {}).is_err());
+            assert_eq!(free(&mut model), slots);
+        }
+        // The context is too short for what is to be decoded.
+        let mut model = tiny(32, 3);
+        let long = VerifyOptions { decode: 40, ..VerifyOptions::default() };
+        assert!(model.verify(&long, &mut |_, _| {}).is_err());
+        assert!(model.ablate(16, 40, 1).is_err());
+        assert_eq!(free(&mut model), 3);
     }
 }
