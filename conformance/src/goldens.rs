@@ -50,6 +50,11 @@ fn words<T>(file: &SafeTensors<'_>, name: &str, convert: impl Fn([u8; 4]) -> T) 
     Some(bytes.chunks_exact(4).map(|b| convert([b[0], b[1], b[2], b[3]])).collect())
 }
 
+/// The larger error; one that is no number is larger than all.
+fn worse(one: f64, other: f64) -> f64 {
+    if one.is_nan() || other.is_nan() { f64::INFINITY } else { one.max(other) }
+}
+
 /// Runs one checkpoint.
 ///
 /// # Errors
@@ -99,21 +104,22 @@ pub fn run(
             std::ops::ControlFlow::Continue(())
         };
         model.engine.score(slot, &tokens, &mut sink).map_err(|e| text(&e))?;
+        if expected.len() != positions.len() * vocabulary || rows.len() != tokens.len() {
+            return Err(text(&format!("'{name}' has logits for other positions than it says")));
+        }
         let (mut worst, mut largest, mut difference2, mut expected2) = (0.0_f64, 0.0_f64, 0.0, 0.0);
         for (row, expected) in positions.iter().zip(expected.chunks_exact(vocabulary)) {
             for (got, wanted) in rows[*row as usize].iter().zip(expected) {
                 let difference = f64::from(got - wanted);
-                // A NaN must not pass as small.
-                worst =
-                    if difference.is_nan() { f64::INFINITY } else { worst.max(difference.abs()) };
+                worst = worse(worst, difference.abs());
                 largest = largest.max(f64::from(wanted.abs()));
                 difference2 += difference * difference;
                 expected2 += f64::from(*wanted) * f64::from(*wanted);
             }
             report.rows += 1;
         }
-        report.max_error = report.max_error.max(worst / largest);
-        report.frobenius = report.frobenius.max((difference2 / expected2).sqrt());
+        report.max_error = worse(report.max_error, worst / largest);
+        report.frobenius = worse(report.frobenius, (difference2 / expected2).sqrt());
     }
     let prompt = words(&file, "greedy.prompt", u32::from_le_bytes).ok_or("no greedy.prompt")?;
     let ids = words(&file, "greedy.ids", u32::from_le_bytes).ok_or("no greedy.ids")?;
@@ -125,4 +131,16 @@ pub fn run(
         report.greedy_differ += usize::from(got != *wanted);
     }
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::worse;
+
+    #[test]
+    fn what_is_no_number_is_no_small_error() {
+        assert_eq!(worse(1.0, 2.0), 2.0);
+        assert_eq!(worse(f64::NAN, 2.0), f64::INFINITY);
+        assert_eq!(worse(worse(0.0, f64::NAN), 0.0), f64::INFINITY);
+    }
 }

@@ -21,7 +21,10 @@ fn hold(backend: &dyn Backend) {
             report.greedy
         );
         assert!(report.rows >= 20 && report.greedy == 64, "{} compares too little", report.name);
-        if report.max_error > 1e-4 || report.greedy_differ > 0 {
+        // Weights of 16 bits are compared with what transformers made of them in 32.
+        let half = ["f16", "bf16"].iter().any(|t| report.name.ends_with(t));
+        let most = if half { 1e-2 } else { 1e-4 };
+        if !(report.max_error <= 1e-4 && report.frobenius <= most && report.greedy_differ == 0) {
             wrong.push(report.name);
         }
     }
