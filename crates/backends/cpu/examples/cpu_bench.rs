@@ -1,7 +1,7 @@
 //! Speed of the matrix kernels at the shapes of SmolLM2-135M: `cargo run --release -p ampoule-cpu --example cpu_bench`.
 //!
 //! Prints medians, and the best in parentheses. Products of one row run over so many weights that no cache holds them. Arguments: number of
-//! threads (0: all cores), rounds, and which part to run (1 to 5; 0: all).
+//! threads (0: all cores), rounds, and which part to run (1 to 6; 0: all).
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,8 +9,9 @@ use std::time::Instant;
 use ampoule_backend::{Backend, LoadOptions, Program, SlotId, WeightError, WeightSource};
 use ampoule_cpu::CpuBackend;
 use ampoule_plan::{
-    Attention, Buffer, BufferId, BufferTable, DType, Fill, Growth, KvAppend, Linear, Model, Op,
-    Phase, Plan, RandomFill, Role, Sample, ShapeKey, StateKind, View,
+    Attention, Buffer, BufferId, BufferTable, DType, Embed, Fill, Growth, KvAppend, LastRow,
+    Linear, LinearAdd, Model, Op, Phase, Plan, RandomFill, RmsNorm, Role, Rope, RopeStyle, Sample,
+    ShapeKey, StateKind, SwiGlu, View,
 };
 
 /// Plausible bytes for every type: small integers and scales.
@@ -39,14 +40,32 @@ impl WeightSource for Bytes {
     }
 }
 
+/// Numbers that spread as logits do: most near zero, the highest about 20.
+fn make_logits(bytes: &mut [u8]) {
+    let mut state = 1_u64;
+    for (i, to) in bytes.chunks_exact_mut(4).enumerate() {
+        let mut sum = 0.0_f32;
+        for _ in 0..6 {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            sum += (state >> 40) as f32 / 16_777_216.0 - 0.5;
+        }
+        let peak = if i % 5000 == 17 { 12.0 } else { 0.0 };
+        to.copy_from_slice(&(3.0 * sum + peak).to_le_bytes());
+    }
+}
+
 struct Bench {
     table: BufferTable,
     ops: Vec<Op>,
+    /// Where the cursor stands.
+    position: u32,
 }
 
 impl Bench {
     fn new() -> Self {
-        Self { table: BufferTable::default(), ops: Vec::new() }
+        Self { table: BufferTable::default(), ops: Vec::new(), position: 2047 }
     }
 
     fn add(&mut self, role: Role, dtype: DType, rows: usize, cols: usize) -> View {
@@ -68,7 +87,7 @@ impl Bench {
     fn program(self, threads: usize) -> (Box<dyn Program>, SlotId) {
         let key = |phase| ShapeKey { phase, tokens: 1, slots: 1, context: 1 };
         let fixed = self.table.iter().filter(|(_, b)| b.growth() == Some(Growth::Fixed));
-        let bits = |d: DType| if d == DType::U32 { 2047 } else { 0 };
+        let bits = |d: DType| if d == DType::U32 { self.position } else { 0 };
         let reset = fixed
             .map(|(id, b)| Fill { out: self.table.view(id), bits: bits(b.dtype) }.into())
             .collect();
@@ -91,6 +110,9 @@ impl Bench {
         for input in inputs {
             let mut bytes = vec![0; sealed.buffer(input).bytes()];
             types.read(input, 0, &mut bytes).expect("bytes for every type");
+            if sealed.buffer(input).cols() >= 49152 {
+                make_logits(&mut bytes);
+            }
             program.write_input(input, &bytes).expect("it is an input");
         }
         (program, slot)
@@ -160,6 +182,81 @@ fn attention(dtype: DType, rows: usize, layers: usize) -> Bench {
     bench
 }
 
+/// The whole of SmolLM2-135M as it comes in its Q4_1 file, `rows` tokens at `position`.
+fn smollm2(rows: usize, position: usize) -> Bench {
+    let (hidden, inner, heads, kv_heads, head_dim, vocabulary) = (576, 1536, 9, 3, 64, 49152);
+    let (context, kv) = (position + rows, kv_heads * head_dim);
+    let mut bench = Bench { position: position as u32, ..Bench::new() };
+    let tokens = bench.add(Role::Input, DType::I32, rows, 1);
+    let cursor = bench.cursor();
+    let mut scratch = |cols: usize| bench.add(Role::Scratch, DType::F32, rows, cols);
+    let (x, h, projected) = (scratch(hidden), scratch(hidden), scratch(hidden + 2 * kv));
+    let (mixed, gate_up, mlp) = (scratch(hidden), scratch(2 * inner), scratch(inner));
+    let last = bench.add(Role::Scratch, DType::F32, 1, hidden);
+    let logits = bench.add(Role::Output, DType::F32, 1, vocabulary);
+    let table = bench.add(Role::Weight, DType::Q8_0, vocabulary, hidden);
+    let frequencies = bench.add(Role::Weight, DType::F32, 1, head_dim / 2);
+    let part = |view: &View, cols: std::ops::Range<usize>| View { cols, ..view.clone() };
+    bench.ops.push(Embed { table: table.clone(), tokens, out: x.clone() }.into());
+    for _ in 0..30 {
+        let weight = bench.add(Role::Weight, DType::F32, 1, hidden);
+        let norm: Op =
+            RmsNorm { x: x.clone(), weight, out: h.clone(), eps: 1e-5, centered: false }.into();
+        let mut matrix = |outs, cols| bench.add(Role::Weight, DType::Q4_1, outs, cols);
+        let (qkv, out) = (matrix(hidden + 2 * kv, hidden), matrix(hidden, hidden));
+        let (up, down) = (matrix(2 * inner, hidden), matrix(hidden, inner));
+        let key_cache = bench.state(Growth::Rows, DType::F16, context, kv);
+        let value_cache = bench.state(Growth::Rows, DType::F16, context, kv);
+        let (query, key) = (part(&projected, 0..hidden), part(&projected, hidden..hidden + kv));
+        let value = part(&projected, hidden + kv..hidden + 2 * kv);
+        bench.ops.push(norm.clone());
+        bench
+            .ops
+            .push(Linear { x: h.clone(), weight: qkv, bias: None, out: projected.clone() }.into());
+        for x in [&query, &key] {
+            let (x, cursor, frequencies) = (x.clone(), cursor.clone(), frequencies.clone());
+            let style = RopeStyle::Interleaved;
+            bench.ops.push(Rope { x, cursor, frequencies, head_dim, style }.into());
+        }
+        let append = KvAppend {
+            key,
+            value,
+            cursor: cursor.clone(),
+            count: None,
+            key_cache: key_cache.clone(),
+            value_cache: value_cache.clone(),
+        };
+        bench.ops.push(append.into());
+        let attention = Attention {
+            query,
+            key_cache,
+            value_cache,
+            cursor: cursor.clone(),
+            count: None,
+            out: mixed.clone(),
+            heads,
+            kv_heads,
+            head_dim,
+            scale: 0.125,
+        };
+        bench.ops.push(attention.into());
+        let add = |x: &View, weight: View, out: &View| -> Op {
+            LinearAdd { x: x.clone(), weight, bias: None, out: out.clone() }.into()
+        };
+        bench.ops.push(add(&mixed, out, &x));
+        bench.ops.push(norm);
+        bench
+            .ops
+            .push(Linear { x: h.clone(), weight: up, bias: None, out: gate_up.clone() }.into());
+        let (gate, up) = (part(&gate_up, 0..inner), part(&gate_up, inner..2 * inner));
+        bench.ops.push(SwiGlu { gate, up, out: mlp.clone() }.into());
+        bench.ops.push(add(&mlp, down, &x));
+    }
+    bench.ops.push(LastRow { x, count: None, out: last.clone() }.into());
+    bench.ops.push(Linear { x: last, weight: table, bias: None, out: logits }.into());
+    bench
+}
+
 fn sampling(vocabulary: usize, params: &[f32; 8]) -> Bench {
     let mut bench = Bench::new();
     let logits = bench.add(Role::Input, DType::F32, 1, vocabulary);
@@ -217,6 +314,18 @@ fn main() {
     }
     if wanted(5) {
         cached(threads, rounds);
+    }
+    if wanted(6) {
+        model(threads, rounds);
+    }
+}
+
+fn model(threads: usize, rounds: usize) {
+    println!("SmolLM2-135M Q4_1, KV cache f16: tokens per second");
+    for (rows, position) in [(1, 0), (1, 2047), (24, 512), (512, 0), (512, 2048)] {
+        let seconds = smollm2(rows, position).time(threads, rounds);
+        let [median, best] = seconds.map(|s| rows as f64 / s);
+        println!("  {rows:3} tokens @{position:4}  {median:6.1} ({best:6.1})");
     }
 }
 

@@ -206,7 +206,10 @@ impl Sampler {
         }
         if params[p::TOP_P] < 1.0 {
             let share = (params[p::TOP_P].max(0.0) * 16_777_216.0) as u128;
-            threshold = self.nucleus(pool, isa, adjusted, threshold, highest, share);
+            if threshold > f32::NEG_INFINITY {
+                return self.short_nucleus(isa, adjusted, threshold, highest, share);
+            }
+            threshold = self.nucleus(pool, isa, adjusted, highest, share);
         }
         threshold
     }
@@ -221,20 +224,45 @@ impl Sampler {
     }
 
     /// Of the values from `floor` on, in falling order, the first at which the sum of masses reaches
-    /// `share * 2^-24` of all of them.
-    fn nucleus(
+    /// `share * 2^-24` of all of them; for few values.
+    fn short_nucleus(
         &mut self,
-        pool: &mut Pool,
         isa: Verified,
         adjusted: &[f32],
         floor: f32,
         highest: f32,
         share: u128,
     ) -> f32 {
+        self.values.clear();
+        let kernel =
+            Band { values: adjusted, below: floor, above: f32::INFINITY, found: &mut self.values };
+        // SAFETY: `Band` asks for nothing.
+        unsafe { dispatch(isa, kernel) };
+        self.values.sort_unstable_by(|a, b| b.total_cmp(a));
+        let total: u128 = self.values.iter().map(|v| u128::from(mass(*v, highest))).sum();
+        let mut sum = 0;
+        for &v in &self.values {
+            sum += u128::from(mass(v, highest));
+            if (sum << 24) >= share * total {
+                return v;
+            }
+        }
+        floor
+    }
+
+    /// Of all values, in falling order, the first at which the sum of masses reaches `share * 2^-24` of all.
+    fn nucleus(
+        &mut self,
+        pool: &mut Pool,
+        isa: Verified,
+        adjusted: &[f32],
+        highest: f32,
+        share: u128,
+    ) -> f32 {
         let found = &self.found[..adjusted.len().div_ceil(CHUNK)];
         let chunk = |i: usize| &adjusted[i * CHUNK..((i + 1) * CHUNK).min(adjusted.len())];
         pool.run(found.len(), &|_, i| {
-            let kernel = About { values: chunk(i), floor, highest };
+            let kernel = About { values: chunk(i), highest };
             // SAFETY: `About` asks for nothing.
             let about = unsafe { dispatch(isa, kernel) };
             found[i].store(f64::from(about).to_bits(), Ordering::Relaxed);
@@ -246,18 +274,18 @@ impl Sampler {
         let slack = about * 1e-4 + adjusted.len() as f64;
         let bounds = ((about - slack).max(0.0) as u128, (about + slack) as u128);
         if about.is_finite()
-            && let Some(value) = self.reach(isa, adjusted, floor, highest, share, bounds)
+            && let Some(value) = self.reach(isa, adjusted, highest, share, bounds)
         {
             return value;
         }
         // Too close to call. Integers: their sum depends on no order; a chunk's is below 2^14 * 2^33.
         let found = &self.found[..adjusted.len().div_ceil(CHUNK)];
         pool.run(found.len(), &|_, i| {
-            let kept = chunk(i).iter().filter(|v| **v >= floor && **v - highest >= NO_MASS);
-            found[i].store(kept.map(|v| mass(*v, highest)).sum(), Ordering::Relaxed);
+            let masses = chunk(i).iter().map(|v| mass(*v, highest));
+            found[i].store(masses.sum(), Ordering::Relaxed);
         });
         let total = found.iter().map(|f| u128::from(f.load(Ordering::Relaxed))).sum();
-        self.reach(isa, adjusted, floor, highest, share, (total, total)).unwrap_or(highest)
+        self.reach(isa, adjusted, highest, share, (total, total)).unwrap_or(highest)
     }
 
     /// As [`Self::nucleus`], given bounds of the total; `None` where they do not settle it.
@@ -265,7 +293,6 @@ impl Sampler {
         &mut self,
         isa: Verified,
         adjusted: &[f32],
-        floor: f32,
         highest: f32,
         share: u128,
         (least, most): (u128, u128),
@@ -275,7 +302,7 @@ impl Sampler {
         let mut above = f32::INFINITY;
         for width in [1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 14.0, 16.0, 18.0, 20.0, f32::INFINITY] {
             // The next band of values, without the last one's.
-            let below = if highest - width > floor { highest - width } else { floor };
+            let below = highest - width;
             self.values.clear();
             let kernel = Band { values: adjusted, below, above, found: &mut self.values };
             // SAFETY: `Band` asks for nothing.
@@ -302,10 +329,9 @@ fn mass(v: f32, highest: f32) -> u64 {
     if v - highest < NO_MASS { 0 } else { ((v - highest).exp() * 4_294_967_296.0) as u64 }
 }
 
-/// The sum of `exp(v - highest)` over the values from `floor` on, about.
+/// The sum of `exp(v - highest)`, about.
 struct About<'a> {
     values: &'a [f32],
-    floor: f32,
     highest: f32,
 }
 
@@ -318,9 +344,6 @@ impl Kernel for About<'_> {
         for part in self.values.chunks(LANES) {
             let mut lanes = [f32::NEG_INFINITY; LANES];
             lanes[..part.len()].copy_from_slice(part);
-            for l in &mut lanes {
-                *l = if *l >= self.floor { *l } else { f32::NEG_INFINITY };
-            }
             let distance = s.sub(s.from_lanes(&lanes), s.splat(self.highest));
             sum = s.add(sum, exp(s, distance));
         }
@@ -328,12 +351,19 @@ impl Kernel for About<'_> {
     }
 }
 
-/// Whether any of the values is in `below..above`.
+/// Whether the value is in `below..above`; infinity as a bound holds infinity too.
+#[inline(always)]
+#[allow(clippy::needless_bitwise_bool)] // no branches: a vector of these is compared at once
+fn is_between(v: f32, below: f32, above: f32) -> bool {
+    (v >= below) & ((v < above) | (above == f32::INFINITY))
+}
+
+/// Whether any of the values is.
 #[inline(always)]
 fn any_between(part: &[f32], below: f32, above: f32) -> bool {
     let mut any = 0;
     for v in part {
-        any |= u32::from(*v >= below) & u32::from(*v < above);
+        any |= u32::from(is_between(*v, below, above));
     }
     any != 0
 }
@@ -351,13 +381,10 @@ impl Kernel for Band<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self, _: S) {
-        // What is infinite is the highest, and of the first band.
-        let above = if self.above == f32::INFINITY { f32::NAN } else { self.above };
+        let above = self.above;
         for part in self.values.chunks(64) {
-            if above.is_nan() {
-                self.found.extend(part.iter().filter(|v| **v >= self.below));
-            } else if any_between(part, self.below, above) {
-                self.found.extend(part.iter().filter(|v| **v >= self.below && **v < above));
+            if any_between(part, self.below, above) {
+                self.found.extend(part.iter().filter(|v| is_between(**v, self.below, above)));
             }
         }
     }
