@@ -100,9 +100,12 @@ impl CapsuleReader {
     pub fn open(path: &Path) -> Result<Self, Error> {
         let failed = |action| move |source| Error::Io { path: path.to_owned(), action, source };
         // Asked before it is opened too: opening a pipe waits for whoever writes to it.
-        let regular = |metadata: fs::Metadata| match metadata.is_file() {
-            true => Ok(metadata.len()),
-            false => Err(Error::NotAFile { path: path.to_owned() }),
+        let regular = |metadata: fs::Metadata| {
+            if metadata.is_file() {
+                Ok(metadata.len())
+            } else {
+                Err(Error::NotAFile { path: path.to_owned() })
+            }
         };
         regular(fs::metadata(path).map_err(failed("read"))?)?;
         let mut file = File::open(path).map_err(failed("read"))?;

@@ -43,8 +43,8 @@ pub use ampoule_capsule::{
 pub use ampoule_cuda::GpuInfo;
 pub use ampoule_engine::{
     Capsule, Control, Counters, DeviceInfo, Digest, Engine, EngineError, EngineOptions,
-    Fingerprint, FinishReason, Generation, History, Identity, LineageId, Origin, PrefillProgress,
-    SamplingParams, Segment, SlotId, StopRules,
+    Fingerprint, FinishReason, History, Identity, LineageId, Origin, PrefillProgress,
+    SamplingParams, Segment, SlotId,
 };
 pub use ampoule_models::chat::{ChatError, ChatTemplate};
 pub use ampoule_models::decoder::BuildError;

@@ -15,7 +15,7 @@ mod verbs;
 
 pub use engine::{Control, Engine, EngineOptions, Identity, PrefillProgress};
 pub use error::EngineError;
-pub use generate::{FinishReason, Generation, StopRules};
+pub use generate::FinishReason;
 pub use lineage::Capsule;
 pub use sampling::SamplingParams;
 

@@ -367,6 +367,8 @@ impl Program for FaultyProgram {
     }
 }
 
+type Verb = fn(&mut Engine, SlotId, &Capsule) -> Result<(), EngineError>;
+
 #[test]
 fn a_device_failure_empties_the_slot_and_a_restore_brings_it_back() {
     let left = Arc::new(AtomicI64::new(0));
@@ -377,7 +379,6 @@ fn a_device_failure_empties_the_slot_and_a_restore_brings_it_back() {
     engine.step(slot).unwrap();
     let capsule = engine.snapshot(slot).unwrap();
     let wanted = engine.state_bytes(slot).unwrap();
-    type Verb = fn(&mut Engine, SlotId, &Capsule) -> Result<(), EngineError>;
     let verbs: [(&str, Verb); 7] = [
         ("append", |e, s, _| {
             e.append(s, &tokens(20, 2), &mut |_| ControlFlow::Continue(())).map(|_| ())

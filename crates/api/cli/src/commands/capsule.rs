@@ -1,20 +1,18 @@
 //! `ampoule capsule inspect` and `ampoule capsule verify`.
 
-use std::fs::{self, File};
-use std::io::Read;
-use std::path::Path;
-
-use ampoule::{CapsuleFile, CapsuleHeader, Component, Manifest};
-use anyhow::Context;
+use ampoule::{CapsuleFile, CapsuleHeader, CapsuleReader, Component, Manifest};
+use anyhow::{Context, bail};
 use serde_json::{Map, Value, json};
 
 use crate::args::CapsuleArgs;
+use crate::hardware::memory;
 use crate::output::{self, Table};
 
 pub(crate) fn inspect(args: &CapsuleArgs) -> anyhow::Result<()> {
-    let header = read_header(&args.file)?;
+    let reader = CapsuleReader::open(&args.file)?;
+    let header = reader.header();
     if args.json {
-        return output::json(&describe(&header));
+        return output::json(&describe(header));
     }
     let manifest = header.manifest();
     output::line(format!("model      {}", manifest.model))?;
@@ -49,7 +47,13 @@ pub(crate) fn inspect(args: &CapsuleArgs) -> anyhow::Result<()> {
 
 pub(crate) fn verify(args: &CapsuleArgs) -> anyhow::Result<()> {
     let shown = args.file.display();
-    let bytes = fs::read(&args.file).with_context(|| format!("{shown}: cannot be read"))?;
+    let reader = CapsuleReader::open(&args.file)?;
+    let needed = reader.header().total_bytes();
+    if let Some(available) = memory("MemAvailable").filter(|&available| needed > available) {
+        let (needed, available) = (output::bytes(needed), output::bytes(available));
+        bail!("{shown}: {needed} are read to check it, but only {available} of memory are free");
+    }
+    let bytes = reader.read()?;
     let capsule = CapsuleFile::parse(&bytes).with_context(|| shown.to_string())?;
     let position = capsule.manifest().position;
     let tensors = capsule.tensors().count();
@@ -66,21 +70,6 @@ pub(crate) fn verify(args: &CapsuleArgs) -> anyhow::Result<()> {
         "{shown}: whole, {} checked, {tensors} tensors, position {position}",
         output::bytes(bytes.len() as u64)
     ))
-}
-
-/// Reads and checks the header alone.
-fn read_header(path: &Path) -> anyhow::Result<CapsuleHeader> {
-    let shown = || path.display().to_string();
-    let unreadable = || format!("{}: cannot be read", path.display());
-    let mut file = File::open(path).with_context(unreadable)?;
-    let total = file.metadata().with_context(unreadable)?.len();
-    let mut bytes = Vec::new();
-    file.by_ref().take(8).read_to_end(&mut bytes).with_context(unreadable)?;
-    let needed = CapsuleHeader::bytes_needed(&bytes, total).with_context(shown)?;
-    file.take(needed.saturating_sub(bytes.len()) as u64)
-        .read_to_end(&mut bytes)
-        .with_context(unreadable)?;
-    CapsuleHeader::parse(&bytes, total).with_context(shown)
 }
 
 fn kind(manifest: &Manifest, name: &str) -> String {

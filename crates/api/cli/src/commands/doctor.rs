@@ -30,7 +30,7 @@ struct DeviceReport {
     /// What --device calls it.
     device: &'static str,
     there: bool,
-    /// Why it is not there.
+    /// Why it is not there, or is not a GPU.
     reason: Option<String>,
     backend: Option<&'static str>,
     /// Devices of one class give the same bits.
@@ -66,6 +66,12 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
         ("cuda", Device::Cuda),
         ("reference", Device::Reference),
     ];
+    let mut devices: Vec<DeviceReport> = devices.into_iter().map(device).collect();
+    let no_gpu = devices.iter().find(|d| d.device == "cuda").and_then(|d| d.reason.clone());
+    if let Some(auto) = devices.iter_mut().find(|d| d.device == "auto" && d.backend == Some("cpu"))
+    {
+        auto.reason = no_gpu;
+    }
     let features = cpu_features().into_iter().map(|(name, there)| Feature { name, there });
     let doctor = Doctor {
         version: env!("CARGO_PKG_VERSION"),
@@ -73,7 +79,7 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
         memory_available_bytes: memory("MemAvailable"),
         cpu_features: features.collect(),
         bandwidth: Bandwidth::measure(global.threads, Progress::new(args.json)),
-        devices: devices.into_iter().map(device).collect(),
+        devices,
         model_folders: models::folders().iter().map(|f| folder(f)).collect(),
     };
     if args.json {
@@ -103,7 +109,8 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
     for d in &doctor.devices {
         let text = |t: &Option<String>| t.clone().unwrap_or_default();
         let what = if d.there {
-            format!("{} [{}; {}]", text(&d.description), text(&d.class), text(&d.kernels))
+            let not = d.reason.as_ref().map(|r| format!("; not cuda: {r}")).unwrap_or_default();
+            format!("{} [{}; {}]{not}", text(&d.description), text(&d.class), text(&d.kernels))
         } else {
             format!("not there: {}", text(&d.reason))
         };

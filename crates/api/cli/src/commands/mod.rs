@@ -16,7 +16,7 @@ use ampoule::{Ampoule, SlotId};
 
 use crate::args::GlobalArgs;
 use crate::models::ModelRef;
-use crate::output::{Progress, follow};
+use crate::output::{Progress, follow, note};
 
 /// Loads a model, with a bar. A command that needs less than the default context says how much.
 pub(crate) fn load(
@@ -29,7 +29,11 @@ pub(crate) fn load(
     let bar = progress.bytes("loading");
     let loaded = Ampoule::load(&path, &global.load_options(enough), &mut follow(&bar));
     bar.finish_and_clear();
-    Ok(loaded?)
+    let loaded = loaded?;
+    if let Some(fault) = loaded.gpu_fault() {
+        note(format!("the GPU is not used, the CPU is: {fault}"));
+    }
+    Ok(loaded)
 }
 
 /// Reads tokens into a slot, with a bar where there are many.
