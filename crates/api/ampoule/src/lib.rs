@@ -65,7 +65,7 @@ pub mod backends {
     pub use ampoule_reference::ReferenceBackend;
 }
 
-/// What a backend implements: [`Backend`](backend::Backend), [`Program`](backend::Program) and
+/// What a backend implements: [`backend::Backend`], [`backend::Program`] and
 /// [`Frozen`](backend::Frozen), with everything in their signatures.
 ///
 /// Its [`LoadOptions`](backend::LoadOptions) are the backend's share of [`crate::LoadOptions`].

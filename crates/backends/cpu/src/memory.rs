@@ -11,7 +11,7 @@ pub(crate) const ALIGN: usize = 64;
 /// Buffers from this size on start on a page of [`HUGE`] bytes and ask for such pages.
 const HUGE: usize = 2 << 20;
 
-/// Zeroed bytes at a multiple of [`ALIGN`]. Pages that nobody touched take no memory.
+/// Zeroed bytes at a multiple of 64. Pages that nobody touched take no memory.
 #[derive(Debug)]
 pub struct AlignedBytes {
     data: NonNull<u8>,
