@@ -63,7 +63,9 @@ fn main() -> ExitCode {
     let result = match std::env::args().nth(1).as_deref() {
         Some("check-deps") => check_deps(),
         Some("test") => test(),
-        _ => Err(anyhow::anyhow!("usage: cargo xtask check-deps | cargo xtask test [cargo test options]")),
+        _ => Err(anyhow::anyhow!(
+            "usage: cargo xtask check-deps | cargo xtask test [cargo test options]"
+        )),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -81,12 +83,29 @@ fn cargo() -> Command {
 /// Fetches the test model unless it is there or its tests are to be skipped, then runs all tests.
 fn test() -> anyhow::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("no repository root")?;
-    let skip = std::env::var_os("AMPOULE_SKIP_SMOLLM2").is_some() || std::env::var_os("AMPOULE_SMOLLM2").is_some();
+    let skip = std::env::var_os("AMPOULE_SKIP_SMOLLM2").is_some()
+        || std::env::var_os("AMPOULE_SMOLLM2").is_some();
     if !skip && !root.join("models").join(TEST_MODEL).exists() {
-        let fetch = ["run", "--quiet", "--package", "ampoule-cli", "--bin", "ampoule", "--", "fetch", "smollm2"];
-        let status = cargo().current_dir(root).args(fetch).env("AMPOULE_MODELS", root.join("models")).status()?;
+        let fetch = [
+            "run",
+            "--quiet",
+            "--package",
+            "ampoule-cli",
+            "--bin",
+            "ampoule",
+            "--",
+            "fetch",
+            "smollm2",
+        ];
+        let status = cargo()
+            .current_dir(root)
+            .args(fetch)
+            .env("AMPOULE_MODELS", root.join("models"))
+            .status()?;
         if !status.success() {
-            bail!("the test model could not be fetched; AMPOULE_SKIP_SMOLLM2=1 runs the tests that do not need it");
+            bail!(
+                "the test model could not be fetched; AMPOULE_SKIP_SMOLLM2=1 runs the tests that do not need it"
+            );
         }
     }
     let options: Vec<String> = std::env::args().skip(2).collect();
@@ -104,7 +123,8 @@ fn check_deps() -> anyhow::Result<()> {
     if !output.status.success() {
         bail!("cargo metadata failed: {}", String::from_utf8_lossy(&output.stderr));
     }
-    let metadata: Value = serde_json::from_slice(&output.stdout).context("cargo metadata is not JSON")?;
+    let metadata: Value =
+        serde_json::from_slice(&output.stdout).context("cargo metadata is not JSON")?;
     let arrows: BTreeMap<&str, BTreeSet<&str>> =
         ARROWS.iter().map(|(name, allowed)| (*name, allowed.iter().copied().collect())).collect();
     let packages = metadata["packages"].as_array().context("no packages")?;
@@ -113,7 +133,9 @@ fn check_deps() -> anyhow::Result<()> {
     for package in packages {
         let name = package["name"].as_str().context("a package without a name")?;
         let Some(allowed) = arrows.get(name) else {
-            wrong.push(format!("{name} has no place in the arrows: add it to xtask and ARCHITECTURE.md"));
+            wrong.push(format!(
+                "{name} has no place in the arrows: add it to xtask and ARCHITECTURE.md"
+            ));
             continue;
         };
         let dependencies = package["dependencies"].as_array().context("no dependencies")?;

@@ -29,10 +29,16 @@ struct Call {
     tasks: usize,
 }
 
+/// A counter alone on its cache lines.
+#[repr(align(128))]
+struct Line(AtomicUsize);
+
 struct Shared {
     /// Number of the call in the upper half; then [`OPEN`] and [`ACTIVE`].
     state: AtomicU64,
-    next: AtomicUsize,
+    /// Each thread's next task. Threads begin with a range of their own, so that neighbouring tasks run one after
+    /// another, and then help the others.
+    next: Vec<Line>,
     stop: AtomicBool,
     call: UnsafeCell<Call>,
     asleep: Vec<AtomicBool>,
@@ -43,20 +49,31 @@ struct Shared {
 unsafe impl Sync for Shared {}
 
 impl Shared {
+    /// The first task of a thread's own range.
+    fn start_of(&self, thread: usize, tasks: usize) -> usize {
+        tasks * thread / self.next.len()
+    }
+
     /// Runs tasks until none is left; keeps the first panic.
     fn work(&self, thread: usize, call: &Call) {
         let Some(task) = call.task else { return };
         let run = || {
-            loop {
-                let index = self.next.fetch_add(1, Ordering::Relaxed);
-                if index >= call.tasks {
-                    break;
+            for owner in 0..self.next.len() {
+                let owner = (thread + owner) % self.next.len();
+                let end = self.start_of(owner + 1, call.tasks);
+                loop {
+                    let index = self.next[owner].0.fetch_add(1, Ordering::Relaxed);
+                    if index >= end {
+                        break;
+                    }
+                    task(thread, index);
                 }
-                task(thread, index);
             }
         };
         if let Err(panic) = catch_unwind(AssertUnwindSafe(run)) {
-            self.next.store(call.tasks, Ordering::Relaxed); // no more tasks of this call
+            for next in &self.next {
+                next.0.store(call.tasks, Ordering::Relaxed); // no more tasks of this call
+            }
             self.panic
                 .lock()
                 .unwrap_or_else(std::sync::PoisonError::into_inner)
@@ -116,7 +133,7 @@ impl Pool {
         let threads = threads.max(1);
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
-            next: AtomicUsize::new(0),
+            next: (0..threads).map(|_| Line(AtomicUsize::new(0))).collect(),
             stop: AtomicBool::new(false),
             call: UnsafeCell::new(Call { task: None, tasks: 0 }),
             asleep: (0..threads).map(|_| AtomicBool::new(false)).collect(),
@@ -154,7 +171,9 @@ impl Pool {
         debug_assert_eq!(before & (OPEN | ACTIVE), 0, "calls do not overlap: run takes &mut self");
         // SAFETY: closed and nobody active: no worker reads the cell, and `&mut self` keeps other callers out.
         unsafe { *shared.call.get() = Call { task: Some(task), tasks } };
-        shared.next.store(0, Ordering::Relaxed);
+        for (thread, next) in shared.next.iter().enumerate() {
+            next.0.store(shared.start_of(thread, tasks), Ordering::Relaxed);
+        }
         let number = ((before >> 32) + 1) & u64::from(u32::MAX);
         shared.state.store((number << 32) | OPEN, Ordering::SeqCst);
         for (worker, asleep) in self.workers.iter().zip(&shared.asleep[1..]) {

@@ -195,7 +195,7 @@ macro_rules! ops {
         /// One step of a plan.
         #[derive(Clone, Debug, PartialEq)]
         pub enum Op {
-            $( #[doc = concat!("See [`", stringify!($name), "`].")] $name($name), )*
+            $( #[doc = concat!("See [`struct@", stringify!($name), "`].")] $name($name), )*
         }
 
         impl Op {

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use ampoule_plan::DType;
 
-use super::weights::{decode, store};
+use super::weights::{Bf16, F16, F32, Float, decode, load, store};
 use crate::operands::Mat;
 use crate::simd::{Kernel, LANES, Simd, exp};
 
@@ -81,90 +81,149 @@ impl Kernel for Block {
             // The first head asks for the rows of all: memory likes whole rows.
             let ahead = kv_head == self.kv_heads.start;
             // SAFETY: the promise of `Block`.
-            unsafe { self.kv_head(s, kv_head, ahead) };
+            unsafe {
+                self.prepare(s, kv_head, ahead);
+                // Whole vectors are taken from the cache as they are, others decoded and filled up with zeros.
+                let in_place = self.shape.head_dim.is_multiple_of(LANES);
+                match self.keys.dtype {
+                    _ if !in_place => self.scores::<S, F32>(s, kv_head, ahead, true),
+                    DType::F32 => self.scores::<S, F32>(s, kv_head, ahead, false),
+                    DType::F16 => self.scores::<S, F16>(s, kv_head, ahead, false),
+                    _ => self.scores::<S, Bf16>(s, kv_head, ahead, false),
+                }
+                match self.values.dtype {
+                    _ if !in_place => self.sums::<S, F32>(s, kv_head, true),
+                    DType::F32 => self.sums::<S, F32>(s, kv_head, false),
+                    DType::F16 => self.sums::<S, F16>(s, kv_head, false),
+                    _ => self.sums::<S, Bf16>(s, kv_head, false),
+                }
+            }
         }
     }
 }
 
 impl Block {
+    /// Room for decoded rows, for the queries of a group, and for their scores.
+    #[inline(always)]
+    fn places(&self) -> [*mut f32; 3] {
+        let (padded, group) = (self.shape.padded(), self.shape.group());
+        let queries = self.scratch.wrapping_add(KEYS * padded);
+        [self.scratch, queries, queries.wrapping_add(group * padded)]
+    }
+
+    /// Widens the queries of a group.
+    ///
     /// # Safety
     /// As `Block` says.
     #[inline(always)]
-    unsafe fn kv_head<S: Simd>(&self, s: S, kv_head: usize, ahead: bool) {
-        let Heads { head_dim, scale, .. } = self.shape;
-        let (padded, group) = (self.shape.padded(), self.shape.group());
-        let (space, rest) = (self.scratch, self.scratch.wrapping_add(KEYS * padded));
-        let (queries, scores) = (rest, rest.wrapping_add(group * padded));
-        let partials = self.partials.wrapping_add(kv_head * group * self.partial_stride);
-        let at = kv_head * head_dim;
-        // SAFETY: the caller's promise.
-        unsafe {
-            let rows = self.start..self.start + self.count;
-            if ahead {
-                for row in rows.clone().take(ROWS_AHEAD) {
-                    self.ask(s, &self.keys, row);
-                }
+    unsafe fn prepare<S: Simd>(&self, s: S, kv_head: usize, ahead: bool) {
+        let [_, queries, _] = self.places();
+        let head_dim = self.shape.head_dim;
+        if ahead {
+            for row in 0..self.count.min(ROWS_AHEAD) {
+                self.ask(s, &self.keys, self.start + row);
             }
-            for head in 0..group {
-                let from = (kv_head * group + head) * head_dim;
-                let to = queries.add(head * padded);
+        }
+        for head in 0..self.shape.group() {
+            let from = (kv_head * self.shape.group() + head) * head_dim;
+            // SAFETY: the caller's promise.
+            unsafe {
+                let to = queries.add(head * self.shape.padded());
                 widen(s, &self.query, self.query.row(self.row), from, head_dim, to);
             }
-            let in_place = is_in_place(&self.keys, head_dim);
+        }
+    }
+
+    /// The weights of the block's keys for each query of a group, with their highest scores and sums.
+    ///
+    /// # Safety
+    /// As `Block` says; `F` is the type of the keys, or f32 where they are to be decoded.
+    #[inline(always)]
+    unsafe fn scores<S: Simd, F: Float>(&self, s: S, kv_head: usize, ahead: bool, decoded: bool) {
+        let (padded, group) = (self.shape.padded(), self.shape.group());
+        let [space, queries, scores] = self.places();
+        let at = kv_head * self.shape.head_dim;
+        // SAFETY: the caller's promise.
+        unsafe {
             let mut first = 0;
             while first < self.count {
                 let n = (self.count - first).min(LANES);
+                let part = self.start + first..self.start + first + n;
                 if ahead {
-                    for row in rows.start + first..rows.start + first + n {
-                        if row + ROWS_AHEAD < rows.end {
+                    for row in part.clone() {
+                        if row + ROWS_AHEAD < self.start + self.count {
                             self.ask(s, &self.keys, row + ROWS_AHEAD);
                         }
                         self.ask(s, &self.values, row);
                     }
                 }
-                let part = rows.start + first..rows.start + first + n;
-                let keys = if in_place {
-                    Rows { base: self.keys.at(part.start, at).cast(), stride: self.keys.stride / 4 }
+                let keys = if decoded {
+                    cache_rows(s, &self.keys, part, at, self.shape.head_dim, space)
                 } else {
-                    cache_rows(s, &self.keys, part, at, head_dim, space)
+                    Rows::of(&self.keys, part.start, at)
                 };
-                for head in 0..group {
-                    let query = queries.add(head * padded);
-                    let mut sums = [s.zero(); LANES];
-                    for j in 0..n {
-                        let key = keys.row(j);
-                        let mut sum = s.zero();
-                        let mut d = 0;
-                        while d < padded {
-                            sum = s.fma(s.load(query.add(d)), s.load(key.add(d)), sum);
-                            d += LANES;
-                        }
-                        sums[j] = sum;
-                    }
-                    let dots = s.mul(s.sum16(&sums), s.splat(scale));
-                    s.store(scores.add(head * KEYS + first), dots);
+                let mut head = 0;
+                while head < group {
+                    let dots = KeyDots {
+                        keys,
+                        n,
+                        query: queries.add(head * padded),
+                        vectors: padded / LANES,
+                        scale: self.shape.scale,
+                        out: scores.add(head * KEYS + first),
+                    };
+                    head += match group - head {
+                        3.. if S::WIDE => dots.run::<S, F, 3>(s),
+                        2.. if S::WIDE => dots.run::<S, F, 2>(s),
+                        _ => dots.run::<S, F, 1>(s),
+                    };
                 }
                 first += LANES;
             }
             for head in 0..group {
-                let partial = partials.add(head * self.partial_stride);
+                let partial = self.partial(kv_head * group + head);
                 let (highest, sum) = softmax(s, scores.add(head * KEYS), self.count);
                 *partial.add(padded) = highest;
                 *partial.add(padded + 1) = sum;
             }
-            let values = cache_rows(s, &self.values, rows, at, head_dim, space);
+        }
+    }
+
+    /// The sums of values for each query of a group.
+    ///
+    /// # Safety
+    /// As `Block` says; `F` is the type of the values, or f32 where they are to be decoded.
+    #[inline(always)]
+    unsafe fn sums<S: Simd, F: Float>(&self, s: S, kv_head: usize, decoded: bool) {
+        let group = self.shape.group();
+        let [space, _, scores] = self.places();
+        let at = kv_head * self.shape.head_dim;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let values = if decoded {
+                let rows = self.start..self.start + self.count;
+                cache_rows(s, &self.values, rows, at, self.shape.head_dim, space)
+            } else {
+                Rows::of(&self.values, self.start, at)
+            };
             let mut head = 0;
             while head < group {
                 let sums = Sums {
                     weights: scores.add(head * KEYS),
                     values,
-                    vectors: padded / LANES,
-                    out: partials.add(head * self.partial_stride),
+                    vectors: self.shape.padded() / LANES,
+                    out: self.partial(kv_head * group + head),
                     out_stride: self.partial_stride,
                 };
-                head += sums.some_queries(s, group - head, 0, self.count);
+                head += sums.some_queries::<S, F>(s, group - head, 0, self.count);
             }
         }
+    }
+
+    /// The partial result of a head.
+    #[inline(always)]
+    fn partial(&self, head: usize) -> *mut f32 {
+        self.partials.wrapping_add(head * self.partial_stride)
     }
 
     /// Asks for the elements of all heads of this task in one row of a cache.
@@ -178,16 +237,99 @@ impl Block {
     }
 }
 
-/// Rows of `f32` vectors.
+/// Dot products of some queries with up to 16 keys.
+struct KeyDots {
+    keys: Rows,
+    n: usize,
+    query: *const f32,
+    vectors: usize,
+    scale: f32,
+    out: *mut f32,
+}
+
+impl KeyDots {
+    /// Stores the scores of `Q` queries; returns `Q`.
+    ///
+    /// # Safety
+    /// Queries and keys must exist, and `out` have room for whole vectors.
+    #[inline(always)]
+    unsafe fn run<S: Simd, F: Float, const Q: usize>(&self, s: S) -> usize {
+        let mut sums = [[s.zero(); LANES]; Q];
+        let mut d = 0;
+        // SAFETY: the caller's promise.
+        unsafe {
+            while d < self.vectors {
+                if self.vectors - d >= 4 {
+                    self.part::<S, F, Q, 4>(s, d * LANES, &mut sums);
+                    d += 4;
+                } else {
+                    self.part::<S, F, Q, 1>(s, d * LANES, &mut sums);
+                    d += 1;
+                }
+            }
+            for q in 0..Q {
+                let dots = s.mul(s.sum16(&sums[q]), s.splat(self.scale));
+                s.store(self.out.add(q * KEYS), dots);
+            }
+        }
+        Q
+    }
+
+    /// Goes on with `D` vectors from element `at` on.
+    ///
+    /// # Safety
+    /// As for `run`.
+    #[inline(always)]
+    unsafe fn part<S: Simd, F: Float, const Q: usize, const D: usize>(
+        &self,
+        s: S,
+        at: usize,
+        sums: &mut [[S::V; LANES]; Q],
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut query = [[s.zero(); D]; Q];
+            for q in 0..Q {
+                for d in 0..D {
+                    let row = self.query.add(q * self.vectors * LANES);
+                    query[q][d] = s.load(row.add(at + d * LANES));
+                }
+            }
+            for j in 0..self.n {
+                let row = self.keys.row(j);
+                let mut key = [s.zero(); D];
+                for d in 0..D {
+                    key[d] = load(s, F::DTYPE, row, at + d * LANES, LANES);
+                }
+                for q in 0..Q {
+                    let mut sum = sums[q][j];
+                    for d in 0..D {
+                        sum = s.fma(query[q][d], key[d], sum);
+                    }
+                    sums[q][j] = sum;
+                }
+            }
+        }
+    }
+}
+
+/// Rows of whole vectors of a plain type.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows {
-    base: *const f32,
+    base: *const u8,
+    /// Bytes from one row to the next.
     stride: usize,
 }
 
 impl Rows {
+    /// Rows of a cache as they are, from one on, starting with column `at`.
     #[inline(always)]
-    pub(crate) fn row(&self, index: usize) -> *const f32 {
+    fn of(cache: &Mat, first: usize, at: usize) -> Self {
+        Self { base: cache.at(first, at), stride: cache.stride }
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self, index: usize) -> *const u8 {
         self.base.wrapping_add(index * self.stride)
     }
 }
@@ -213,14 +355,14 @@ pub(crate) unsafe fn cache_rows<S: Simd>(
     space: *mut f32,
 ) -> Rows {
     if is_in_place(cache, head_dim) {
-        return Rows { base: cache.at(rows.start, at).cast(), stride: cache.stride / 4 };
+        return Rows::of(cache, rows.start, at);
     }
     let stride = head_dim.next_multiple_of(LANES);
     for (i, row) in rows.enumerate() {
         // SAFETY: the caller's promise.
         unsafe { widen(s, cache, cache.row(row), at, head_dim, space.add(i * stride)) };
     }
-    Rows { base: space, stride }
+    Rows { base: space.cast(), stride: 4 * stride }
 }
 
 /// `len` elements of a plain row from `at` on as whole vectors of `f32`.
@@ -288,7 +430,7 @@ impl Sums {
     /// # Safety
     /// Queries and keys must exist.
     #[inline(always)]
-    pub(crate) unsafe fn some_queries<S: Simd>(
+    pub(crate) unsafe fn some_queries<S: Simd, F: Float>(
         &self,
         s: S,
         most: usize,
@@ -298,25 +440,30 @@ impl Sums {
         // SAFETY: the caller's promise.
         unsafe {
             match most {
-                6.. if S::WIDE => self.queries::<S, 6>(s, from, to),
-                4.. if S::WIDE => self.queries::<S, 4>(s, from, to),
-                3.. if S::WIDE => self.queries::<S, 3>(s, from, to),
-                _ => self.queries::<S, 1>(s, from, to),
+                6.. if S::WIDE => self.queries::<S, F, 6>(s, from, to),
+                4.. if S::WIDE => self.queries::<S, F, 4>(s, from, to),
+                3.. if S::WIDE => self.queries::<S, F, 3>(s, from, to),
+                _ => self.queries::<S, F, 1>(s, from, to),
             }
         }
     }
 
     #[inline(always)]
-    unsafe fn queries<S: Simd, const Q: usize>(&self, s: S, from: usize, to: usize) -> usize {
+    unsafe fn queries<S: Simd, F: Float, const Q: usize>(
+        &self,
+        s: S,
+        from: usize,
+        to: usize,
+    ) -> usize {
         let mut d = 0;
         while d < self.vectors {
             // SAFETY: the caller's promise.
             unsafe {
                 if self.vectors - d >= 4 {
-                    self.columns::<S, Q, 4>(s, from, to, d * LANES);
+                    self.columns::<S, F, Q, 4>(s, from, to, d * LANES);
                     d += 4;
                 } else {
-                    self.columns::<S, Q, 1>(s, from, to, d * LANES);
+                    self.columns::<S, F, Q, 1>(s, from, to, d * LANES);
                     d += 1;
                 }
             }
@@ -325,7 +472,7 @@ impl Sums {
     }
 
     #[inline(always)]
-    unsafe fn columns<S: Simd, const Q: usize, const D: usize>(
+    unsafe fn columns<S: Simd, F: Float, const Q: usize, const D: usize>(
         &self,
         s: S,
         from: usize,
@@ -343,10 +490,10 @@ impl Sums {
                 }
             }
             for j in from..to {
-                let value = self.values.row(j).add(at);
+                let value = self.values.row(j);
                 let mut columns = [s.zero(); D];
                 for d in 0..D {
-                    columns[d] = s.load(value.add(d * LANES));
+                    columns[d] = load(s, F::DTYPE, value, at + d * LANES, LANES);
                 }
                 for q in 0..Q {
                     let weight = s.splat(*self.weights.add(q * KEYS + j));

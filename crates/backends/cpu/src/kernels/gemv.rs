@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use ampoule_plan::{BLOCK, DType};
 
-use super::weights::{load, offset, store};
+use super::weights::{Bf16, F16, F32, Float, load, offset, store};
 use crate::operands::Mat;
 use crate::simd::{Kernel, LANES, Simd};
 
@@ -15,7 +15,7 @@ use crate::simd::{Kernel, LANES, Simd};
 const ROWS: usize = 4;
 /// Blocks whose scales are converted ahead of use.
 const AHEAD: usize = 512;
-/// How far ahead of the rows at hand to ask for memory, in bytes.
+/// How far ahead of what is read to ask for memory, in bytes.
 const PREFETCH: usize = 8192;
 
 /// Where a product goes: `out = sum (+ bias)`, or `out += sum (+ bias)`.
@@ -128,6 +128,8 @@ impl Gemv {
         // Rows follow one another without gaps, so the scales of several can be converted in one go.
         let together = if per_row * LANES <= AHEAD { LANES } else { ROWS };
         let fits = per_row * together <= AHEAD;
+        // The scales of all these rows are read first: what is asked for must lie beyond.
+        let distance = PREFETCH + together * self.weight.stride;
         let mut first = self.from;
         while first < self.to {
             let n = (self.to - first).min(LANES);
@@ -147,7 +149,16 @@ impl Gemv {
                             places[r] =
                                 (i % together + r).min(n - 1 - i / together * together) * per_row;
                         }
-                        dot_blocks::<S, B>(s, rows, 0..per_row, self.x, &scales, places, part);
+                        dot_blocks::<S, B>(
+                            s,
+                            rows,
+                            0..per_row,
+                            self.x,
+                            &scales,
+                            places,
+                            distance,
+                            part,
+                        );
                         continue;
                     }
                     let each = AHEAD / ROWS;
@@ -160,7 +171,7 @@ impl Gemv {
                             places[r] = r * each;
                         }
                         let range = start..start + blocks;
-                        dot_blocks::<S, B>(s, rows, range, self.x, &scales, places, part);
+                        dot_blocks::<S, B>(s, rows, range, self.x, &scales, places, distance, part);
                     }
                 }
             }
@@ -207,33 +218,14 @@ impl Scales {
     }
 }
 
-/// Asks for `bytes` bytes that lie [`PREFETCH`] beyond `offset` in a group of rows. The rows follow one another, so
+/// Asks for `bytes` bytes that lie `distance` beyond the start of a group of rows. The rows follow one another, so
 /// going through the group once asks for all of what follows it.
 #[inline(always)]
-fn ahead<S: Simd>(s: S, rows: *const u8, offset: usize, bytes: usize) {
-    let place = rows.wrapping_add(offset + PREFETCH);
+fn ahead<S: Simd>(s: S, rows: *const u8, distance: usize, bytes: usize) {
+    let place = rows.wrapping_add(distance);
     for line in 0..bytes.div_ceil(64) {
         s.prefetch(place.wrapping_add(line * 64));
     }
-}
-
-/// A plain float type.
-trait Float {
-    const DTYPE: DType;
-}
-
-struct F32;
-struct F16;
-struct Bf16;
-
-impl Float for F32 {
-    const DTYPE: DType = DType::F32;
-}
-impl Float for F16 {
-    const DTYPE: DType = DType::F16;
-}
-impl Float for Bf16 {
-    const DTYPE: DType = DType::BF16;
 }
 
 /// # Safety
@@ -253,7 +245,7 @@ unsafe fn dot_floats<S: Simd, F: Float>(
         let mut k = 0;
         while k < whole {
             let a = s.load(x.add(k));
-            ahead(s, rows[0], k * ROWS * bytes, LANES * ROWS * bytes);
+            ahead(s, rows[0], PREFETCH + k * ROWS * bytes, LANES * ROWS * bytes);
             for r in 0..ROWS {
                 sums[r] = s.fma(a, load(s, F::DTYPE, rows[r], k, LANES), sums[r]);
             }
@@ -318,7 +310,8 @@ impl Blocks for Q41 {
     }
 }
 
-/// Adds the lanes of the dot products over some blocks. `places` says where the rows' scales start.
+/// Adds the lanes of the dot products over some blocks. `places` says where the rows' scales start, `distance` how far
+/// ahead to ask for memory.
 ///
 /// # Safety
 /// Rows and `x` must have the blocks, and `scales` hold theirs.
@@ -330,6 +323,7 @@ unsafe fn dot_blocks<S: Simd, B: Blocks>(
     x: *const f32,
     scales: &Scales,
     places: [usize; ROWS],
+    distance: usize,
     out: &mut [S::V],
 ) {
     let mut sums = [s.zero(); ROWS];
@@ -341,12 +335,8 @@ unsafe fn dot_blocks<S: Simd, B: Blocks>(
         for b in 0..blocks.len() {
             let a = s.load(x.add(b * BLOCK));
             let c = s.load(x.add(b * BLOCK + LANES));
-            ahead(
-                s,
-                rows[0],
-                (at + b * B::DTYPE.block_bytes()) * ROWS,
-                ROWS * B::DTYPE.block_bytes(),
-            );
+            let here = ROWS * (at + b * B::DTYPE.block_bytes());
+            ahead(s, rows[0], distance + here, ROWS * B::DTYPE.block_bytes());
             for r in 0..ROWS {
                 let block = rows[r].add(at + b * B::DTYPE.block_bytes());
                 let scale = scales.wide.as_ptr().add((places[r] + b) * B::HEADER);

@@ -5,6 +5,7 @@
 //! of vectors in the same order: no shuffles, the same bits.
 
 use super::attention::{Heads, KEYS, Sums, begin, cache_rows, finish, merge, softmax, widen};
+use super::weights::F32;
 use crate::operands::Mat;
 use crate::simd::{Kernel, LANES, Simd};
 
@@ -75,7 +76,7 @@ impl Kernel for RowTile {
                     while d < padded {
                         let mut tile = [s.zero(); LANES];
                         for i in 0..LANES.min(count - first) {
-                            tile[i] = s.load(keys.row(first + i).add(d));
+                            tile[i] = s.load(keys.row(first + i).cast::<f32>().add(d));
                         }
                         s.transpose(&mut tile);
                         for i in 0..LANES {
@@ -108,11 +109,11 @@ impl Kernel for RowTile {
                     };
                     // What all of them see, then the rest of each.
                     let together = self.limit(q, start);
-                    let done = sums(q).some_queries(s, queries - q, 0, together);
+                    let done = sums(q).some_queries::<S, F32>(s, queries - q, 0, together);
                     for one in q..q + done {
                         let n = self.limit(one, start);
                         if n > together {
-                            sums(one).some_queries(s, 1, together, n);
+                            sums(one).some_queries::<S, F32>(s, 1, together, n);
                         }
                     }
                     q += done;

@@ -4,6 +4,25 @@ use ampoule_plan::{BLOCK, DType};
 
 use crate::simd::{LANES, Simd};
 
+/// A plain float type.
+pub(crate) trait Float {
+    const DTYPE: DType;
+}
+
+pub(crate) struct F32;
+pub(crate) struct F16;
+pub(crate) struct Bf16;
+
+impl Float for F32 {
+    const DTYPE: DType = DType::F32;
+}
+impl Float for F16 {
+    const DTYPE: DType = DType::F16;
+}
+impl Float for Bf16 {
+    const DTYPE: DType = DType::BF16;
+}
+
 /// Loads `n <= 16` elements of a float type from element `index` on; lanes past them are zero.
 ///
 /// # Safety
