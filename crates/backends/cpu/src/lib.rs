@@ -64,7 +64,11 @@ impl Backend for CpuBackend {
         DeviceInfo {
             backend: "cpu",
             class: format!("cpu {}", std::env::consts::ARCH),
-            kernels: format!("ampoule-cpu {} lanes=16", env!("CARGO_PKG_VERSION")),
+            kernels: format!(
+                "ampoule-cpu {} {} lanes=16",
+                env!("CARGO_PKG_VERSION"),
+                env!("AMPOULE_CPU_SOURCES")
+            ),
             description: format!("CPU, {} threads, {}", self.threads, self.isa),
         }
     }

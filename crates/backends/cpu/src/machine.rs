@@ -1,6 +1,7 @@
 //! Plans over slots, op by op.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use ampoule_backend::host::{HostKernels, HostMemory};
 use ampoule_backend::{BackendError, SlotId};
@@ -81,7 +82,26 @@ impl HostKernels for CpuKernels {
         }
         Ok(())
     }
+
+    /// One thread does not fill the memory bus, and the C library's streaming stores begin at larger sizes than a
+    /// layer's rows have: so pieces of a copy go to all threads.
+    fn copy(&mut self, from: &[u8], to: &mut [u8]) {
+        let threads = self.pool.threads();
+        if threads == 1 || to.len() < COPY_ALONE {
+            return to.copy_from_slice(from);
+        }
+        let each = to.len().div_ceil(2 * threads).next_multiple_of(4096);
+        let pieces: Vec<_> = to.chunks_mut(each).zip(from.chunks(each)).map(Mutex::new).collect();
+        self.pool.run(pieces.len(), &|_, index| {
+            let mut piece = pieces[index].lock().unwrap_or_else(PoisonError::into_inner);
+            let (to, from) = &mut *piece;
+            to.copy_from_slice(from);
+        });
+    }
 }
+
+/// Bytes below which waking the other threads costs more than it saves.
+const COPY_ALONE: usize = 128 << 10;
 
 struct Machine<'a> {
     isa: Verified,
