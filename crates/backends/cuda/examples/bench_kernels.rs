@@ -4,7 +4,8 @@
 //! cargo run --release -p ampoule-cuda --example bench_kernels -- [gemv|launch|copy|attention|delta|sample|model]...
 //! ```
 //!
-//! With `model`, `AMPOULE_BENCH_MODEL` names a random shape (default `qwen3.5-9b`).
+//! With `model`, `AMPOULE_BENCH_MODEL` names a random shape (default `qwen3.5-9b`), `AMPOULE_BENCH_LENGTHS` the prompts.
+//! `profile` runs a decode step and a short prefill between the marks of `ncu --profile-from-start off`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -399,7 +400,10 @@ fn model(backend: &CudaBackend, label: &str) -> Result<(), Failure> {
     program.write_input(tokens, &ids)?;
     let reset = plan(Phase::Reset, 0, 0)?;
     let configure = plan(Phase::Configure, 0, 0)?;
-    for length in [128_usize, 2048, 4096, 8192, 16_384] {
+    let lengths = std::env::var("AMPOULE_BENCH_LENGTHS")
+        .unwrap_or_else(|_| "128,2048,4096,8192,16384".to_owned());
+    for length in lengths.split(',') {
+        let length: usize = length.parse()?;
         let bucket = length.min(2048);
         program.run(slot, reset)?;
         program.run(slot, configure)?;
@@ -417,6 +421,18 @@ fn model(backend: &CudaBackend, label: &str) -> Result<(), Failure> {
         let freeze = time(program.as_mut(), 4, |p| p.freeze(slot, &regions).map(drop))?;
         let frozen = program.freeze(slot, &regions)?;
         let thaw = time(program.as_mut(), 4, |p| p.thaw(slot, std::slice::from_ref(&frozen)))?;
+        if label == "profile" {
+            let decode = plan(Phase::Decode, 1, if length < 900 { 1024 } else { 32_768 })?;
+            program.run(slot, decode)?;
+            program.synchronize()?;
+            bench::profile(true)?;
+            program.run(slot, decode)?;
+            program.write_input(count, &24_u32.to_le_bytes())?;
+            program.run(slot, plan(Phase::Prefill, 32, 0)?)?;
+            program.synchronize()?;
+            bench::profile(false)?;
+            continue;
+        }
         // A short suffix after a restore: the warm time to the first token.
         program.write_input(count, &24_u32.to_le_bytes())?;
         program.synchronize()?;
@@ -488,6 +504,9 @@ fn main() -> Result<(), Failure> {
     }
     if wants("model") {
         model(&backend, "all")?;
+    }
+    if wanted.iter().any(|w| w == "profile") {
+        model(&backend, "profile")?;
     }
     Ok(())
 }

@@ -4,12 +4,15 @@
 // Decode floor: (position + T) x 2 x KH*D elements of cache over memory bandwidth. Prefill floor: 4*H*D FLOP a key and row.
 //
 // Decode (T <= 8): the context is cut at absolute multiples of SPLIT; a block takes one split, one row and G query heads of
-// one KV head, so that keys and values are read once per G heads; a second kernel combines the splits in rising order.
+// one KV head, so that keys and values are read once per G heads; a second kernel combines them in an order
+// that depends on their number alone.
 // Prefill: tiles of keys from position 0 upwards. A tile wholly masked for a row changes no bit of it, so a row does not
 // depend on the rows beside it.
 
-#define SPLIT 256
+#define SPLIT 64
+#define MOST_SPLITS 4096
 #define WARPS 8
+#define KEYS_A_WARP (SPLIT / WARPS)
 
 struct Attention {
     View query, key, value, out;
@@ -76,8 +79,8 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
     const int split = blockIdx.x, h0 = blockIdx.y * G, kh = h0 / (p.heads / p.kv_heads);
     const i64 t = blockIdx.z;
     const i64 kv0 = (i64)kh * p.head_dim;
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     if ((u32)t >= valid_rows(p.count, p.rows)) return;
     i64 limit = (i64)*p.cursor + t + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
@@ -89,33 +92,46 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
     while (lanes * 8 < p.head_dim) lanes *= 2;  // lanes that share a key
     const int keys = 32 / lanes, sub = lane / lanes, d0 = (lane % lanes) * 8;
     const int own = p.head_dim - d0;  // elements this lane holds, if positive
+    // A warp takes eight keys: all of them, and their values, are on their way before the first is used.
+    auto key_of = [&](int u) { return u * keys + sub < KEYS_A_WARP ? warp * KEYS_A_WARP + u * keys + sub : SPLIT; };
+    Eight<KV> k[KEYS_A_WARP], v[KEYS_A_WARP];
+#pragma unroll
+    for (int u = 0; u < KEYS_A_WARP; ++u) {
+        const int j = key_of(u);
+        k[u].load(p.key, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
+    }
+#pragma unroll
+    for (int u = 0; u < KEYS_A_WARP; ++u) {
+        const int j = key_of(u);
+        v[u].load(p.value, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
+    }
     float q[G][8];
 #pragma unroll
-    for (int g = 0; g < G; ++g)
+    for (int g = 0; g < G; ++g) {
+        const i64 head = (i64)(h0 + g) * p.head_dim;
+        const float4 a = load4(p.query, t, head + d0, head + p.head_dim), b = load4(p.query, t, head + d0 + 4, head + p.head_dim);
+        q[g][0] = a.x, q[g][1] = a.y, q[g][2] = a.z, q[g][3] = a.w;
+        q[g][4] = b.x, q[g][5] = b.y, q[g][6] = b.z, q[g][7] = b.w;
+    }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) q[g][i] = i < own ? load1(p.query, t, (i64)(h0 + g) * p.head_dim + d0 + i) : 0.f;
-
-    for (int j0 = warp * keys; j0 < n; j0 += WARPS * keys * 4) {
-        Eight<KV> k[4];
+    for (int u = 0; u < KEYS_A_WARP; ++u) {
+        const int j = key_of(u);  // beyond the end where fewer rounds hold all keys
+        float f[8], s[G];
+        k[u].unpack(f);
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
-            int j = j0 + u * WARPS * keys + sub;
-            k[u].load(p.key, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
+        for (int g = 0; g < G; ++g) {
+            s[g] = 0.f;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) s[g] = fmaf(q[g][i], f[i], s[g]);
         }
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
-            int j = j0 + u * WARPS * keys + sub;
-            float f[8];
-            k[u].unpack(f);
+        for (int d = 16; d > 0; d >>= 1)
+            if (d < lanes)
 #pragma unroll
-            for (int g = 0; g < G; ++g) {
-                float s = 0.f;
+                for (int g = 0; g < G; ++g) s[g] += __shfl_xor_sync(FULL, s[g], d);
+        if (d0 == 0 && j < n)
 #pragma unroll
-                for (int i = 0; i < 8; ++i) s = fmaf(q[g][i], f[i], s);
-                for (int d = lanes / 2; d > 0; d >>= 1) s += __shfl_xor_sync(FULL, s, d);
-                if (d0 == 0 && j < n) score[g][j] = s * p.scale;
-            }
-        }
+            for (int g = 0; g < G; ++g) score[g][j] = s[g] * p.scale;
     }
     __syncthreads();
     const i64 slot = (t * p.heads + h0) * p.splits + split;
@@ -141,24 +157,16 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
     for (int g = 0; g < G; ++g)
 #pragma unroll
         for (int i = 0; i < 8; ++i) acc[g][i] = 0.f;
-    for (int j0 = warp * keys; j0 < n; j0 += WARPS * keys * 4) {
-        Eight<KV> v[4];
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
-            int j = j0 + u * WARPS * keys + sub;
-            v[u].load(p.value, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
-        }
+    for (int u = 0; u < KEYS_A_WARP; ++u) {
+        const int j = key_of(u);
+        float f[8];
+        v[u].unpack(f);
 #pragma unroll
-        for (int u = 0; u < 4; ++u) {
-            int j = j0 + u * WARPS * keys + sub;
-            float f[8];
-            v[u].unpack(f);
+        for (int g = 0; g < G; ++g) {
+            const float e = j < n ? score[g][j] : 0.f;
 #pragma unroll
-            for (int g = 0; g < G; ++g) {
-                float e = j < n ? score[g][j] : 0.f;
-#pragma unroll
-                for (int i = 0; i < 8; ++i) acc[g][i] = fmaf(e, f[i], acc[g][i]);
-            }
+            for (int i = 0; i < 8; ++i) acc[g][i] = fmaf(e, f[i], acc[g][i]);
         }
     }
 #pragma unroll
@@ -182,7 +190,7 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
     }
 }
 #define SPLITS(name, KV, G)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 2) name(const __grid_constant__ Attention p) { split_body<KV, G>(p); }
+    extern "C" __global__ void __launch_bounds__(BLOCK, KV == F32 ? 1 : 2) name(const __grid_constant__ Attention p) { split_body<KV, G>(p); }
 SPLITS(attention_split_f32_1, F32, 1)
 SPLITS(attention_split_f32_2, F32, 2)
 SPLITS(attention_split_f32_4, F32, 4)
@@ -193,44 +201,70 @@ SPLITS(attention_split_f16_1, F16, 1)
 SPLITS(attention_split_f16_2, F16, 2)
 SPLITS(attention_split_f16_4, F16, 4)
 
-// One block per (head, row).
+// A block takes 64 elements of one head of one row: 16 groups of threads sum every 16th split, in rising order, then the
+// groups are added in rising order.
+#define COMBINED 64
+#define GROUPS (BLOCK / (COMBINED / 4))
 extern "C" __global__ void __launch_bounds__(BLOCK) attention_combine(const __grid_constant__ Attention p) {
-    __shared__ float weight[1024];
-    __shared__ float total;
-    pdl_launch();
+    __shared__ float weight[MOST_SPLITS];
+    __shared__ float part[BLOCK / 32];
+    __shared__ __align__(16) float sums[GROUPS][COMBINED];
     pdl_wait();
-    const i64 t = blockIdx.y;
-    const int h = blockIdx.x;
+    pdl_launch();
+    const i64 t = blockIdx.z;
+    const int h = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     if ((u32)t >= valid_rows(p.count, p.rows)) return;
     i64 limit = (i64)*p.cursor + t + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
     const int n = (int)((limit + SPLIT - 1) / SPLIT);
     const i64 slot = (t * p.heads + h) * p.splits;
-    const float* sums = p.sums + slot * 2;
-    if (threadIdx.x < 32) {
-        float m = -INFINITY, l = 0.f;
-        for (int s = threadIdx.x; s < n; s += 32) m = fmaxf(m, sums[2 * s]);
-        m = warp_max(m);
-        for (int s = threadIdx.x; s < n; s += 32) {
-            float e = expf(sums[2 * s] - m);
-            weight[s] = e;
-            l = fmaf(e, sums[2 * s + 1], l);
-        }
-        l = warp_sum(l);
-        if (threadIdx.x == 0) total = l;
-    }
+    const float* at = p.sums + slot * 2;
+    float m = -INFINITY, l = 0.f;
+    for (int s = threadIdx.x; s < n; s += BLOCK) m = fmaxf(m, at[2 * s]);
+    m = warp_max(m);
+    if (lane == 0) part[warp] = m;
     __syncthreads();
-    for (int d = threadIdx.x; d < p.head_dim; d += BLOCK) {
-        const float* a = p.partial + slot * p.head_dim + d;
-        float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < BLOCK / 32; ++w) m = fmaxf(m, part[w]);
+    __syncthreads();
+    for (int s = threadIdx.x; s < n; s += BLOCK) {
+        float e = expf(at[2 * s] - m);
+        weight[s] = e;
+        l = fmaf(e, at[2 * s + 1], l);
+    }
+    l = warp_sum(l);
+    if (lane == 0) part[warp] = l;
+    __syncthreads();
+    float total = 0.f;
+#pragma unroll
+    for (int w = 0; w < BLOCK / 32; ++w) total += part[w];
+
+    const int group = threadIdx.x / (COMBINED / 4), c = threadIdx.x % (COMBINED / 4) * 4, d = blockIdx.y * COMBINED + c;
+    const View partial = {p.partial, p.head_dim, F32, (p.head_dim & 3) == 0};
+    float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll 4
-        for (int s = 0; s < n; ++s) sum = fmaf(weight[s], a[(i64)s * p.head_dim], sum);
-        const i64 c = (i64)h * p.head_dim + d;
-        float v = rounded(sum / total, p.out.dtype);
-        store1(p.out, t, c, v);
-        if (p.gate.p) store1(p.gated, t, c, v * sigmoid(load1(p.gate, t, c)));
+    for (int s = group; s < n; s += GROUPS) {
+        const float4 a = load4(partial, slot + s, d, p.head_dim);
+        const float e = weight[s];
+        sum.x = fmaf(e, a.x, sum.x);
+        sum.y = fmaf(e, a.y, sum.y);
+        sum.z = fmaf(e, a.z, sum.z);
+        sum.w = fmaf(e, a.w, sum.w);
+    }
+    *(float4*)&sums[group][c] = sum;
+    __syncthreads();
+    const int mine = blockIdx.y * COMBINED + threadIdx.x;
+    if (threadIdx.x < COMBINED && mine < p.head_dim) {
+        float all = 0.f;
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i) all += sums[i][threadIdx.x];
+        const i64 column = (i64)h * p.head_dim + mine;
+        float v = rounded(all / total, p.out.dtype);
+        store1(p.out, t, column, v);
+        if (p.gate.p) store1(p.gated, t, column, v * sigmoid(load1(p.gate, t, column)));
     }
 }
+#undef GROUPS
 
 // Prefill without tensor cores: any types, D <= 256. A block of 128 threads takes 16 rows of one head.
 #define ROWS 16
@@ -241,8 +275,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_co
     float* qs = (float*)rows_shared;      // [ROWS][ld]
     float* ks = qs + ROWS * ld;      // [KEYS][ld]: keys, then values
     float* ss = ks + KEYS * ld;      // [ROWS][KEYS + 1]
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     const int h = blockIdx.x, kh = h / (p.heads / p.kv_heads);
     const i64 t0 = (i64)blockIdx.y * ROWS, q0 = (i64)h * D, kv0 = (i64)kh * D;
     const i64 valid = valid_rows(p.count, p.rows);
@@ -386,8 +420,8 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     u16* ks = qs + BM * LD;  // [BN][LD]
     u16* vs = ks + BN * LD;  // [BN][LD]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     const int h = blockIdx.x, kh = h / (p.heads / p.kv_heads);
     const i64 t0 = (i64)(gridDim.y - 1 - blockIdx.y) * BM;  // longest rows first
     const i64 valid = valid_rows(p.count, p.rows);

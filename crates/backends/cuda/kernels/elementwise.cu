@@ -9,8 +9,8 @@
 // last_row, copy, fill, observe, begin_reply, advance: bytes only
 
 extern "C" __global__ void __launch_bounds__(BLOCK) embed(View table, Words tokens, View out, int vocabulary, int width) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 t = blockIdx.x;
     int token = ((const int*)tokens.p)[t * tokens.ld];
     bool known = token >= 0 && token < vocabulary;
@@ -32,8 +32,8 @@ __device__ __forceinline__ float4 scale4(float4 q, float s, const float* weight,
 extern "C" __global__ void __launch_bounds__(BLOCK)
 rms_norm_block(View x, const float* weight, View out, int n, float eps, int centered) {
     __shared__ float part[8];
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 t = blockIdx.x, first = (i64)blockIdx.y * n;
     float s = rms_scale(block_squares(x, t, first, n, part), n, eps);
     for (int c = threadIdx.x * 4; c < n; c += BLOCK * 4)
@@ -43,8 +43,8 @@ rms_norm_block(View x, const float* weight, View out, int n, float eps, int cent
 // One warp per (row, group): N <= WARP_ROWS.
 extern "C" __global__ void __launch_bounds__(BLOCK)
 rms_norm_warp(View x, const float* weight, View out, int n, int groups, i64 total, float eps, int centered) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 g = (i64)blockIdx.x * (BLOCK / 32) + (threadIdx.x >> 5);
     if (g >= total) return;
     i64 t = g / groups, first = (g % groups) * n;
@@ -58,8 +58,8 @@ rms_norm_warp(View x, const float* weight, View out, int n, int groups, i64 tota
 extern "C" __global__ void __launch_bounds__(BLOCK)
 gated_rms_norm_block(View x, View gate, const float* weight, View out, int n, float eps) {
     __shared__ float part[8];
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 t = blockIdx.x, first = (i64)blockIdx.y * n;
     float s = rms_scale(block_squares(x, t, first, n, part), n, eps);
     for (int c = threadIdx.x * 4; c < n; c += BLOCK * 4) {
@@ -72,8 +72,8 @@ gated_rms_norm_block(View x, View gate, const float* weight, View out, int n, fl
 // One warp per (row, group): N <= WARP_ROWS.
 extern "C" __global__ void __launch_bounds__(BLOCK)
 gated_rms_norm_warp(View x, View gate, const float* weight, View out, int n, int groups, i64 total, float eps) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 g = (i64)blockIdx.x * (BLOCK / 32) + (threadIdx.x >> 5);
     if (g >= total) return;
     i64 t = g / groups, first = (g % groups) * n;
@@ -87,8 +87,8 @@ gated_rms_norm_warp(View x, View gate, const float* weight, View out, int n, int
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK) sigmoid_gate(View x, View gate, View out, int n) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 t = blockIdx.x;
     for (int c = (blockIdx.y * BLOCK + threadIdx.x) * 4; c < n; c += gridDim.y * BLOCK * 4) {
         float4 q = load4(x, t, c, n), g = load4(gate, t, c, n);
@@ -97,8 +97,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) sigmoid_gate(View x, View ga
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK) swiglu(View gate, View up, View out, int n) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 t = blockIdx.x;
     for (int c = (blockIdx.y * BLOCK + threadIdx.x) * 4; c < n; c += gridDim.y * BLOCK * 4) {
         float4 g = load4(gate, t, c, n), u = load4(up, t, c, n);
@@ -118,8 +118,8 @@ __device__ __forceinline__ void turn(float& a, float& b, float position, float f
 // One thread per pair; style 0: halves, 1: interleaved.
 extern "C" __global__ void __launch_bounds__(BLOCK)
 rope(View x, const u32* cursor, const float* frequencies, int heads, int head_dim, int pairs, int style) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 t = blockIdx.x;
     float position = (float)(*cursor + (u32)t);
     for (int i = blockIdx.y * BLOCK + threadIdx.x; i < heads * pairs; i += gridDim.y * BLOCK) {
@@ -136,8 +136,8 @@ rope(View x, const u32* cursor, const float* frequencies, int heads, int head_di
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 kv_append(View key, View value, const u32* cursor, const u32* count, View key_cache, View value_cache, int rows, int width, i64 rows_of_cache) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     u32 t = blockIdx.x;
     if (t >= valid_rows(count, rows)) return;
     i64 at = (i64)*cursor + t;
@@ -149,8 +149,8 @@ kv_append(View key, View value, const u32* cursor, const u32* count, View key_ca
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK) last_row(View x, const u32* count, View out, int rows, int n) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     u32 valid = valid_rows(count, rows);
     i64 t = valid ? valid - 1 : 0;
     for (int c = (blockIdx.x * BLOCK + threadIdx.x) * 4; c < n; c += gridDim.x * BLOCK * 4)
@@ -158,8 +158,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) last_row(View x, const u32* 
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK) observe(Words tokens, const u32* count, u32* counts, int rows, int vocabulary) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     u32 t = blockIdx.x * BLOCK + threadIdx.x;
     if (t >= valid_rows(count, rows)) return;
     int token = ((const int*)tokens.p)[t * tokens.ld];
@@ -167,8 +167,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) observe(Words tokens, const 
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK) begin_reply(u32* counts, int vocabulary) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     for (int i = blockIdx.x * BLOCK + threadIdx.x; i < vocabulary; i += gridDim.x * BLOCK) {
         u32 c = counts[i];
         if (c & 0x7fffffffu) counts[i] = 0x80000000u;
@@ -176,14 +176,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) begin_reply(u32* counts, int
 }
 
 extern "C" __global__ void advance(u32* cursor, const u32* count) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     *cursor += count ? *count : 1u;
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK) fill(Words out, i64 rows, i64 cols, u32 bits) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 total = rows * cols;
     for (i64 i = (i64)blockIdx.x * BLOCK + threadIdx.x; i < total; i += (i64)gridDim.x * BLOCK)
         ((u32*)out.p)[i / cols * out.ld + i % cols] = bits;
@@ -192,8 +192,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) fill(Words out, i64 rows, i6
 // Rows of `bytes` bytes; strides in bytes. `unit` divides pointers, strides and bytes: 16, 4, 2 or 1.
 extern "C" __global__ void __launch_bounds__(BLOCK)
 copy_rows(const u8* source, u8* out, i64 rows, i64 bytes, i64 source_stride, i64 out_stride, int unit) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 per_row = bytes / unit, total = rows * per_row;
     for (i64 i = (i64)blockIdx.x * BLOCK + threadIdx.x; i < total; i += (i64)gridDim.x * BLOCK) {
         i64 r = i / per_row, c = i % per_row * unit;
@@ -208,8 +208,8 @@ copy_rows(const u8* source, u8* out, i64 rows, i64 bytes, i64 source_stride, i64
 
 // Adds a bias row to every row.
 extern "C" __global__ void __launch_bounds__(BLOCK) add_bias(View out, const float* bias, int n) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     i64 t = blockIdx.x;
     for (int c = blockIdx.y * BLOCK + threadIdx.x; c < n; c += gridDim.y * BLOCK)
         store1(out, t, c, load1(out, t, c) + bias[c]);
@@ -230,8 +230,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 norm_rope_append(HeadNorm query, HeadNorm key, View value, const u32* cursor, const u32* count, const float* frequencies,
                  View key_cache, View value_cache, int rows, int head_dim, int pairs, int style, i64 rows_of_cache) {
     __shared__ float scratch[BLOCK / 32][512];
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     int lane = threadIdx.x & 31;
     int per_row = query.heads + 2 * key.heads;
     i64 unit = (i64)blockIdx.x * (BLOCK / 32) + (threadIdx.x >> 5);

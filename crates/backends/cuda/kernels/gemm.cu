@@ -17,8 +17,8 @@ template <int W>
 __device__ __forceinline__ void gemm_body(const View& x, const void* w, const float* bias, const View& out, int rows, int n_total, int k_total, int add) {
     __shared__ __align__(16) float xs[DEPTH][TILE + 4];
     __shared__ __align__(16) float ws[DEPTH][TILE + 4];
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     const int n0 = blockIdx.x * TILE, t0 = blockIdx.y * TILE;
     const int tx = threadIdx.x & 15, ty = threadIdx.x >> 4;
     float acc[4][4];

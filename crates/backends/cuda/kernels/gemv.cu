@@ -90,6 +90,99 @@ __device__ __forceinline__ uint4 stream_load(const void* p) {
     return v;
 }
 
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Four columns of an aligned row.
+template <int T> __device__ __forceinline__ float4 quad(const void* row, int c) {
+    if (T == F32) return *(const float4*)((const float*)row + c);
+    const uint2 raw = *(const uint2*)((const u16*)row + c);
+    if (T == BF16)
+        return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u),
+                           __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
+    return make_float4(f16_to_f32((u16)raw.x), f16_to_f32((u16)(raw.x >> 16)),
+                       f16_to_f32((u16)raw.y), f16_to_f32((u16)(raw.y >> 16)));
+}
+
+#define HELD 4  // groups of four columns that a thread loads before it uses the first
+
+// Row m of x, normed if the plan says so, to shared memory. T: type of x, whose rows are aligned.
+template <int T, int E>
+__device__ __forceinline__ void stage(const Gemv& g, int m, int padded, float* xs, float* part) {
+    const u8* row = (const u8*)g.x.p + (i64)m * g.x.ld * (T == F32 ? 4 : 2);
+    const bool once = g.k <= HELD * BLOCK * 4;
+    float scale = 1.f;
+    if (g.norm_weight && !once) scale = rms_scale(block_squares(g.x, m, 0, g.k, part), g.k, g.eps);
+    for (int from = 0; from < padded; from += HELD * BLOCK * 4) {  // all threads alike: there are barriers inside
+        const int base = from + threadIdx.x * 4;
+        float4 q[HELD];
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+            const int c = base + i * BLOCK * 4;
+            q[i] = c < g.k ? quad<T>(row, c) : make_float4(0.f, 0.f, 0.f, 0.f);
+        }
+        if (g.norm_weight) {
+            if (once) {
+                // The sums of block_squares, in its order, over what is held.
+                float s = 0.f;
+                if (g.k > WARP_ROWS) {
+#pragma unroll
+                    for (int i = 0; i < HELD; ++i)
+                        if (base + i * BLOCK * 4 < g.k) s = add_squares(s, q[i]);
+                    s = warp_sum(s);
+                    if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = s;
+                    __syncthreads();
+                    s = 0.f;
+#pragma unroll
+                    for (int i = 0; i < BLOCK / 32; ++i) s += part[i];
+                } else {
+                    s = block_squares(g.x, m, 0, g.k, part);
+                }
+                scale = rms_scale(s, g.k, g.eps);
+            }
+            float4 w[HELD];
+#pragma unroll
+            for (int i = 0; i < HELD; ++i) {
+                const int c = base + i * BLOCK * 4;
+                w[i] = c < g.k ? *(const float4*)(g.norm_weight + c) : make_float4(0.f, 0.f, 0.f, 0.f);
+            }
+            const float add = g.centered ? 1.f : 0.f;
+#pragma unroll
+            for (int i = 0; i < HELD; ++i) {
+                const int c = base + i * BLOCK * 4;
+                q[i].x = rounded(q[i].x * scale * (w[i].x + add), g.normed.dtype);
+                q[i].y = rounded(q[i].y * scale * (w[i].y + add), g.normed.dtype);
+                q[i].z = rounded(q[i].z * scale * (w[i].z + add), g.normed.dtype);
+                q[i].w = rounded(q[i].w * scale * (w[i].w + add), g.normed.dtype);
+                if (c >= g.k) q[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+                else if (blockIdx.x == 0) store4(g.normed, m, c, g.k, q[i]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+            const int c = base + i * BLOCK * 4;
+            if (c < padded) *(float4*)(xs + m * padded + place<E>(c)) = q[i];
+        }
+    }
+}
+// The same for rows that are not aligned.
+template <int E>
+__device__ __forceinline__ void stage_any(const Gemv& g, int m, int padded, float* xs, float* part) {
+    float scale = 1.f;
+    if (g.norm_weight) scale = rms_scale(block_squares(g.x, m, 0, g.k, part), g.k, g.eps);
+    for (int c = threadIdx.x * 4; c < padded; c += BLOCK * 4) {
+        float4 q = load4(g.x, m, c, g.k);
+        if (g.norm_weight) {
+            float base = g.centered ? 1.f : 0.f;
+            q.x = c < g.k ? rounded(q.x * scale * (g.norm_weight[c] + base), g.normed.dtype) : 0.f;
+            q.y = c + 1 < g.k ? rounded(q.y * scale * (g.norm_weight[c + 1] + base), g.normed.dtype) : 0.f;
+            q.z = c + 2 < g.k ? rounded(q.z * scale * (g.norm_weight[c + 2] + base), g.normed.dtype) : 0.f;
+            q.w = c + 3 < g.k ? rounded(q.w * scale * (g.norm_weight[c + 3] + base), g.normed.dtype) : 0.f;
+            if (blockIdx.x == 0) store4(g.normed, m, c, g.k, q);
+        }
+        *(float4*)(xs + m * padded + place<E>(c)) = q;
+    }
+}
+
 template <int W, int M>
 __device__ __forceinline__ void gemv_body(const Gemv& g) {
     const int E = Weights<W>::E;
@@ -97,7 +190,7 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
     typedef typename Weights<W>::T T;
     extern __shared__ float4 shared[];
     float* xs = (float*)shared;
-    __shared__ float part[8];
+    __shared__ float part[M][8];
     const int lane = threadIdx.x & 31;
     const int padded = (g.k + CHUNK - 1) / CHUNK * CHUNK;
     const int steps = (g.k + STEP - 1) / STEP;
@@ -127,25 +220,18 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
         row = row_of(unit, s, 0);
         fetch(now, row, 0);  // weights are nobody's output: no need to wait
     }
-    pdl_launch();
+    if (g.norm_weight)
+        for (int c = threadIdx.x * 32; c < g.k; c += BLOCK * 32) prefetch(g.norm_weight + c);
     pdl_wait();
+    if (unit + stride >= g.units) pdl_launch();
 
+    const bool aligned = g.x.vec && ((u64)g.norm_weight & 15) == 0 && (g.k & 3) == 0;
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-        float scale = 1.f;
-        if (g.norm_weight) scale = rms_scale(block_squares(g.x, m, 0, g.k, part), g.k, g.eps);
-        for (int c = threadIdx.x * 4; c < padded; c += BLOCK * 4) {
-            float4 q = load4(g.x, m, c, g.k);
-            if (g.norm_weight) {
-                float base = g.centered ? 1.f : 0.f;
-                q.x = c < g.k ? rounded(q.x * scale * (g.norm_weight[c] + base), g.normed.dtype) : 0.f;
-                q.y = c + 1 < g.k ? rounded(q.y * scale * (g.norm_weight[c + 1] + base), g.normed.dtype) : 0.f;
-                q.z = c + 2 < g.k ? rounded(q.z * scale * (g.norm_weight[c + 2] + base), g.normed.dtype) : 0.f;
-                q.w = c + 3 < g.k ? rounded(q.w * scale * (g.norm_weight[c + 3] + base), g.normed.dtype) : 0.f;
-                if (blockIdx.x == 0) store4(g.normed, m, c, g.k, q);
-            }
-            *(float4*)(xs + m * padded + place<E>(c)) = q;
-        }
+        if (!aligned) stage_any<E>(g, m, padded, xs, part[m]);
+        else if (g.x.dtype == F32) stage<F32, E>(g, m, padded, xs, part[m]);
+        else if (g.x.dtype == BF16) stage<BF16, E>(g, m, padded, xs, part[m]);
+        else stage<F16, E>(g, m, padded, xs, part[m]);
     }
     __syncthreads();
 
@@ -153,10 +239,22 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
         const Segment& p = g.segment[s];
         const int n = unit - p.first_unit;
         const int halves = p.mode == PAIR ? 2 : 1;
-        float first[M];
+        float first = 0.f;
         const int unit2 = unit + stride;
         const int s2 = locate(unit2, s);
+        if (unit2 < g.units && unit2 + stride >= g.units) pdl_launch();  // this warp's last unit but one
+        // What the epilogue needs comes while the row is summed. ADD: lane m holds what row m had. CONV: lane j holds tap j
+        // and the state's row j.
+        float old = 0.f, tap = 0.f;
+        if (p.mode == ADD) {
+            if (lane < M) old = load1(p.out, lane, n);
+        } else if (p.mode == CONV) {
+            if (lane < p.taps) tap = p.conv_weight[(i64)n * p.taps + lane];
+            if (lane + 1 < p.taps) old = p.conv_state[(i64)lane * p.rows + n];
+        }
         for (int half = 0; half < halves; ++half) {
+            const float* bias = half ? p.bias2 : p.bias;
+            const float b = bias ? bias[n] : 0.f;
             float acc[M];
 #pragma unroll
             for (int m = 0; m < M; ++m) acc[m] = 0.f;
@@ -193,38 +291,37 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
 #pragma unroll
                 for (int j = 0; j < UNROLL; ++j) now[j] = next[j];
             }
+            float v = 0.f;  // of row `lane`; with one row, every lane's
 #pragma unroll
-            for (int m = 0; m < M; ++m) acc[m] = warp_sum(acc[m]);
-            if (lane == 0) {
-                const float* bias = half ? p.bias2 : p.bias;
-                float b = bias ? bias[n] : 0.f;
-#pragma unroll
-                for (int m = 0; m < M; ++m) {
-                    float v = acc[m] + b;
-                    if (p.mode == ADD) {
-                        store1(p.out, m, n, load1(p.out, m, n) + v);
-                    } else if (p.mode == STORE) {
-                        store1(p.out, m, n, v);
-                    } else if (p.mode == PAIR) {
-                        const View& o = half ? p.out2 : p.out;
-                        v = rounded(v, o.dtype);
-                        store1(o, m, n, v);
-                        if (half) store1(p.out3, m, n, silu(first[m]) * v);
-                        else first[m] = v;
-                    } else if (m == 0) {  // CONV: the plan has one row
-                        v = rounded(v, p.out.dtype);
-                        store1(p.out, 0, n, v);
-                        float sum = 0.f;
-                        for (int j = 0; j + 1 < p.taps; ++j) {
-                            float old = p.conv_state[(i64)j * p.rows + n];
-                            sum = fmaf(p.conv_weight[(i64)n * p.taps + j], old, sum);
-                            if (j) p.conv_state[(i64)(j - 1) * p.rows + n] = old;
-                        }
-                        sum = fmaf(p.conv_weight[(i64)n * p.taps + p.taps - 1], v, sum);
-                        p.conv_state[(i64)(p.taps - 2) * p.rows + n] = v;
-                        if (p.conv_bias) sum += p.conv_bias[n];
-                        store1(p.out2, 0, n, silu(sum));
-                    }
+            for (int m = 0; m < M; ++m) {
+                const float sum = warp_sum(acc[m]) + b;
+                if (M == 1 || lane == m) v = sum;
+            }
+            if (p.mode == CONV) {
+                // The plan has one row.
+                v = rounded(v, p.out.dtype);
+                float sum = 0.f;
+                for (int j = 0; j + 1 < p.taps; ++j)
+                    sum = fmaf(__shfl_sync(FULL, tap, j), __shfl_sync(FULL, old, j), sum);
+                sum = fmaf(__shfl_sync(FULL, tap, p.taps - 1), v, sum);
+                if (lane > 0 && lane + 1 < p.taps) p.conv_state[(i64)(lane - 1) * p.rows + n] = old;
+                if (lane == 0) {
+                    store1(p.out, 0, n, v);
+                    if (p.taps > 1) p.conv_state[(i64)(p.taps - 2) * p.rows + n] = v;
+                    if (p.conv_bias) sum += p.conv_bias[n];
+                    store1(p.out2, 0, n, silu(sum));
+                }
+            } else if (lane < M) {
+                if (p.mode == ADD) {
+                    store1(p.out, lane, n, old + v);
+                } else if (p.mode == STORE) {
+                    store1(p.out, lane, n, v);
+                } else {
+                    const View& o = half ? p.out2 : p.out;
+                    v = rounded(v, o.dtype);
+                    store1(o, lane, n, v);
+                    if (half) store1(p.out3, lane, n, silu(first) * v);
+                    else first = v;
                 }
             }
         }

@@ -13,8 +13,8 @@
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
 causal_conv(View x, const float* weight, const float* bias, const u32* count, float* state, View out, int rows, int channels, int taps, int span) {
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     int c = blockIdx.x * BLOCK + threadIdx.x;
     if (c >= channels) return;
     const int keep = taps - 1;
@@ -72,6 +72,7 @@ struct Delta {
     View gate;
     View normed;
     const float* norm_weight;
+    u32* done;  // per value head: blocks that have stored their columns; zero between launches
     float eps;
     int pad;
 };
@@ -86,7 +87,7 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
     __shared__ __align__(16) float qs[TOKENS][KD];
     __shared__ float gs[TOKENS], bs[TOKENS], kq[TOKENS];
     __shared__ __align__(16) float head_out[512];
-    __shared__ float part[8];
+    __shared__ bool last;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int h = blockIdx.x;
     const int kh = h / (p.value_heads / p.key_heads);
@@ -99,9 +100,14 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
     const bool wide = (p.value_dim & 1) == 0;
     float* state = p.state + (i64)h * p.key_dim * p.value_dim;
 
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
+    const float rate = expf(p.a_log[h]), dt = p.dt_bias[h];
     const int valid = (int)valid_rows(p.count, p.rows);
+    // Of the first tile, by the lane of the warp that needs them; and of the first token.
+    const int own_token = warp + (lane & 3) * warps;
+    const bool own_rates = lane < 4 && own_token < valid && own_token < TOKENS;
+    float first_decay = own_rates ? load1(p.decay, own_token, h) : 0.f, first_beta = own_rates ? load1(p.beta, own_token, h) : 0.f;
     float s0[CHUNKS * 4], s1[CHUNKS * 4];
 #pragma unroll
     for (int i = 0; i < CHUNKS * 4; ++i) {
@@ -119,11 +125,11 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
             }
         }
     }
-    const float rate = expf(p.a_log[h]), dt = p.dt_bias[h];
     const float root = sqrtf((float)p.key_dim);
 
     for (int base = 0; base < valid; base += TOKENS) {
         const int here = valid - base < TOKENS ? valid - base : TOKENS;
+        float nv0 = own0 ? load1(p.qkv, base, v0 + col) : 0.f, nv1 = own1 ? load1(p.qkv, base, v0 + col + 1) : 0.f;
         __syncthreads();
         // All loads of a few tokens go out before the first sum.
         const int AHEAD = CHUNKS <= 4 ? 4 : 1;
@@ -171,14 +177,17 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
                 dot = fmaf(k, q, dot);
             }
             dot = warp_sum(dot);
+            const int turn = i / warps;
+            const bool early = base == 0 && turn < 4;
+            const float given_decay = __shfl_sync(FULL, first_decay, turn & 3), given_beta = __shfl_sync(FULL, first_beta, turn & 3);
             if (lane == 0) {
+                const float decay = early ? given_decay : load1(p.decay, t, h), beta = early ? given_beta : load1(p.beta, t, h);
                 kq[i] = dot;
-                gs[i] = expf(-rate * softplus(load1(p.decay, t, h) + dt));
-                bs[i] = sigmoid(load1(p.beta, t, h));
+                gs[i] = expf(-rate * softplus(decay + dt));
+                bs[i] = sigmoid(beta);
             }
         }
         __syncthreads();
-        float nv0 = own0 ? load1(p.qkv, base, v0 + col) : 0.f, nv1 = own1 ? load1(p.qkv, base, v0 + col + 1) : 0.f;
         for (int i = 0; i < here; ++i) {
             const i64 t = base + i;
             const float v_0 = nv0, v_1 = nv1;
@@ -222,12 +231,15 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
                 const float o0 = fmaf(kq[i], d0, g * c0), o1 = fmaf(kq[i], d1, g * c1);
                 if (own0) store1(p.out, t, o, o0);
                 if (own1) store1(p.out, t, o + 1, o1);
-                if (p.gate.p && i == 0) {
-                    if (own0) head_out[pair * 2] = rounded(o0, p.out.dtype);
-                    if (own1) head_out[pair * 2 + 1] = rounded(o1, p.out.dtype);
-                }
             }
         }
+    }
+    // The plan has one row where there is a gate. The last block of a head to get here norms and gates it, in the order of
+    // the separate kernel; the state is written while the blocks count themselves.
+    if (p.gate.p) {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) last = atomicInc(p.done + h, gridDim.y - 1) == gridDim.y - 1;
     }
     if (valid > 0) {
 #pragma unroll
@@ -245,16 +257,21 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
         }
     }
     if (p.gate.p) {
-        // The plan has one row and this block the whole head: gated norm, in the order of the separate kernel.
         __syncthreads();
-        View local = {head_out, 0, F32, 1};
-        if (warp == 0) {
-            float s = warp_squares(local, 0, 0, p.value_dim);
-            if (lane == 0) part[0] = s;
+        if (!last) return;
+        __threadfence();
+        const i64 first = (i64)h * p.value_dim;
+        for (int c = threadIdx.x; c < p.value_dim; c += blockDim.x) {
+            if (p.out.dtype == F32) {
+                head_out[c] = ((volatile const float*)p.out.p)[first + c];
+            } else {
+                const u16 raw = ((volatile const u16*)p.out.p)[first + c];
+                head_out[c] = p.out.dtype == BF16 ? bf16_to_f32(raw) : f16_to_f32(raw);
+            }
         }
         __syncthreads();
-        const float scale = rms_scale(part[0], p.value_dim, p.eps);
-        const i64 first = (i64)h * p.value_dim;
+        const View local = {head_out, 0, F32, 1};
+        const float scale = rms_scale(warp_squares(local, 0, 0, p.value_dim), p.value_dim, p.eps);
         for (int c = threadIdx.x; c < p.value_dim; c += blockDim.x)
             store1(p.normed, 0, first + c, head_out[c] * scale * p.norm_weight[c] * silu(load1(p.gate, 0, first + c)));
     }
@@ -263,7 +280,7 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
     extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Delta p) { \
         delta_body<CHUNKS>(p);                                                                      \
     }
-DELTA(gated_delta_1, 1, 512)
-DELTA(gated_delta_2, 2, 512)
-DELTA(gated_delta_4, 4, 512)
-DELTA(gated_delta_8, 8, 512)
+DELTA(gated_delta_1, 1, 128)
+DELTA(gated_delta_2, 2, 128)
+DELTA(gated_delta_4, 4, 128)
+DELTA(gated_delta_8, 8, 128)

@@ -154,8 +154,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const __grid_consta
     __shared__ u64 bins[BINS];
     __shared__ u64 part[THREADS / 32];
     __shared__ Chosen result;
-    pdl_launch();
     pdl_wait();
+    pdl_launch();
     SampleWork* w = p.work;
     const u64 launch = *(volatile u64*)&w->launch;
     const float temperature = p.params[0], repetition = p.params[4], presence = p.params[5], frequency = p.params[6];

@@ -38,3 +38,13 @@ pub fn plain_copy(
     times.sort_by(f64::total_cmp);
     Ok(times[times.len() / 2])
 }
+
+/// Tells a profiler to begin or to end.
+///
+/// # Errors
+/// If the driver refuses.
+pub fn profile(on: bool) -> Result<(), BackendError> {
+    // SAFETY: no arguments; a context is current in the programs that call this.
+    let status = unsafe { if on { sys::cuProfilerStart() } else { sys::cuProfilerStop() } };
+    check(status, "telling the profiler")
+}

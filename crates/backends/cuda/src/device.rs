@@ -54,7 +54,7 @@ impl Default for CudaOptions {
             programmatic_launch: true,
             tune: true,
             cublaslt: true,
-            gemv_blocks: 2,
+            gemv_blocks: 4,
             trace: false,
             slots_at_load: 8,
         }

@@ -5,7 +5,7 @@ use ampoule_plan::{Access, BufferTable, Op, Phase, Plan, View};
 
 use crate::launch::arguments::SEGMENTS;
 use crate::launch::{DECODE_ROWS, decodes_by_splits, gemv_fits};
-use crate::memory::resident_dtype;
+use crate::memory::{DELTA_HEADS, resident_dtype};
 
 /// Kernels to enqueue, in order.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -227,7 +227,8 @@ impl Matcher<'_> {
     /// Cuts the rows whose result the convolution reads out of their linear, to convolve them.
     fn take_conv(&self, group: &mut GemvGroup, at: usize, taken: &[usize]) -> bool {
         let Op::CausalConv(conv) = &self.plan.ops[at] else { return false };
-        if conv.x.height() != 1 || conv.count.is_some() {
+        // A tap a lane.
+        if conv.x.height() != 1 || conv.count.is_some() || conv.weight.width() > 32 {
             return false;
         }
         let mut parts = group.parts.clone();
@@ -397,6 +398,7 @@ impl Matcher<'_> {
             && n.x == d.out
             && n.weight.width() == d.value_dim
             && d.value_dim <= 128
+            && d.value_heads <= DELTA_HEADS
             && !meet(&n.gate, &d.out)
             && (n.out == d.out || !meet(&n.out, &d.out))
             && [&d.qkv, &d.decay, &d.beta].iter().all(|v| !meet(v, &n.out));

@@ -112,7 +112,13 @@ impl Drop for Resident {
 }
 
 /// Bytes of `SampleWork` in `sample.cu`: six histograms of 2048 and 48 bytes before them, rounded up.
-pub(crate) const SAMPLE_WORK_BYTES: usize = 6 * 2048 * 8 + 256;
+const SAMPLE_WORK: usize = 6 * 2048 * 8 + 256;
+/// After it: `done` of `Delta` in `recurrent.cu`.
+pub(crate) const DELTA_DONE: usize = SAMPLE_WORK;
+/// Most value heads whose blocks can be counted there.
+pub(crate) const DELTA_HEADS: usize = 1024;
+/// Bytes of both; zero between launches.
+const SAMPLE_WORK_BYTES: usize = SAMPLE_WORK + 4 * DELTA_HEADS;
 /// Entries of the ring of mirrored tokens: `MIRRORS` in `sample.cu`.
 pub(crate) const MIRRORS: usize = 64;
 

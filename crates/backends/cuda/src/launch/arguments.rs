@@ -165,6 +165,7 @@ pub(crate) struct DeltaArgs {
     pub(crate) gate: MatrixView,
     pub(crate) normed: MatrixView,
     pub(crate) norm_weight: u64,
+    pub(crate) done: u64,
     pub(crate) eps: f32,
     pub(crate) pad: i32,
 }
@@ -211,7 +212,7 @@ mod tests {
         assert_eq!(size_of::<Gemv>(), 80 + SEGMENTS * size_of::<Segment>());
         assert_eq!(size_of::<HeadNorm>(), 72);
         assert_eq!(size_of::<AttentionArgs>(), 6 * 24 + 5 * 8 + 8 * 4);
-        assert_eq!(size_of::<DeltaArgs>(), 4 * 24 + 4 * 8 + 6 * 4 + 2 * 24 + 8 + 8);
+        assert_eq!(size_of::<DeltaArgs>(), 4 * 24 + 4 * 8 + 6 * 4 + 2 * 24 + 2 * 8 + 8);
         assert_eq!(size_of::<SampleArgs>(), 12 * 8 + 16);
         assert!(size_of::<Gemv>() <= 4096);
     }

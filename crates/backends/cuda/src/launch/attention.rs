@@ -9,9 +9,11 @@ use crate::driver::Launch;
 use crate::memory::WorkspaceSizes;
 
 /// Positions of one split: `SPLIT` in `attention.cu`.
-const SPLIT: usize = 256;
+const SPLIT: usize = 64;
 /// Most splits the combining kernel can hold.
-const MOST_SPLITS: usize = 1024;
+const MOST_SPLITS: usize = 4096;
+/// Elements of a head that a block of the combining kernel takes.
+const COMBINED: usize = 64;
 
 /// Whether the kernel for few rows takes the op.
 pub(crate) fn decodes_by_splits(phase: Phase, o: &Attention) -> bool {
@@ -87,7 +89,8 @@ impl Launcher<'_> {
             let name = format!("attention_split_{}_{group}", dtype_suffix(a.key.dtype));
             let grid = [splits as u32, (o.heads / group) as u32, rows as u32];
             self.go(&name, self.early(grid, BLOCK), args![a])?;
-            let how = self.early([o.heads as u32, rows as u32, 1], BLOCK);
+            let parts = o.head_dim.div_ceil(COMBINED) as u32;
+            let how = self.early([o.heads as u32, parts, rows as u32], BLOCK);
             return self.go("attention_combine", how, args![a]);
         }
         let tiles = same

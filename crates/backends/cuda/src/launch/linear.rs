@@ -11,7 +11,7 @@ use crate::fuse::{GemvGroup, Then};
 use crate::lt::ProductShape;
 use crate::memory::resident_dtype;
 
-/// Shared memory for x that leaves room for two blocks of the next kernel beside two of this.
+/// Shared memory for x that leaves room for two blocks on a multiprocessor.
 const GEMV_SHARED: usize = 100 << 10;
 
 /// Whether the matrix-vector kernel can take rows of this width with weights of this type.

@@ -5,6 +5,7 @@ use ampoule_plan::{CausalConv, GatedDelta, GatedRmsNorm};
 
 use super::arguments::DeltaArgs;
 use super::{BLOCK, Launcher, args};
+use crate::memory::DELTA_DONE;
 
 /// Lanes that share a pair of value columns: `GROUPS` in `recurrent.cu`.
 const GROUPS: usize = 8;
@@ -42,8 +43,8 @@ impl Launcher<'_> {
                 return Err(self.unsupported(format!("key heads of {more} elements; at most 256")));
             }
         };
-        // With the norm a block must hold the whole head; without, heads are cut so that all multiprocessors work.
-        let columns = if norm.is_some() { o.value_dim } else { o.value_dim.min(32) };
+        // Heads are cut so that all multiprocessors work.
+        let columns = o.value_dim.min(32);
         let mut p = DeltaArgs {
             qkv: self.matrix(&o.qkv),
             decay: self.matrix(&o.decay),
@@ -66,6 +67,7 @@ impl Launcher<'_> {
             p.normed = self.matrix(&norm.out);
             p.norm_weight = self.address(&norm.weight);
             p.eps = norm.eps;
+            p.done = self.resident.sample_work.at() + DELTA_DONE as u64;
         }
         let threads = (columns.div_ceil(2) * GROUPS).next_multiple_of(32) as u32;
         let grid = [o.value_heads as u32, o.value_dim.div_ceil(columns) as u32, 1];
