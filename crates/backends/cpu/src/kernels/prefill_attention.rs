@@ -10,7 +10,7 @@ use crate::operands::Mat;
 use crate::simd::{Kernel, LANES, Simd};
 
 /// Queries (rows times heads of a group) of one tile, about.
-const QUERIES: usize = 48;
+const QUERIES: usize = 96;
 
 impl Heads {
     /// Token rows of one tile.
