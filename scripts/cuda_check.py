@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,12 +89,21 @@ def main():
     print(f"NVRTC {major.value}.{minor.value}")
     common = (KERNELS / "common.cuh").read_text()
     only = sys.argv[1:]
+    jobs = [
+        (architecture, path)
+        for architecture in ARCHITECTURES
+        for path in sorted(KERNELS.glob("*.cu"))
+        if not only or path.stem in only or architecture in only
+    ]
+
+    def compile_job(job):
+        architecture, path = job
+        return compile_kernel(nvrtc, path.name, common + path.read_text(), architecture)
+
     failed = 0
-    for architecture in ARCHITECTURES:
-        for path in sorted(KERNELS.glob("*.cu")):
-            if only and path.stem not in only and architecture not in only:
-                continue
-            good, log, cubin = compile_kernel(nvrtc, path.name, common + path.read_text(), architecture)
+    # ctypes lets go of the interpreter while NVRTC works, so threads share out the work.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (architecture, path), (good, log, cubin) in zip(jobs, pool.map(compile_job, jobs)):
             print(f"{architecture:8} {path.name:16} {'ok' if good else 'FAILED'} {cubin} bytes", flush=True)
             if architecture == "sm_90a":
                 print("\n".join(report(log)))

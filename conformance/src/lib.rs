@@ -4,3 +4,4 @@
 pub mod ops;
 
 pub mod goldens;
+pub mod lineage;

@@ -33,7 +33,7 @@ mod execute;
 mod list;
 mod random;
 mod report;
-mod rng;
+pub(crate) mod rng;
 mod rows;
 mod sampling;
 mod sequence;

@@ -183,9 +183,11 @@ impl Machine<'_> {
             Op::Observe(o) => {
                 let count = Self::count(o.count.as_ref(), o.tokens.height(), &mut operands);
                 let tokens = operands.mat(&o.tokens);
-                let counts = words(&operands.mat(&o.counts));
+                let counts = operands.mat(&o.counts);
+                // SAFETY: tokens is i32 `[T, 1]`, counts u32 `[1, V]`, and they do not overlap.
+                let counts: &mut [u32] = unsafe { row_mut(&counts, 0) };
                 for t in 0..count {
-                    // SAFETY: tokens is i32 `[T, 1]`.
+                    // SAFETY: as above.
                     let token = unsafe { tokens.row(t).cast::<u32>().read() };
                     if let Some(entry) = counts.get_mut(token as usize) {
                         *entry |= SEEN_AS_PROMPT;
@@ -193,21 +195,25 @@ impl Machine<'_> {
                 }
             }
             Op::BeginReply(o) => {
-                for entry in words(&operands.mat(&o.counts)) {
+                // SAFETY: counts is u32 `[1, V]`, the op's only operand.
+                let counts: &mut [u32] = unsafe { row_mut(&operands.mat(&o.counts), 0) };
+                for entry in counts {
                     *entry = if *entry == 0 { 0 } else { SEEN_AS_PROMPT };
                 }
             }
             Op::Sample(o) => self.sample(o, &mut operands),
             Op::Advance(o) => {
                 let by = o.count.as_ref().map_or(1, |view| operands.word(view));
-                let cursor = words(&operands.mat(&o.cursor));
+                // SAFETY: the cursor is one u32.
+                let cursor: &mut [u32] = unsafe { row_mut(&operands.mat(&o.cursor), 0) };
                 cursor[0] = cursor[0].wrapping_add(by);
             }
             Op::Fill(o) => {
                 let out = operands.mat(&o.out);
                 for row in 0..out.rows {
                     // SAFETY: a checked view of 4-byte elements, which the op alone touches.
-                    unsafe { words_of_row(&out, row) }.fill(o.bits);
+                    let words: &mut [u32] = unsafe { row_mut(&out, row) };
+                    words.fill(o.bits);
                 }
             }
             Op::Copy(o) => {
@@ -486,56 +492,61 @@ impl Machine<'_> {
     fn sample(&mut self, o: &Sample, operands: &mut Operands<'_>) {
         let position = operands.word(&o.cursor);
         let forced = operands.word(&o.forced).cast_signed();
-        let counts = words(&operands.mat(&o.counts));
-        let seed = words(&operands.mat(&o.seed));
-        let draw = Draw {
-            logits: floats(&operands.mat(&o.logits)),
-            counts,
-            params: floats(&operands.mat(&o.params)),
-            seed: [seed[0], seed[1]],
-            bias_tokens: integers(&operands.mat(&o.bias_tokens)),
-            bias_values: floats(&operands.mat(&o.bias_values)),
-            position,
-            draw: forced < 0,
-            adjusted: floats(&operands.mat(&o.adjusted)),
+        let [logits, params, seed] = [&o.logits, &o.params, &o.seed].map(|v| operands.mat(v));
+        let [bias_tokens, bias_values] = [&o.bias_tokens, &o.bias_values].map(|v| operands.mat(v));
+        let [adjusted, counts, out] =
+            [&o.adjusted, &o.counts, &o.token].map(|view| operands.mat(view));
+        // SAFETY: single rows of the types the op asks for; what it writes (`adjusted`, `counts`, `token`) overlaps
+        // no other operand, and those it only reads are never borrowed mutably.
+        let draw = unsafe {
+            let seed: &[u32] = row(&seed);
+            Draw {
+                logits: row(&logits),
+                counts: row(&counts),
+                params: row(&params),
+                seed: [seed[0], seed[1]],
+                bias_tokens: row(&bias_tokens),
+                bias_values: row(&bias_values),
+                position,
+                draw: forced < 0,
+                adjusted: row_mut(&adjusted, 0),
+            }
         };
         let drawn = self.scratch.sampler.sample(self.pool, self.isa, draw);
         let token = usize::try_from(forced).unwrap_or(drawn);
+        // SAFETY: as above; the draw's borrows have ended.
+        let (counts, out) = unsafe { (row_mut::<u32>(&counts, 0), row_mut::<u32>(&out, 0)) };
         if let Some(entry) = counts.get_mut(token)
             && *entry & !SEEN_AS_PROMPT < !SEEN_AS_PROMPT
         {
             *entry += 1;
         }
-        words(&operands.mat(&o.token))[0] = token as u32;
+        out[0] = token as u32;
     }
 }
 
-/// The words of one row.
+/// An element of 4 bytes for which every pattern of bits is a value.
+trait Word: Copy {}
+impl Word for u32 {}
+impl Word for i32 {}
+impl Word for f32 {}
+
+/// The only row of an operand.
+///
+/// # Safety
+/// The operand must be a checked view of 4-byte elements, and nobody write the row while the slice lives.
+unsafe fn row<'a, T: Word>(mat: &Mat) -> &'a [T] {
+    debug_assert_eq!((mat.rows, mat.dtype.block_bytes()), (1, 4));
+    // SAFETY: the caller's promise; elements lie at multiples of their size.
+    unsafe { std::slice::from_raw_parts(mat.row(0).cast(), mat.cols) }
+}
+
+/// One row of an operand, to be changed.
 ///
 /// # Safety
 /// The operand must be a checked view of 4-byte elements, and nobody else use the row while the slice lives.
-unsafe fn words_of_row<'a>(mat: &Mat, row: usize) -> &'a mut [u32] {
+unsafe fn row_mut<'a, T: Word>(mat: &Mat, row: usize) -> &'a mut [T] {
+    debug_assert_eq!(mat.dtype.block_bytes(), 4);
     // SAFETY: the caller's promise; elements lie at multiples of their size.
     unsafe { std::slice::from_raw_parts_mut(mat.row(row).cast(), mat.cols) }
-}
-
-/// The only row of an operand of words.
-fn words<'a>(mat: &Mat) -> &'a mut [u32] {
-    debug_assert_eq!(mat.rows, 1);
-    // SAFETY: single rows of words; the ops that use them let go of one operand's slice before they take it again.
-    unsafe { words_of_row(mat, 0) }
-}
-
-/// The only row of an operand of floats.
-fn floats<'a>(mat: &Mat) -> &'a mut [f32] {
-    debug_assert_eq!(mat.rows, 1);
-    // SAFETY: as in `words`; the type has the same size.
-    unsafe { std::slice::from_raw_parts_mut(mat.row(0).cast(), mat.cols) }
-}
-
-/// The only row of an operand of integers.
-fn integers<'a>(mat: &Mat) -> &'a [i32] {
-    debug_assert_eq!(mat.rows, 1);
-    // SAFETY: as in `words`; the type has the same size.
-    unsafe { std::slice::from_raw_parts(mat.row(0).cast(), mat.cols) }
 }

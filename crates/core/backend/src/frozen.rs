@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ampoule_plan::Sealed;
 
+use crate::host::HostBytes;
 use crate::{BackendError, Region};
 
 /// Regions of a slot's State, copied aside. Immutable; dropping it gives its bytes back to the budget.
@@ -53,11 +54,13 @@ pub fn check_regions(model: &Sealed, regions: &[Region]) -> Result<usize, Backen
 }
 
 /// Frozen state in host memory, for backends whose slots live there. Holds the regions back to back.
-pub struct HostFrozen {
+pub struct HostFrozen<B> {
     owner: Arc<HostBudget>,
     regions: Vec<Region>,
     offsets: Vec<usize>,
-    data: Vec<u8>,
+    data: B,
+    /// What is reserved.
+    bytes: usize,
 }
 
 /// The budget of host frozen state of one program.
@@ -86,54 +89,47 @@ impl HostBudget {
             .map(|_| ())
             .map_err(|used| BackendError::CapsuleBudget { wanted, used, budget: self.budget })
     }
+
+    fn give_back(&self, bytes: usize) {
+        self.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
 }
 
-impl HostFrozen {
-    /// Reserves the bytes in the budget, then fills them: `fill` appends each region's bytes, in order.
+impl<B: HostBytes> HostFrozen<B> {
+    /// Reserves the bytes in the budget, allocates them, then fills them: `fill` is called once for each region, in
+    /// order, with its index and the zeroed bytes to fill.
     ///
     /// # Errors
-    /// If a region is not State of the model, the budget is used up, memory is short, or `fill` fails or appends
-    /// another number of bytes.
+    /// If a region is not State of the model, the budget is used up, or memory is short.
     pub fn new(
         owner: &Arc<HostBudget>,
         model: &Sealed,
         regions: &[Region],
-        fill: impl FnOnce(&mut Vec<u8>) -> Result<(), BackendError>,
+        mut fill: impl FnMut(usize, &mut [u8]),
     ) -> Result<Self, BackendError> {
         let bytes = check_regions(model, regions)?;
         owner.reserve(bytes)?;
-        // From here on dropping `frozen` gives the reservation back; its length is the reservation.
-        let mut frozen = Self {
-            owner: Arc::clone(owner),
-            regions: regions.to_vec(),
-            offsets: Vec::new(),
-            data: Vec::new(),
-        };
-        let give_back = |owner: &HostBudget| owner.used.fetch_sub(bytes, Ordering::Relaxed);
-        let mut data = Vec::new();
-        if data.try_reserve_exact(bytes).is_err() {
-            give_back(owner);
-            frozen.data = Vec::new();
+        let Some(data) = B::zeroed(bytes) else {
+            owner.give_back(bytes);
             return Err(BackendError::OutOfMemory {
                 what: "a capsule".to_owned(),
                 wanted: bytes as u64,
                 available: 0,
             });
-        }
-        let filled = fill(&mut data);
-        if filled.is_err() || data.len() != bytes {
-            give_back(owner);
-            filled?;
-            let problem = format!("{} bytes were supplied for regions of {bytes}", data.len());
-            return Err(BackendError::WrongBuffer { buffer: "frozen state".to_owned(), problem });
-        }
+        };
+        // From here on dropping `frozen` gives the reservation back.
+        let owner = Arc::clone(owner);
+        let regions = regions.to_vec();
+        let mut frozen = Self { owner, regions, offsets: vec![0], data, bytes };
+        let mut rest = frozen.data.bytes_mut();
         let mut offset = 0;
-        for region in regions {
+        for (index, region) in frozen.regions.iter().enumerate() {
+            let (to, after) = rest.split_at_mut(region.bytes(&model.model().buffers));
+            offset += to.len();
+            fill(index, to);
             frozen.offsets.push(offset);
-            offset += region.bytes(&model.model().buffers);
+            rest = after;
         }
-        frozen.offsets.push(offset);
-        frozen.data = data;
         Ok(frozen)
     }
 
@@ -142,7 +138,7 @@ impl HostFrozen {
     /// # Panics
     /// If there is no such region.
     pub fn region(&self, index: usize) -> &[u8] {
-        &self.data[self.offsets[index]..self.offsets[index + 1]]
+        &self.data.bytes()[self.offsets[index]..self.offsets[index + 1]]
     }
 
     /// The parts as this type, if all of them were frozen under this budget.
@@ -163,19 +159,19 @@ impl HostFrozen {
     }
 }
 
-impl Drop for HostFrozen {
+impl<B> Drop for HostFrozen<B> {
     fn drop(&mut self) {
-        self.owner.used.fetch_sub(self.data.len(), Ordering::Relaxed);
+        self.owner.give_back(self.bytes);
     }
 }
 
-impl Frozen for HostFrozen {
+impl<B: HostBytes> Frozen for HostFrozen<B> {
     fn regions(&self) -> &[Region] {
         &self.regions
     }
 
     fn bytes(&self) -> usize {
-        self.data.len()
+        self.bytes
     }
 
     fn read(&self, index: usize, into: &mut [u8]) -> Result<(), BackendError> {

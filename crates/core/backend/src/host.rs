@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Owned bytes, aligned as a backend's kernels want them.
-pub trait HostBytes: Send + Sized {
+pub trait HostBytes: Send + Sync + Sized + 'static {
     /// Zeroed bytes, or `None` where memory is short.
     fn zeroed(len: usize) -> Option<Self>;
 
@@ -217,11 +217,11 @@ impl<K: HostKernels> HostProgram<K> {
         }
         Ok(())
     }
+}
 
-    fn region_span(&self, region: &Region) -> std::ops::Range<usize> {
-        let row = self.model.buffer(region.buffer).row_bytes();
-        region.rows.start * row..region.rows.end * row
-    }
+fn region_span(model: &Sealed, region: &Region) -> std::ops::Range<usize> {
+    let row = model.buffer(region.buffer).row_bytes();
+    region.rows.start * row..region.rows.end * row
 }
 
 impl<K: HostKernels> Program for HostProgram<K> {
@@ -285,7 +285,9 @@ impl<K: HostKernels> Program for HostProgram<K> {
                 problem: format!("{bytes} bytes, not {}", into.len()),
             });
         }
-        into.copy_from_slice(&self.memory.bytes(slot, region.buffer)[self.region_span(region)]);
+        into.copy_from_slice(
+            &self.memory.bytes(slot, region.buffer)[region_span(&self.model, region)],
+        );
         Ok(())
     }
 
@@ -295,22 +297,21 @@ impl<K: HostKernels> Program for HostProgram<K> {
         regions: &[Region],
     ) -> Result<Arc<dyn Frozen>, BackendError> {
         let slot = self.slot(slot)?;
-        let frozen = HostFrozen::new(&self.budget, &self.model, regions, |data| {
-            for region in regions {
-                data.extend_from_slice(
-                    &self.memory.bytes(slot, region.buffer)[self.region_span(region)],
-                );
-            }
-            Ok(())
+        let model = Arc::clone(&self.model);
+        let budget = Arc::clone(&self.budget);
+        let frozen = HostFrozen::<K::Bytes>::new(&budget, &model, regions, |index, to| {
+            let region = &regions[index];
+            let from = &self.memory.bytes(slot, region.buffer)[region_span(&model, region)];
+            self.kernels.copy(from, to);
         })?;
         Ok(Arc::new(frozen))
     }
 
     fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError> {
         let slot = self.slot(slot)?;
-        for part in HostFrozen::own(&self.budget, parts)? {
+        for part in HostFrozen::<K::Bytes>::own(&self.budget, parts)? {
             for (index, region) in part.regions().iter().enumerate() {
-                let span = self.region_span(region);
+                let span = region_span(&self.model, region);
                 let to = &mut self.memory.bytes_mut(slot, region.buffer)[span];
                 self.kernels.copy(part.region(index), to);
             }
@@ -331,12 +332,10 @@ impl<K: HostKernels> Program for HostProgram<K> {
             let problem = "the bytes supplied have not the regions' sizes".to_owned();
             return Err(BackendError::WrongBuffer { buffer: "frozen state".to_owned(), problem });
         }
-        let frozen = HostFrozen::new(&self.budget, &self.model, regions, |data| {
-            for part in bytes {
-                data.extend_from_slice(part);
-            }
-            Ok(())
-        })?;
+        let frozen =
+            HostFrozen::<K::Bytes>::new(&self.budget, &self.model, regions, |index, to| {
+                self.kernels.copy(bytes[index], to);
+            })?;
         Ok(Arc::new(frozen))
     }
 
