@@ -83,6 +83,12 @@ impl HostKernels for CpuKernels {
         Ok(())
     }
 
+    fn poison(&mut self) {
+        if let Some(scratch) = &mut self.scratch {
+            scratch.poison();
+        }
+    }
+
     /// One thread does not fill the memory bus, and the C library's streaming stores begin at larger sizes than a
     /// layer's rows have: so pieces of a copy go to all threads.
     fn copy(&mut self, from: &[u8], to: &mut [u8]) {

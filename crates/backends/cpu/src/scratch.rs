@@ -188,6 +188,17 @@ impl Scratch {
         })
     }
 
+    /// NaNs wherever nothing is to be read that the same replay has not written; angles are forgotten.
+    pub(crate) fn poison(&mut self) {
+        let all = [&mut self.threads, &mut self.widened, &mut self.partials, &mut self.angles.data];
+        for memory in all {
+            for word in memory.bytes_mut().chunks_exact_mut(4) {
+                word.copy_from_slice(&f32::NAN.to_le_bytes());
+            }
+        }
+        self.angles.holds = None;
+    }
+
     pub(crate) fn per_thread(&mut self) -> PerThread {
         PerThread { base: self.threads.address().cast(), stride: self.stride }
     }

@@ -61,6 +61,9 @@ impl Default for EngineOptions {
 /// The most positions that any capsule file may claim; real contexts are set when a model is built.
 const FILE_CONTEXT: usize = 1 << 24;
 
+/// Rows that poisoning overwrites: more than any kernel reads at a time.
+const POISONED_ROWS: usize = 256;
+
 pub(crate) struct Slot {
     /// The boundary the slot goes on from.
     pub(crate) chain: Option<Arc<RowNode>>,
@@ -246,7 +249,8 @@ impl Engine {
         self.program.frozen_bytes()
     }
 
-    /// For tests: overwrites all Scratch, Output and Input with NaNs before every replay.
+    /// For tests: overwrites all Scratch, Output and Input with NaNs before every replay, and rows of the slot that
+    /// hold nothing.
     pub const fn poison_between_replays(&mut self, on: bool) {
         self.poison = on;
     }
@@ -657,8 +661,30 @@ impl Engine {
             let poisoned = self.program.poison();
             self.survive(slot, poisoned)?;
             self.forced = None;
+            self.poison_rows_ahead(slot)?;
         }
         Ok(())
+    }
+
+    /// NaNs in the rows behind the last that the slot holds: no kernel may read what was never appended.
+    fn poison_rows_ahead(&mut self, slot: SlotId) -> Result<(), EngineError> {
+        let Some(entry) = self.slots.get(&slot) else { return Ok(()) };
+        let held = entry.held.last().map_or(0, |n| n.end());
+        let start = entry.position().max(held) as usize;
+        let rows = start..(start + POISONED_ROWS).min(self.context);
+        let regions = ampoule_backend::row_regions(&self.model, &rows);
+        if rows.is_empty() || regions.is_empty() {
+            return Ok(());
+        }
+        // 0x7fc0 is a NaN in bf16 and f16, and twice over in f32.
+        let nans =
+            |region: &Region| 0x7fc0_u16.to_le_bytes().repeat(region.bytes(self.buffers()) / 2);
+        let bytes: Vec<Vec<u8>> = regions.iter().map(nans).collect();
+        let bytes: Vec<&[u8]> = bytes.iter().map(Vec::as_slice).collect();
+        let frozen = self.program.freeze_bytes(&regions, &bytes);
+        let frozen = self.survive(slot, frozen)?;
+        let thawed = self.program.thaw(slot, &[frozen]);
+        self.survive(slot, thawed)
     }
 
     /// Rows at and past the position are about to be overwritten: nodes that reach there are no longer held.

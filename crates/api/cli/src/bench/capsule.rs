@@ -46,7 +46,7 @@ pub(super) fn run(
         for _ in 0..args.reps {
             drop((capsule, file));
             (capsule, file) = take(model, slot, &tokens, &mut reps)?;
-            around(model, slot, &capsule, &file, ahead, &mut reps)?;
+            around(model, slot, (&capsule, &file), ahead, &mut copier, &mut reps)?;
             reps.copy.push(copier.copy(all));
             reps.copy_fixed.push(copier.copy(fixed));
             bar.inc(1);
@@ -137,16 +137,17 @@ fn take(
     Ok((capsule, file))
 }
 
-/// Restores into other rows, goes ahead and back, and imports the file.
+/// Restores into other rows with nothing of the capsule in a cache, goes ahead and back, and imports the file.
 fn around(
     model: &mut Ampoule,
     slot: SlotId,
-    capsule: &Capsule,
-    file: &[u8],
+    (capsule, file): (&Capsule, &[u8]),
     ahead: usize,
+    copier: &mut Copier,
     reps: &mut Reps,
 ) -> anyhow::Result<()> {
     evict(model, slot)?;
+    copier.sweep();
     timed(model, &mut reps.restore, |m| Ok(m.engine.restore(slot, capsule)?))?;
     for _ in 0..ahead {
         model.engine.step(slot)?;
