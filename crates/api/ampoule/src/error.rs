@@ -52,6 +52,23 @@ pub enum Error {
     /// The device asked for is not there or cannot be used.
     #[error(transparent)]
     Device(#[from] ampoule_backend::BackendError),
+    /// The machine has not the memory for it.
+    #[error(
+        "{slots} slots of {context} tokens and the weights need {} MiB, and {} MiB of memory are free; ask for fewer \
+         slots, a smaller context or a smaller model",
+        wanted >> 20,
+        available >> 20
+    )]
+    Memory {
+        /// Slots asked for.
+        slots: usize,
+        /// Tokens a slot holds.
+        context: usize,
+        /// Bytes needed.
+        wanted: u64,
+        /// Bytes free.
+        available: u64,
+    },
     /// A file cannot be read or written.
     #[error("{path}: cannot {action}: {source}", path = path.display())]
     Io {

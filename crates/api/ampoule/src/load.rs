@@ -105,6 +105,30 @@ struct Fallback {
     no_driver: bool,
 }
 
+/// That the system has the memory for a model in host memory: pages are taken when they are first touched, and by then
+/// it is too late to say no.
+fn check_memory(model: &Sealed, slots: usize) -> Result<(), Error> {
+    let sum = |state: bool| -> u64 {
+        let buffers = model.model().buffers.iter().filter(|(_, b)| b.role.is_state() == state);
+        buffers.map(|(_, b)| b.bytes() as u64).sum()
+    };
+    let wanted = sum(true).saturating_mul(slots as u64).saturating_add(sum(false));
+    match available_memory() {
+        Some(available) if wanted > available => {
+            let context = model.model().plans.iter().map(|p| p.key.context).max().unwrap_or(0);
+            Err(Error::Memory { slots, context, wanted, available })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Bytes that can be had without swapping, where the system says so.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
 impl Ampoule {
     /// Loads a `.gguf` file, a Hugging Face folder, or `random:NAME`; `progress` is told bytes done and in all.
     ///
@@ -132,6 +156,9 @@ impl Ampoule {
     ) -> Result<Self, Error> {
         let files = ModelFiles::open(model)?;
         let built = files.build(&build_options(&files, options, &backend.info()))?;
+        if matches!(backend.info().backend, "cpu" | "reference") {
+            check_memory(&built.sealed, options.engine.slots)?;
+        }
         let name = files.shape().name.clone();
         let identity =
             Identity { name: name.clone(), weights: built.weights_digest, plan: built.plan_digest };

@@ -408,3 +408,9 @@ fn doctor_describes_the_machine() {
     assert!(devices.iter().any(|d| d["device"] == "cpu" && d["there"] == true), "{devices:?}");
     assert!(!value["model_folders"].as_array().expect("folders").is_empty());
 }
+
+#[test]
+fn more_slots_than_memory_are_refused_before_anything_is_loaded() {
+    let said = error(1, "generate --model random:qwen3.5-0.8b --tokens 1,2 --slots 1024 --context 8192", &[]);
+    assert!(said.contains("slots") && said.contains("MiB of memory are free"), "{said}");
+}

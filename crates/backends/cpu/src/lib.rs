@@ -19,7 +19,7 @@ mod simd;
 
 use std::sync::Arc;
 
-use ampoule_backend::host::HostProgram;
+use ampoule_backend::host::{HostProgram, mathematics_digest};
 use ampoule_backend::{
     Backend, BackendError, DeviceInfo, LoadOptions, Program, Progress, WeightSource,
 };
@@ -65,9 +65,10 @@ impl Backend for CpuBackend {
             backend: "cpu",
             class: format!("cpu {}", std::env::consts::ARCH),
             kernels: format!(
-                "ampoule-cpu {} {} lanes=16",
+                "ampoule-cpu {} {} lanes=16 libm={:016x}",
                 env!("CARGO_PKG_VERSION"),
-                env!("AMPOULE_CPU_SOURCES")
+                env!("AMPOULE_CPU_SOURCES"),
+                mathematics_digest()
             ),
             description: format!("CPU, {} threads, {}", self.threads, self.isa),
         }

@@ -11,7 +11,7 @@ mod sample;
 
 use std::sync::Arc;
 
-use ampoule_backend::host::{HostKernels, HostMemory, HostProgram};
+use ampoule_backend::host::{HostKernels, HostMemory, HostProgram, mathematics_digest};
 use ampoule_backend::{
     Backend, BackendError, DeviceInfo, LoadOptions, Program, Progress, SlotId, WeightSource,
 };
@@ -29,7 +29,11 @@ impl Backend for ReferenceBackend {
         DeviceInfo {
             backend: "reference",
             class: format!("reference {}", std::env::consts::ARCH),
-            kernels: format!("ampoule-reference {}", env!("CARGO_PKG_VERSION")),
+            kernels: format!(
+                "ampoule-reference {} libm={:016x}",
+                env!("CARGO_PKG_VERSION"),
+                mathematics_digest()
+            ),
             description: "scalar interpreter, one thread".to_owned(),
         }
     }

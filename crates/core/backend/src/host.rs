@@ -369,3 +369,38 @@ impl<K: HostKernels> Program for HostProgram<K> {
         self.budget.usage()
     }
 }
+
+/// A digest of what the platform's mathematics library answers.
+///
+/// Two libraries may round `sin` or `exp` otherwise; state made with one is then not what the other would have made, and
+/// no version number says so. Host backends put this into [`crate::DeviceInfo::kernels`], so that a capsule does not fit
+/// where the library differs on any of some thousand arguments.
+pub fn mathematics_digest() -> u64 {
+    /// FNV-1a, 64 bits (Fowler, Noll, Vo).
+    fn add(hash: u64, value: f32) -> u64 {
+        value
+            .to_bits()
+            .to_le_bytes()
+            .iter()
+            .fold(hash, |h, &byte| (h ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+    }
+    let mut hash = 0xcbf2_9ce4_8422_2325;
+    for i in 1..=2048_u16 {
+        // Positions times frequencies, logits, decays: from tiny to large, both signs; unknown to the compiler.
+        let x = std::hint::black_box(f32::from(i) * 0.037 * f32::from(i));
+        let small = x / 4096.0;
+        let (sin, cos) = x.sin_cos();
+        let values = [sin, cos, (-small).exp(), small.exp(), x.ln(), small.ln_1p(), x.powf(-0.25)];
+        let wide = std::hint::black_box(f64::from(x)).powf(-0.37) as f32;
+        hash = values.into_iter().chain([wide]).fold(hash, add);
+    }
+    hash
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_digest_is_the_same_each_time() {
+        assert_eq!(super::mathematics_digest(), super::mathematics_digest());
+    }
+}
