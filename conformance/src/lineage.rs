@@ -8,6 +8,7 @@
 use std::ops::ControlFlow;
 
 use ampoule::{Ampoule, Capsule, EngineError, Error, SamplingParams, SlotId};
+use ampoule_engine::{NewLink, StatePart};
 
 use crate::ops::rng::Rng;
 
@@ -153,6 +154,7 @@ const OPERATIONS: &[(&str, usize)] = &[
     ("drop session", 2),
     ("reset", 1),
     ("reimport", 1),
+    ("reassemble", 2),
 ];
 
 /// Runs random operations on both engines; `progress` is told operations done and in all.
@@ -271,7 +273,8 @@ impl Run<'_> {
                 self.model.engine.reset(session.slot)?;
                 self.naive.engine.reset(session.naive)?;
             }
-            _ => self.reimport()?,
+            "reimport" => self.reimport()?,
+            _ => self.reassemble()?,
         }
         self.report.operations[choice].1 += 1;
         let bytes = self.model.engine.capsule_bytes().0;
@@ -416,6 +419,48 @@ impl Run<'_> {
             return Err(self.differ("reimport", "the lineage"));
         }
         self.kept[which].capsule = capsule;
+        Ok(())
+    }
+
+    /// A capsule is taken apart and put together again, link by link; half the time after it was dropped, so that
+    /// rows nobody else holds have to be supplied.
+    fn reassemble(&mut self) -> Result<(), TreeError> {
+        if self.kept.is_empty() {
+            return Ok(());
+        }
+        let which = self.below(self.kept.len());
+        let kept = self.kept.swap_remove(which);
+        let chain = self.model.engine.chain(&kept.capsule)?;
+        let scope = self.model.engine.chain_scope();
+        let tensors = scope.layout.tensors.len();
+        let copy = |part: &StatePart| -> Result<Vec<Vec<u8>>, EngineError> {
+            (0..tensors).map(|i| Ok(part.tensor(i)?.to_vec())).collect()
+        };
+        let links: Vec<NewLink> = chain
+            .links
+            .iter()
+            .map(|link| NewLink {
+                tokens: link.tokens().to_vec(),
+                spans: link.spans(),
+                lineage: link.lineage(),
+                from: link.from(),
+                journal: link.journal(),
+            })
+            .collect();
+        let fixed = copy(&chain.fixed)?;
+        let rows = chain.links.iter().map(|l| copy(&l.rows)).collect::<Result<Vec<_>, _>>()?;
+        drop(chain);
+        let Kept { capsule, file, bytes, log } = kept;
+        let lineage = capsule.lineage();
+        let held = (self.below(2) == 0).then_some(capsule);
+        let capsule = self.model.engine.assemble(&scope, &links, &fixed, &mut |index| {
+            Ok::<_, EngineError>(rows[index].clone())
+        })?;
+        drop(held);
+        if capsule.lineage() != lineage {
+            return Err(self.differ("reassemble", "the lineage"));
+        }
+        self.kept.push(Kept { capsule, file, bytes, log });
         Ok(())
     }
 

@@ -411,6 +411,10 @@ fn doctor_describes_the_machine() {
 
 #[test]
 fn more_slots_than_memory_are_refused_before_anything_is_loaded() {
-    let said = error(1, "generate --model random:qwen3.5-0.8b --tokens 1,2 --slots 1024 --context 8192", &[]);
+    let said = error(
+        1,
+        "generate --model random:qwen3.5-0.8b --tokens 1,2 --slots 1024 --context 8192",
+        &[],
+    );
     assert!(said.contains("slots") && said.contains("MiB of memory are free"), "{said}");
 }

@@ -23,6 +23,11 @@ pub trait Frozen: Send + Sync {
     /// If there is no such region, `into` has not its size, or the device fails.
     fn read(&self, index: usize, into: &mut [u8]) -> Result<(), BackendError>;
 
+    /// The bytes of region `index`, if they lie in host memory.
+    fn host(&self, _index: usize) -> Option<&[u8]> {
+        None
+    }
+
     /// For the backend to find its own type again.
     fn as_any(&self) -> &dyn Any;
 }
@@ -172,6 +177,10 @@ impl<B: HostBytes> Frozen for HostFrozen<B> {
 
     fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    fn host(&self, index: usize) -> Option<&[u8]> {
+        (index < self.regions.len()).then(|| self.region(index))
     }
 
     fn read(&self, index: usize, into: &mut [u8]) -> Result<(), BackendError> {

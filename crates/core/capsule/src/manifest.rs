@@ -116,7 +116,10 @@ impl Manifest {
     }
 
     /// See [`CapsuleFile::check_fits`](crate::CapsuleFile::check_fits).
-    pub(crate) fn check_fits(
+    ///
+    /// # Errors
+    /// The same.
+    pub fn check_fits(
         &self,
         fingerprint: &Fingerprint,
         layout: &StateLayout,

@@ -14,6 +14,7 @@ use ampoule_capsule::{
 };
 use ampoule_plan::{BufferId, Phase, Sealed, WeightSource};
 
+use crate::chain::KnownNodes;
 use crate::lineage::{Boundary, RowNode};
 use crate::sampling::{Event, Stamped};
 use crate::{EngineError, SamplingParams};
@@ -133,6 +134,7 @@ pub struct Engine {
     bias_entries: usize,
     context: usize,
     poison: bool,
+    pub(crate) known: KnownNodes,
 }
 
 static NEXT_ENGINE: AtomicU64 = AtomicU64::new(1);
@@ -210,6 +212,7 @@ impl Engine {
             bias_entries,
             context,
             poison: false,
+            known: KnownNodes::default(),
             model,
         })
     }

@@ -1,11 +1,12 @@
 //! Capsules to and from their file format. Bytes only: whoever calls does the I/O.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, RangeInclusive};
 
 use ampoule_backend::{Region, fixed_regions, row_regions};
 use ampoule_capsule::{CapsuleFile, CapsuleHeader, CapsuleWriter, MAX_JOURNAL_BYTES, Manifest};
 use ampoule_plan::BufferTable;
 
+use crate::chain::ChainLink;
 use crate::engine::Engine;
 use crate::lineage::{Capsule, RowNode, path};
 use crate::sampling::{Event, Stamped};
@@ -23,27 +24,16 @@ impl Engine {
         capsule: &Capsule,
         sink: &mut dyn FnMut(&[u8]) -> ControlFlow<()>,
     ) -> Result<(), EngineError> {
-        if capsule.0.engine != self.id {
-            return Err(EngineError::ForeignCapsule);
-        }
         let manifest = self.manifest(capsule);
-        let nodes = path(Some(&capsule.0.node));
-        let tokens: Vec<u32> = nodes.iter().flat_map(|n| n.tokens.iter().copied()).collect();
-        let frozen = nodes.iter().filter_map(|n| n.rows.as_ref()).chain([&capsule.0.fixed]);
-        let table = &self.model.model().buffers;
-        // Per tensor, the pieces of its rows from the root on.
-        let mut pieces: Vec<Vec<Vec<u8>>> = vec![Vec::new(); self.layout.tensors.len()];
-        for part in frozen {
-            for (index, region) in part.regions().iter().enumerate() {
-                let mut bytes = vec![0; region.bytes(table)];
-                part.read(index, &mut bytes)?;
-                pieces[self.tensor_index(region)].push(bytes);
-            }
-        }
+        let chain = self.chain(capsule)?;
+        let tokens: Vec<u32> = chain.links.iter().flat_map(ChainLink::tokens).copied().collect();
+        let parts = chain.links.iter().map(|l| &l.rows).chain([&chain.fixed]);
+        let parts: Vec<_> = parts.collect();
         let mut writer = CapsuleWriter::new(&manifest, &tokens)?;
-        for (tensor, pieces) in self.layout.tensors.iter().zip(&pieces) {
-            let pieces: Vec<&[u8]> = pieces.iter().map(Vec::as_slice).collect();
-            writer.add(&tensor.name, &pieces)?;
+        for (index, tensor) in self.layout.tensors.iter().enumerate() {
+            // The pieces of its rows from the root on, or its only one.
+            let pieces: Result<Vec<&[u8]>, _> = parts.iter().map(|p| p.tensor(index)).collect();
+            writer.add(&tensor.name, &pieces?)?;
         }
         for slice in writer.finish()?.slices() {
             if sink(slice).is_break() {
@@ -72,7 +62,7 @@ impl Engine {
         }
     }
 
-    fn tensor_index(&self, region: &Region) -> usize {
+    pub(crate) fn tensor_index(&self, region: &Region) -> usize {
         self.model
             .state()
             .iter()
@@ -98,31 +88,9 @@ impl Engine {
             });
         }
         let tokens: Vec<u32> = file.tokens().collect();
-        if let Some(&token) = tokens.iter().find(|&&t| t as usize >= self.vocabulary()) {
-            return Err(EngineError::TokenRange { token, vocabulary: self.vocabulary() });
-        }
-        self.check_cursor(&file, position)?;
-        self.check_sampler(&file)?;
-        let events: Option<Vec<Stamped>> =
-            manifest.journal.as_deref().map(serde_json::from_str).transpose().map_err(|e| {
-                EngineError::CapsuleState {
-                    what: "its journal is a list of sampler events".to_owned(),
-                    found: e.to_string(),
-                }
-            })?;
-        let stamps: Vec<u32> = events.iter().flatten().map(|e| e.position).collect();
-        if !stamps.is_sorted() || stamps.last().is_some_and(|&last| last > position) {
-            let found = format!("positions {stamps:?}");
-            return Err(EngineError::CapsuleState {
-                what: format!("its journal ends at position {position}"),
-                found,
-            });
-        }
-        for stamped in events.iter().flatten() {
-            if let Event::Configure(params) = &stamped.event {
-                self.check_sampling(params)?;
-            }
-        }
+        self.check_tokens(&tokens)?;
+        self.check_state(&|name| file.tensor(name).unwrap_or_default(), position)?;
+        let events = self.check_journal(manifest.journal.as_deref(), 0..=position)?;
         let model = std::sync::Arc::clone(&self.model);
         let part = |regions: &[Region]| -> Vec<&[u8]> {
             let name = |r: &Region| &model.buffer(r.buffer).name;
@@ -137,6 +105,7 @@ impl Engine {
             Some(self.program.freeze_bytes(&rows, &part(&rows))?)
         };
         let node = RowNode::imported(tokens, manifest, events, rows);
+        self.known.add(&node);
         Ok(Capsule::new(node, fixed, self.id))
     }
 
@@ -153,11 +122,50 @@ impl Engine {
         Ok(())
     }
 
+    pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<(), EngineError> {
+        match tokens.iter().find(|&&t| t as usize >= self.vocabulary()) {
+            Some(&token) => Err(EngineError::TokenRange { token, vocabulary: self.vocabulary() }),
+            None => Ok(()),
+        }
+    }
+
+    /// The events of a journal, all of them in `range` and in order; `None` where there is no journal.
+    pub(crate) fn check_journal(
+        &self,
+        journal: Option<&str>,
+        range: RangeInclusive<u32>,
+    ) -> Result<Option<Vec<Stamped>>, EngineError> {
+        let Some(journal) = journal else { return Ok(None) };
+        let events: Vec<Stamped> = serde_json::from_str(journal).map_err(|e| {
+            let what = "its journal is a list of sampler events".to_owned();
+            EngineError::CapsuleState { what, found: e.to_string() }
+        })?;
+        let stamps: Vec<u32> = events.iter().map(|e| e.position).collect();
+        if !stamps.is_sorted() || stamps.iter().any(|stamp| !range.contains(stamp)) {
+            let what = format!("its journal is of positions {range:?}");
+            return Err(EngineError::CapsuleState { what, found: format!("{stamps:?}") });
+        }
+        for stamped in &events {
+            if let Event::Configure(params) = &stamped.event {
+                self.check_sampling(params)?;
+            }
+        }
+        Ok(Some(events))
+    }
+
+    /// That fixed state makes sense at a position: `tensor` gives its tensors by name.
+    pub(crate) fn check_state<'a>(
+        &self,
+        tensor: &dyn Fn(&str) -> &'a [u8],
+        position: u32,
+    ) -> Result<(), EngineError> {
+        self.check_cursor(tensor, position)?;
+        self.check_sampler(tensor)
+    }
+
     /// The sampler's own settings must be ones that somebody could have made.
-    fn check_sampler(&self, file: &CapsuleFile<'_>) -> Result<(), EngineError> {
-        let words = |name: &str| -> Vec<[u8; 4]> {
-            file.tensor(name).unwrap_or_default().as_chunks::<4>().0.to_vec()
-        };
+    fn check_sampler<'a>(&self, tensor: &dyn Fn(&str) -> &'a [u8]) -> Result<(), EngineError> {
+        let words = |name: &str| -> Vec<[u8; 4]> { tensor(name).as_chunks::<4>().0.to_vec() };
         let values: Vec<f32> =
             words("sampler.params").into_iter().map(f32::from_le_bytes).collect();
         let tokens = words("sampler.bias_tokens").into_iter().map(i32::from_le_bytes);
@@ -172,9 +180,12 @@ impl Engine {
     }
 
     /// The state's own position must be the manifest's: else every row after it would land in the wrong place.
-    fn check_cursor(&self, file: &CapsuleFile<'_>, position: u32) -> Result<(), EngineError> {
-        let name = &self.model.buffer(self.buffers.cursor).name;
-        let bytes = file.tensor(name).and_then(|b| b.first_chunk::<4>());
+    fn check_cursor<'a>(
+        &self,
+        tensor: &dyn Fn(&str) -> &'a [u8],
+        position: u32,
+    ) -> Result<(), EngineError> {
+        let bytes = tensor(&self.model.buffer(self.buffers.cursor).name).first_chunk::<4>();
         let found = bytes.map_or(u32::MAX, |b| u32::from_le_bytes(*b));
         if found == position {
             return Ok(());

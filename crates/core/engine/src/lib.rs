@@ -5,6 +5,7 @@
 //! and which sampler settings were made where), so that lineages can be told apart and rolled back.
 #![forbid(unsafe_code)]
 
+mod chain;
 mod engine;
 mod error;
 mod file;
@@ -13,6 +14,7 @@ mod lineage;
 mod sampling;
 mod verbs;
 
+pub use chain::{Chain, ChainLink, ChainScope, NewLink, StatePart, TensorBytes};
 pub use engine::{Control, Engine, EngineOptions, Identity, PrefillProgress};
 pub use error::EngineError;
 pub use generate::FinishReason;

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use ampoule_backend::Frozen;
 use ampoule_capsule::{History, LineageId, Manifest, Parent};
 
+use crate::chain::NewLink;
 use crate::sampling::Stamped;
 
 /// The rows between a boundary and its parent, and how they came about.
@@ -68,6 +69,29 @@ impl RowNode {
             rows,
             id: manifest.lineage,
             imported_from: manifest.parent,
+            boundary: Mutex::default(),
+        })
+    }
+
+    /// A link put together below `parent`.
+    pub(crate) fn linked(
+        parent: Option<Arc<Self>>,
+        link: &NewLink,
+        history: History,
+        events: Option<Vec<Stamped>>,
+        rows: Option<Arc<dyn Frozen>>,
+    ) -> Arc<Self> {
+        let start = parent.as_ref().map_or(0, |p| p.end());
+        let imported_from = link.from.filter(|_| parent.is_none());
+        Arc::new(Self {
+            parent,
+            start,
+            tokens: link.tokens.clone(),
+            history,
+            events,
+            rows,
+            id: link.lineage,
+            imported_from,
             boundary: Mutex::default(),
         })
     }

@@ -56,6 +56,8 @@ impl Engine {
         let (tail, events) = (std::mem::take(&mut entry.tail), std::mem::take(&mut entry.events));
         let node =
             RowNode::new(entry.chain.take(), tail, entry.history.clone(), Some(events), rows, id);
+        self.known.add(&node);
+        let entry = self.slot_mut(slot)?;
         // The slot holds the rows it just froze. What it holds beyond its position is of another branch.
         entry.held.truncate(path(Some(&node)).len() - 1);
         entry.held.push(Arc::clone(&node));
