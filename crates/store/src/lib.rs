@@ -1,0 +1,30 @@
+//! A durable store of execution-state capsules.
+#![forbid(unsafe_code)]
+
+mod codec;
+mod error;
+mod files;
+mod frame;
+mod heads;
+mod identity;
+mod load;
+mod maintain;
+mod records;
+mod save;
+mod storage;
+mod store;
+
+pub use codec::Compression;
+pub use error::{
+    Damage, Damaged, HeadError, KeyError, LoadError, MaintenanceError, OpenError, ReadError,
+    SaveError, SourceError, StorageError, WriteError,
+};
+pub use files::{FileEntry, FileStorage, LockOutcome, ReadFile, RealFiles, Vfs, WriteFile};
+pub use heads::{Expected, Head};
+pub use identity::{CapsuleId, KeyId, NodeId, ScopeId, SegmentId, StoreKey};
+pub use load::{PartBytes, StoredCapsule, StoredNode};
+pub use maintain::{Amount, Catalog, FsckReport, GcReport, Listed, Problem};
+pub use records::{Scope, SegmentRef};
+pub use save::{Link, NewCapsule, Saved, Slices, StateBytes};
+pub use storage::{Entry, Folder, Holder, Key, Object, Storage, Swapped, Version};
+pub use store::{Options, Store};
