@@ -123,12 +123,13 @@ impl Store {
         self.ensure_writable()?;
         let key = self.head_key(name)?;
         let _turn = self.writer();
-        if self.storage.stat(&key)?.is_none() {
-            return Ok(false);
+        let there = self.storage.stat(&key)?.is_some();
+        if there {
+            self.storage.remove(&key)?;
         }
-        self.storage.remove(&key)?;
+        // Also where it is gone: a process that was killed while it removed it may not have made that durable.
         self.storage.flush(&[Folder::Heads])?;
-        Ok(true)
+        Ok(there)
     }
 
     /// All heads, by name, and those that are damaged.

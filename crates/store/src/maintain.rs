@@ -202,6 +202,8 @@ impl Store {
         let _turn = self.writer();
         let key = Key::new(Folder::Capsules, id);
         if self.storage.stat(&key)?.is_none() {
+            // A process that was killed while it removed it may not have made that durable.
+            self.storage.flush(&[Folder::Capsules])?;
             return Ok(false);
         }
         let (heads, damaged) = self.heads()?;

@@ -114,7 +114,7 @@ impl Store {
         let mut writer = self.writer();
         let condemned = self.condemned(&mut writer)?;
         let mut tally = Tally::default();
-        let scope = self.put_scope(capsule.scope, &condemned, &mut tally)?;
+        let scope = self.put_scope(capsule.scope, &mut tally)?;
         let node = self.put_chain(capsule, scope, &condemned, &mut tally)?;
         let fixed = self.put_part(
             capsule.scope,
@@ -149,8 +149,12 @@ impl Store {
         Ok(Saved { id, node, written: tally.written, shared: tally.shared })
     }
 
-    /// What a gc somewhere has condemned: it may be deleted at any time from now on, and must not be used.
+    /// What a gc somewhere has condemned: it may be deleted at any time from now on, and must not be used. In a folder the
+    /// next gc, which is this process's own, looks again whether it is needed.
     fn condemned(&self, writer: &mut Writer) -> Result<Condemned, SaveError> {
+        if self.storage.single_writer() {
+            return Ok(Vec::new());
+        }
         let names: Vec<String> =
             self.storage.list(Folder::Condemned)?.into_iter().map(|entry| entry.name).collect();
         writer.condemned.retain(|name, _| names.contains(name));
@@ -162,9 +166,6 @@ impl Store {
                 Ok(objects) => objects,
                 // Carried out since.
                 Err(ReadError::Damaged(Damaged { damage: Damage::Missing, .. })) => continue,
-                // In a folder the only one who could carry it out is the next gc of this process, which cannot read it
-                // either.
-                Err(ReadError::Damaged(_)) if self.storage.single_writer() => continue,
                 Err(error) => return Err(error.into()),
             };
             writer.condemned.insert(name, Arc::new(objects));
@@ -193,19 +194,13 @@ impl Store {
         }
     }
 
-    fn put_scope(
-        &self,
-        scope: &Scope,
-        condemned: &Condemned,
-        tally: &mut Tally,
-    ) -> Result<ScopeId, SaveError> {
+    fn put_scope(&self, scope: &Scope, tally: &mut Tally) -> Result<ScopeId, SaveError> {
         let Scope { fingerprint, layout, salt } = scope.clone();
         let record = ScopeRecord { version: VERSION, fingerprint, layout, salt };
         let bytes = to_json(&record);
         let id = ScopeId(Named::Scope.digest(self.key.as_ref(), &[&bytes]));
         let key = Key::new(Folder::Scopes, id);
-        // Scopes are few and small, and never condemned.
-        debug_assert!(!is_condemned(condemned, &key));
+        // Scopes are few and small; on object storage they are never condemned.
         let known = self.knows_scope(id) && self.storage.stat(&key)?.is_some();
         if !known && !self.holds(&key, Kind::Scope)? {
             tally.written +=

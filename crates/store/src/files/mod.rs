@@ -246,7 +246,7 @@ impl Storage for FileStorage {
     }
 
     fn now(&self) -> Result<SystemTime, StorageError> {
-        Ok(SystemTime::now())
+        Ok(self.files.now())
     }
 }
 

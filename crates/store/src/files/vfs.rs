@@ -106,6 +106,11 @@ pub trait Vfs: Send + Sync {
     /// `NotFound`; others if the medium fails.
     fn list(&self, folder: &str) -> io::Result<Vec<FileEntry>>;
 
+    /// The time by the clock of [`FileEntry::modified`].
+    fn now(&self) -> SystemTime {
+        SystemTime::now()
+    }
+
     /// Takes the lock that a file of this path stands for; it goes with the process at the latest.
     ///
     /// # Errors
