@@ -10,6 +10,8 @@ mod identity;
 mod load;
 mod maintain;
 mod records;
+#[cfg(feature = "s3")]
+mod remote;
 mod save;
 mod storage;
 mod store;
@@ -24,7 +26,12 @@ pub use heads::{Expected, Head};
 pub use identity::{CapsuleId, KeyId, NodeId, ScopeId, SegmentId, StoreKey};
 pub use load::{PartBytes, StoredCapsule, StoredNode};
 pub use maintain::{Amount, Catalog, FsckReport, GcReport, Listed, Problem};
+/// The crate whose types [`RemoteStorage::over`] takes.
+#[cfg(feature = "s3")]
+pub use object_store;
 pub use records::{Scope, SegmentRef};
+#[cfg(feature = "s3")]
+pub use remote::{RemoteOptions, RemoteStorage};
 pub use save::{Link, NewCapsule, Saved, Slices, StateBytes};
 pub use storage::{Entry, Folder, Holder, Key, Object, Storage, Swapped, Version};
 pub use store::{Options, Store};
