@@ -15,6 +15,7 @@ mod remote;
 mod save;
 mod storage;
 mod store;
+pub mod tiers;
 
 pub use codec::Compression;
 pub use error::{

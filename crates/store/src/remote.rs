@@ -67,6 +67,30 @@ impl RemoteStorage {
     /// # Errors
     /// If the URL or the environment is not right.
     pub fn s3(url: &str, options: RemoteOptions) -> Result<Self, OpenError> {
+        Self::s3_from(url, options, AmazonS3Builder::from_env())
+    }
+
+    /// [`s3`](Self::s3) with credentials of the caller's.
+    ///
+    /// # Errors
+    /// As [`s3`](Self::s3).
+    pub fn s3_with_credentials(
+        url: &str,
+        options: RemoteOptions,
+        access_key_id: &str,
+        secret_access_key: &str,
+    ) -> Result<Self, OpenError> {
+        let builder = AmazonS3Builder::from_env()
+            .with_access_key_id(access_key_id)
+            .with_secret_access_key(secret_access_key);
+        Self::s3_from(url, options, builder)
+    }
+
+    fn s3_from(
+        url: &str,
+        options: RemoteOptions,
+        mut builder: AmazonS3Builder,
+    ) -> Result<Self, OpenError> {
         let wrong = |reason: String| OpenError::Option {
             option: "object storage",
             reason: format!("{url}: {reason}"),
@@ -76,7 +100,6 @@ impl RemoteStorage {
         let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
         // The one cryptography that is linked; another choice of the program's stays.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let mut builder = AmazonS3Builder::from_env();
         if let Some(endpoint) = &options.endpoint {
             builder = builder.with_endpoint(endpoint);
         }

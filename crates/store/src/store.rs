@@ -128,11 +128,14 @@ impl Store {
         let record = Self::read_record(&*storage)?;
         if record.is_none() {
             // Something else may lie there: a store begins in an empty place, or where one was being made.
+            let mut empty = true;
             for folder in Folder::ALL {
-                if !storage.list(folder)?.is_empty() {
-                    let reason = "it has a store's objects, but no 'store' record";
-                    return Err(OpenError::NotAStore { place: storage.describe(), reason });
-                }
+                empty &= storage.list(folder)?.is_empty();
+            }
+            // Another machine may be making it at this moment, and saving to it already.
+            if !empty && Self::read_record(&*storage)?.is_none() {
+                let reason = "it has a store's objects, but no 'store' record";
+                return Err(OpenError::NotAStore { place: storage.describe(), reason });
             }
         }
         storage.begin_writing()?;
