@@ -32,7 +32,7 @@ pub enum Error {
         source: Box<ampoule_engine::EngineError>,
     },
     /// The path of a capsule leads to a folder, a device or a pipe.
-    #[error("{path}: not a regular file; give the path of a capsule file", path = path.display())]
+    #[error("{path}: not a regular file, but a folder, a device or a pipe; give the path of a file", path = path.display())]
     NotAFile {
         /// The path.
         path: PathBuf,
@@ -52,6 +52,9 @@ pub enum Error {
     /// The device asked for is not there or cannot be used.
     #[error(transparent)]
     Device(#[from] ampoule_backend::BackendError),
+    /// Something about a store of capsules went wrong.
+    #[error(transparent)]
+    Store(Box<crate::StoreError>),
     /// The machine has not the memory for it.
     #[error(
         "{slots} slots of {context} tokens and the weights need {} MiB, and {} MiB of memory are free; ask for fewer \

@@ -21,22 +21,79 @@ const NAMES: usize = 1000;
 /// # Errors
 /// If a step fails. The temporary file is removed and an older file of that name is as it was, unless the last step
 /// failed, the fsync of the folder: then the new file is in place, but a crash may yet bring the old one back.
+/// A link is followed; something other than a regular file (a device, a pipe, a folder) is refused. An older file's
+/// permissions stay.
 pub fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut dyn Write) -> Result<(), Error>,
 ) -> Result<u64, Error> {
-    let failed = |action| move |source| Error::Io { path: path.to_owned(), action, source };
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    publish(path, false, write)
+}
+
+/// As [`write_atomically`]; a new file can be read by its owner alone, for a capsule holds what users said.
+///
+/// # Errors
+/// As [`write_atomically`].
+pub fn write_privately(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> Result<(), Error>,
+) -> Result<u64, Error> {
+    publish(path, true, write)
+}
+
+/// Refuses a path that could not be written, before the work whose result goes there is done.
+///
+/// # Errors
+/// As [`write_atomically`] would for its first steps.
+pub fn check_writable(path: &Path) -> Result<(), Error> {
+    let target = target(path)?;
+    Temporary::create(folder_of(&target), true).map(drop).map_err(|source| Error::Io {
+        path: path.to_owned(),
+        action: "create",
+        source,
+    })
+}
+
+/// Where a file of that name is to be put: links are followed.
+fn target(path: &Path) -> Result<PathBuf, Error> {
     if path.file_name().is_none() {
-        return Err(failed("write")(io::ErrorKind::InvalidInput.into()));
+        return Err(Error::NotAFile { path: path.to_owned() });
     }
-    let (temporary, file) = Temporary::create(parent).map_err(failed("create"))?;
+    match fs::symlink_metadata(path) {
+        Ok(found) if found.is_symlink() => {
+            let whole = fs::canonicalize(path);
+            let failed =
+                |source| Error::Io { path: path.to_owned(), action: "follow the link", source };
+            let target = whole.map_err(failed)?;
+            if target.is_file() { Ok(target) } else { Err(Error::NotAFile { path: target }) }
+        }
+        Ok(found) if !found.is_file() => Err(Error::NotAFile { path: path.to_owned() }),
+        _ => Ok(path.to_owned()),
+    }
+}
+
+fn folder_of(path: &Path) -> &Path {
+    path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+fn publish(
+    path: &Path,
+    private: bool,
+    write: impl FnOnce(&mut dyn Write) -> Result<(), Error>,
+) -> Result<u64, Error> {
+    let failed = |action| move |source| Error::Io { path: path.to_owned(), action, source };
+    let target = target(path)?;
+    let parent = folder_of(&target);
+    let (temporary, file) = Temporary::create(parent, private).map_err(failed("create"))?;
+    if let Ok(older) = fs::metadata(&target) {
+        file.set_permissions(older.permissions()).map_err(failed("set the permissions of"))?;
+    }
     let mut buffered = BufWriter::with_capacity(1 << 20, file);
     write(&mut buffered)?;
     let file = buffered.into_inner().map_err(|e| failed("write")(e.into_error()))?;
     file.sync_all().map_err(failed("sync"))?;
     let bytes = file.metadata().map_err(failed("read the size of"))?.len();
-    temporary.publish(path).map_err(failed("rename into place"))?;
+    temporary.publish(&target).map_err(failed("rename into place"))?;
     File::open(parent)
         .and_then(|folder| folder.sync_all())
         .map_err(failed("sync the folder of"))?;
@@ -48,12 +105,20 @@ struct Temporary(Option<PathBuf>);
 
 impl Temporary {
     /// A new file of this call alone: never one that is there, be it a link, and never shared with another thread.
-    fn create(folder: &Path) -> io::Result<(Self, File)> {
+    fn create(folder: &Path, private: bool) -> io::Result<(Self, File)> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         for _ in 0..NAMES {
             let number = NEXT.fetch_add(1, Ordering::Relaxed);
             let path = folder.join(format!(".ampoule.{}.{number}.tmp", std::process::id()));
-            match OpenOptions::new().write(true).create_new(true).open(&path) {
+            let mut options = OpenOptions::new();
+            options.write(true).create_new(true);
+            #[cfg(unix)]
+            if private {
+                std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+            }
+            #[cfg(not(unix))]
+            let _ = private;
+            match options.open(&path) {
                 Ok(file) => return Ok((Self(Some(path)), file)),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(error) => return Err(error),

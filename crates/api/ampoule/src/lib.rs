@@ -25,14 +25,16 @@ mod error;
 mod files;
 mod load;
 mod reply;
+mod stores;
 mod texts;
 mod verify;
 
 pub use ablate::{Ablation, AblationReport};
 pub use error::{Error, UnknownDevice};
-pub use files::{CapsuleReader, write_atomically};
+pub use files::{CapsuleReader, check_writable, write_atomically, write_privately};
 pub use load::{Ampoule, Device, LoadOptions};
 pub use reply::{Reply, ReplyOptions, ReplyStep};
+pub use stores::{CapsuleStore, StoreError, StoreOptions};
 pub use texts::{TEXTS, sample_tokens};
 pub use verify::{LevelReport, VerifyOptions, VerifyReport};
 
@@ -76,6 +78,11 @@ pub mod backend {
 /// The file format of capsules, with every type that its manifest is made of.
 pub mod format {
     pub use ampoule_capsule::*;
+}
+
+/// What a [`CapsuleStore`] is made of: ids, names, options, errors, reports.
+pub mod store {
+    pub use ampoule_store::*;
 }
 
 /// Plans: buffers, ops and phases, as backends get them.

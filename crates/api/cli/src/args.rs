@@ -53,7 +53,7 @@ pub(crate) enum Command {
     Verify(VerifyArgs),
     /// Show what a capsule without its recurrent state would be worth.
     Ablate(AblateArgs),
-    /// Look into capsule files; needs no model.
+    /// Look into capsule files, and keep capsules in a durable store.
     #[command(subcommand)]
     Capsule(CapsuleCommand),
     /// Look into a model's plans; loads no weights.
@@ -287,17 +287,19 @@ pub(crate) struct GenerateArgs {
     /// Go on past the model's own end tokens.
     #[arg(long)]
     pub(crate) ignore_end: bool,
-    /// Start from the state in this capsule file.
-    #[arg(long, value_name = "FILE")]
+    /// Start from the state in this capsule file; with --store, from the capsule of that name or id.
+    #[arg(long, value_name = "FILE|NAME")]
     pub(crate) restore: Option<PathBuf>,
-    /// Save the state at the end as a capsule file.
-    #[arg(long, value_name = "FILE")]
+    /// Save the state at the end as a capsule file; with --store, under this name.
+    #[arg(long, value_name = "FILE|NAME")]
     pub(crate) save: Option<PathBuf>,
     /// Print one JSON object instead of streaming text.
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
 }
 
 #[derive(Debug, Args)]
@@ -319,8 +321,13 @@ pub(crate) struct ChatArgs {
     /// Print one JSON object per line: replies and what commands did.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Load these capsules of the store before the first message, each as a branch of its name; /switch NAME goes there.
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', requires = "store")]
+    pub(crate) warm: Vec<String>,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
 }
 
 #[derive(Debug, Args)]
@@ -438,22 +445,169 @@ pub(crate) struct AblateArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum CapsuleCommand {
-    /// Print what a capsule is of: position, model, lineage, tensors. Reads the header alone; never prints text.
-    #[command(after_help = "Example:\n  ampoule capsule inspect sea.ampoule")]
-    Inspect(CapsuleArgs),
-    /// Check every byte of a capsule file against its checksums.
-    #[command(after_help = "Example:\n  ampoule capsule verify sea.ampoule && echo whole")]
-    Verify(CapsuleArgs),
+    /// Print what a capsule is of: position, model, lineage, tensors. Reads no state; never prints text.
+    #[command(after_help = "Examples:\n  ampoule capsule inspect sea.ampoule\n  \
+        ampoule capsule inspect sea --store capsules")]
+    Inspect(StoreOneArgs),
+    /// Check every byte of a capsule against its checksums.
+    #[command(after_help = "Examples:\n  ampoule capsule verify sea.ampoule && echo whole\n  \
+        ampoule capsule verify sea --store capsules")]
+    Verify(StoreOneArgs),
+    /// Read a text with a model and save the state under a name.
+    #[command(after_help = "Example:\n  \
+        ampoule capsule save manual --store capsules --model smollm2 --prompt-file README.md\n\n\
+        What the store has of the same branch already is not written again.")]
+    Save(StoreSaveArgs),
+    /// Load a capsule, check every byte, restore it; prints what each took.
+    #[command(
+        after_help = "Example:\n  ampoule capsule load manual --store capsules --model smollm2"
+    )]
+    Load(StoreLoadArgs),
+    /// List the capsules of a store with their own and shared bytes.
+    #[command(after_help = "Example:\n  ampoule capsule list --store s3://bucket/agents")]
+    List(StoreListArgs),
+    /// Draw the capsules of a store as a tree.
+    #[command(after_help = "Example:\n  ampoule capsule tree --store capsules --text smollm2")]
+    Tree(StoreListArgs),
+    /// Write a capsule of a store, with its whole chain, to one file.
+    #[command(
+        after_help = "Example:\n  ampoule capsule export manual manual.ampoule --store capsules"
+    )]
+    Export(StoreExportArgs),
+    /// Put a capsule file into a store.
+    #[command(
+        after_help = "Example:\n  ampoule capsule import manual.ampoule --store capsules --name manual"
+    )]
+    Import(StoreImportArgs),
+    /// Remove a capsule and its names; capsules that share its rows keep them.
+    #[command(after_help = "Example:\n  ampoule capsule rm manual --store capsules")]
+    Rm(StoreOneArgs),
+    /// Delete what no capsule of a store needs.
+    #[command(after_help = "Example:\n  ampoule capsule gc --store capsules")]
+    Gc(StoreOnlyArgs),
+    /// Check every byte of a store; names what is damaged and what is lost with it.
+    #[command(after_help = "Example:\n  ampoule capsule fsck --store capsules")]
+    Fsck(StoreOnlyArgs),
+}
+
+/// Which store, and how.
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Store")]
+pub(crate) struct StoreArgs {
+    /// A durable store of capsules: a folder, or s3://BUCKET/PREFIX (credentials from the AWS_ variables).
+    #[arg(long, value_name = "PLACE")]
+    pub(crate) store: Option<String>,
+    /// The key of an encrypted store: a file of 32 bytes or 64 hexadecimal digits; else AMPOULE_STORE_KEY holds it. A
+    /// new store is encrypted if there is one.
+    #[arg(long, value_name = "FILE", requires = "store")]
+    pub(crate) store_key_file: Option<PathBuf>,
+    /// Compress what is written.
+    #[arg(long, requires = "store")]
+    pub(crate) store_zstd: bool,
+    /// Refuse to let the store grow past so many MiB.
+    #[arg(long, value_name = "MIB", requires = "store")]
+    pub(crate) store_quota_mib: Option<u64>,
 }
 
 #[derive(Debug, Args)]
-pub(crate) struct CapsuleArgs {
-    /// The capsule file.
+pub(crate) struct StoreOneArgs {
+    /// A capsule file; with --store a name, or the beginning of an id.
+    #[arg(value_name = "FILE|NAME|ID")]
+    pub(crate) which: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StoreOnlyArgs {
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StoreListArgs {
+    /// Show the end of each capsule's text, decoded with this model's tokenizer. Off by default: it is what users said.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) text: Option<models::ModelRef>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("text").args(["prompt", "prompt_file", "tokens"]).required(true)))]
+pub(crate) struct StoreSaveArgs {
+    /// The name to save under; if it is taken it moves to the new capsule.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) model: ModelArg,
+    /// The text to read.
+    #[arg(long, short, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
+    /// A file with the text to read; - reads standard input.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompt_file: Option<PathBuf>,
+    /// Token ids to read, separated by commas.
+    #[arg(long, value_name = "IDS")]
+    pub(crate) tokens: Option<TokenList>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StoreLoadArgs {
+    /// A name, or the beginning of an id.
+    #[arg(value_name = "NAME|ID")]
+    pub(crate) which: String,
+    #[command(flatten)]
+    pub(crate) model: ModelArg,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StoreExportArgs {
+    /// A name, or the beginning of an id.
+    #[arg(value_name = "NAME|ID")]
+    pub(crate) which: String,
+    /// Where the file goes.
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StoreImportArgs {
+    /// The capsule file.
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// A name for it.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
 }
 
 #[derive(Debug, Subcommand)]

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use crate::args::{CapsuleCommand, Cli, Command, PlanCommand};
+use crate::args::{Cli, Command, PlanCommand};
 use crate::output::{Failed, Usage};
 
 fn main() -> ExitCode {
@@ -49,8 +49,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Detokenize(args) => commands::tokens::detokenize(&args),
         Command::Verify(args) => commands::check::verify(&args, global),
         Command::Ablate(args) => commands::check::ablate(&args, global),
-        Command::Capsule(CapsuleCommand::Inspect(args)) => commands::capsule::inspect(&args),
-        Command::Capsule(CapsuleCommand::Verify(args)) => commands::capsule::verify(&args),
+        Command::Capsule(command) => commands::capsule::run(command, global),
         Command::Plan(PlanCommand::Print(args)) => commands::plan::print(&args, global),
         Command::Plan(PlanCommand::Check(args)) => commands::plan::check(&args, global),
         Command::Plan(PlanCommand::Roofline(args)) => commands::plan::roofline(&args, global),

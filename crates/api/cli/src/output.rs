@@ -32,9 +32,18 @@ impl fmt::Display for Failed {
 
 impl std::error::Error for Failed {}
 
-/// The error and its causes in one line.
+/// The error and its causes in one line; a cause that the text before it quotes is not said twice.
 pub(crate) fn one_line(error: &anyhow::Error) -> String {
-    format!("{error:#}").split_whitespace().collect::<Vec<_>>().join(" ")
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            let _ = write!(text, ": {cause}");
+        }
+    }
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// Writes to standard output at once; an error where it was closed, not a panic.
@@ -214,5 +223,7 @@ mod tests {
     fn errors_are_one_line() {
         let error = anyhow::anyhow!("the end\n  of it").context("first");
         assert_eq!(one_line(&error), "first: the end of it");
+        let quoted = anyhow::anyhow!("no such file").context("x: cannot open: no such file");
+        assert_eq!(one_line(&quoted), "x: cannot open: no such file");
     }
 }

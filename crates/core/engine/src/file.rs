@@ -221,3 +221,13 @@ fn journal(nodes: &[std::sync::Arc<RowNode>]) -> Option<String> {
     let events: Vec<&Stamped> = events?.into_iter().flatten().collect();
     serde_json::to_string(&events).ok().filter(|text| text.len() <= MAX_JOURNAL_BYTES)
 }
+
+/// The journals of a chain's links, from the root on, as that of the whole branch; `None` where one is not known or the
+/// whole does not fit a capsule file.
+pub fn join_journals(journals: &[Option<&str>]) -> Option<String> {
+    let mut events = Vec::<Stamped>::new();
+    for journal in journals {
+        events.extend(serde_json::from_str::<Vec<Stamped>>((*journal)?).ok()?);
+    }
+    serde_json::to_string(&events).ok().filter(|text| text.len() <= MAX_JOURNAL_BYTES)
+}

@@ -17,6 +17,7 @@ mod verbs;
 pub use chain::{Chain, ChainLink, ChainScope, NewLink, StatePart, TensorBytes};
 pub use engine::{Control, Engine, EngineOptions, Identity, PrefillProgress};
 pub use error::EngineError;
+pub use file::join_journals;
 pub use generate::FinishReason;
 pub use lineage::Capsule;
 pub use sampling::SamplingParams;

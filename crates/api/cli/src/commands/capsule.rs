@@ -1,15 +1,54 @@
-//! `ampoule capsule inspect` and `ampoule capsule verify`.
+//! `ampoule capsule`: files here, stores beside.
 
 use ampoule::{CapsuleFile, CapsuleHeader, CapsuleReader, Component, Manifest};
 use anyhow::{Context, bail};
 use serde_json::{Map, Value, json};
 
-use crate::args::CapsuleArgs;
+use super::store;
+use crate::args::{CapsuleCommand, GlobalArgs, StoreOneArgs, StoreSaveArgs};
 use crate::hardware::memory;
-use crate::output::{self, Table};
+use crate::output::{self, Progress, Table};
 
-pub(crate) fn inspect(args: &CapsuleArgs) -> anyhow::Result<()> {
-    let reader = CapsuleReader::open(&args.file)?;
+pub(crate) fn run(command: CapsuleCommand, global: &GlobalArgs) -> anyhow::Result<()> {
+    match command {
+        CapsuleCommand::Inspect(args) if args.store.store.is_some() => store::inspect(&args),
+        CapsuleCommand::Inspect(args) => inspect(&args),
+        CapsuleCommand::Verify(args) if args.store.store.is_some() => store::verify(&args),
+        CapsuleCommand::Verify(args) => verify(&args),
+        CapsuleCommand::Save(args) => save(&args, global),
+        CapsuleCommand::Load(args) => store::load_one(&args, global),
+        CapsuleCommand::List(args) => store::list(&args),
+        CapsuleCommand::Tree(args) => store::tree(&args),
+        CapsuleCommand::Export(args) => store::export(&args),
+        CapsuleCommand::Import(args) => store::import(&args),
+        CapsuleCommand::Rm(args) => store::remove(&args),
+        CapsuleCommand::Gc(args) => store::gc(&args),
+        CapsuleCommand::Fsck(args) => store::fsck(&args),
+    }
+}
+
+fn save(args: &StoreSaveArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+    let progress = Progress::new(args.json);
+    let capsules = store::open(&args.store)?;
+    let mut model = super::load(&args.model.model, global, None, progress)?;
+    let tokens = match (&args.tokens, &args.prompt, &args.prompt_file) {
+        (Some(tokens), ..) => tokens.0.clone(),
+        (_, Some(text), _) => model.encode_prompt(text)?,
+        (_, _, Some(path)) => model.encode_prompt(&output::read_text(path)?)?,
+        _ => Vec::new(),
+    };
+    if tokens.is_empty() {
+        return Err(output::Usage("the text is empty: there is no state to save".to_owned()).into());
+    }
+    let slot = model.engine.create_slot()?;
+    super::read(&mut model, slot, &tokens, progress)?;
+    let capsule = model.engine.snapshot(slot)?;
+    let saved = store::save(&capsules, &model, &capsule, &args.name)?;
+    store::tell(args.json, &saved, Some(&args.name))
+}
+
+fn inspect(args: &StoreOneArgs) -> anyhow::Result<()> {
+    let reader = CapsuleReader::open(args.which.as_ref())?;
     let header = reader.header();
     if args.json {
         return output::json(&describe(header));
@@ -45,21 +84,21 @@ pub(crate) fn inspect(args: &CapsuleArgs) -> anyhow::Result<()> {
     output::put(&table.to_text())
 }
 
-pub(crate) fn verify(args: &CapsuleArgs) -> anyhow::Result<()> {
-    let shown = args.file.display();
-    let reader = CapsuleReader::open(&args.file)?;
+fn verify(args: &StoreOneArgs) -> anyhow::Result<()> {
+    let shown = &args.which;
+    let reader = CapsuleReader::open(shown.as_ref())?;
     let needed = reader.header().total_bytes();
     if let Some(available) = memory("MemAvailable").filter(|&available| needed > available) {
         let (needed, available) = (output::bytes(needed), output::bytes(available));
         bail!("{shown}: {needed} are read to check it, but only {available} of memory are free");
     }
     let bytes = reader.read()?;
-    let capsule = CapsuleFile::parse(&bytes).with_context(|| shown.to_string())?;
+    let capsule = CapsuleFile::parse(&bytes).with_context(|| shown.clone())?;
     let position = capsule.manifest().position;
     let tensors = capsule.tensors().count();
     if args.json {
         return output::json(&json!({
-            "file": shown.to_string(),
+            "file": shown,
             "whole": true,
             "bytes": bytes.len(),
             "position": position,

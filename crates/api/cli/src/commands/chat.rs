@@ -3,11 +3,11 @@
 use std::io::{self, BufRead, IsTerminal};
 use std::path::Path;
 
-use ampoule::{Ampoule, SamplingParams};
+use ampoule::{Ampoule, CapsuleStore, FinishReason, SamplingParams};
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
-use super::load;
+use super::{load, store};
 use crate::args::{ChatArgs, GlobalArgs};
 use crate::output::{self, Failed, Progress, Table, figure};
 use session::{Branch, Session};
@@ -21,8 +21,8 @@ Type a message, or one of these:
   /branches      list the branches
   /undo          take the last turn back
   /retry         answer the last message again, with another seed
-  /save FILE     save this branch's state as a capsule
-  /load FILE     replace this branch by a saved state
+  /save FILE     save this branch's state as a capsule; with --store, under a name
+  /load FILE     replace this branch by a saved state; with --store, by name or id
   /stats         position, tokens cached and read, bytes, speed
   /help          this text
   /quit          end";
@@ -35,8 +35,15 @@ pub(crate) fn run(args: &ChatArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     model.template()?;
     let default = SamplingParams { temperature: 0.6, top_p: 0.95, ..SamplingParams::default() };
     let params = args.sampling.over(&default);
-    let session = Session::new(&mut model, args, &params, progress)?;
-    let mut door = Door { model, session, json: args.json, interactive: io::stdin().is_terminal() };
+    let store = args.store.store.is_some().then(|| store::open(&args.store)).transpose()?;
+    let mut session = Session::new(&mut model, args, &params, progress)?;
+    for name in &args.warm {
+        let store = store.as_ref().context("--warm needs a --store")?;
+        let capsule = store::fetch(store, &mut model, name)?;
+        session.warm(&model, name, capsule)?;
+    }
+    let interactive = io::stdin().is_terminal();
+    let mut door = Door { model, session, store, json: args.json, interactive };
     door.serve()
 }
 
@@ -44,6 +51,8 @@ pub(crate) fn run(args: &ChatArgs, global: &GlobalArgs) -> anyhow::Result<()> {
 struct Door {
     model: Ampoule,
     session: Session,
+    /// Where /save and /load go, unless to files.
+    store: Option<CapsuleStore>,
     json: bool,
     interactive: bool,
 }
@@ -143,11 +152,21 @@ impl Door {
             }
             "save" => {
                 let path = needs("file")?;
-                let bytes = self.model.save(self.session.branch().end(), Path::new(path))?;
-                self.done(name, &format!("saved {path} ({})", output::bytes(bytes)))?;
+                let end = self.session.branch().end();
+                let text = if let Some(store) = &self.store {
+                    store::saved_text(path, &store::save(store, &self.model, end, path)?)
+                } else {
+                    let bytes = self.model.save(end, Path::new(path))?;
+                    format!("saved {path} ({})", output::bytes(bytes))
+                };
+                self.done(name, &text)?;
             }
             "load" => {
-                let capsule = self.model.open_capsule(Path::new(needs("file")?))?;
+                let path = needs("file")?;
+                let capsule = match &self.store {
+                    Some(store) => store::fetch(store, &mut self.model, path)?,
+                    None => self.model.open_capsule(Path::new(path))?,
+                };
                 let time = self.session.load(&mut self.model, capsule)?;
                 let position = self.session.branch().end().position();
                 let text = format!(
@@ -180,6 +199,18 @@ impl Door {
             output::line("")?;
         }
         result?;
+        let cut = self.session.branch().turns.last().map(|turn| turn.finish);
+        match cut {
+            Some(FinishReason::Length) if !self.json => {
+                output::note("(cut off: --max-tokens makes replies longer)");
+            }
+            Some(FinishReason::Context) if !self.json => {
+                output::note(
+                    "(cut off: the context is full; /undo some turns, or use a longer --context)",
+                );
+            }
+            _ => {}
+        }
         if !self.json {
             return Ok(());
         }

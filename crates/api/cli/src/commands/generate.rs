@@ -2,10 +2,13 @@
 
 use std::time::Instant;
 
-use ampoule::{Ampoule, EncodeOptions, FinishReason, Reply, ReplyOptions, SamplingParams, SlotId};
+use ampoule::{
+    Ampoule, CapsuleStore, EncodeOptions, FinishReason, Reply, ReplyOptions, SamplingParams, SlotId,
+};
+use anyhow::Context;
 use serde::Serialize;
 
-use super::{load, read};
+use super::{load, read, store};
 use crate::args::{GenerateArgs, GlobalArgs};
 use crate::conversation::{Conversation, advance};
 use crate::output::{self, Progress, Usage, ms};
@@ -43,10 +46,12 @@ pub(crate) struct Generated {
     pub saved: Option<Saved>,
 }
 
-/// A file that was written.
+/// What was written: a file, or what a store lacked.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Saved {
+    /// The file, or the name in the store.
     pub path: String,
+    /// Bytes written.
     pub bytes: u64,
 }
 
@@ -59,13 +64,23 @@ pub(crate) fn run(args: &GenerateArgs, global: &GlobalArgs) -> anyhow::Result<()
         )
         .into());
     }
+    // What could not be saved at the end is refused before the work.
+    let store = match (&args.store.store, &args.save) {
+        (None, Some(path)) => {
+            ampoule::check_writable(path)?;
+            None
+        }
+        (Some(_), Some(_)) => Some(store::open(&args.store)?),
+        (Some(_), None) => Some(store::open_read_only(&args.store)?),
+        (None, None) => None,
+    };
     let progress = Progress::new(args.json);
     let mut model = load(&args.model.model, global, None, progress)?;
     model.engine.check_sampling(&args.sampling.over(&SamplingParams::default()))?;
     let slot = model.engine.create_slot()?;
 
     let start = Instant::now();
-    let restore_ms = restore(&mut model, slot, args)?;
+    let restore_ms = restore(&mut model, slot, args, store.as_ref())?;
     let cached = model.engine.position(slot)? as usize;
     let started = Instant::now();
     let prompt_tokens =
@@ -106,11 +121,21 @@ pub(crate) fn run(args: &GenerateArgs, global: &GlobalArgs) -> anyhow::Result<()
     if !args.json && !tokens.is_empty() {
         output::line("")?;
     }
-    let saved = save(&mut model, slot, args)?;
+    if !args.json && reason == FinishReason::Context {
+        let context = model.engine.context();
+        output::note(format!(
+            "the context of {context} tokens is full; --context N makes it longer"
+        ));
+    }
+    // A reply is not lost because it cannot be saved.
+    let (saved, unsaved) = match save(&mut model, slot, args, store.as_ref()) {
+        Ok(saved) => (saved, None),
+        Err(error) => (None, Some(error)),
+    };
     if args.json {
         let position = model.engine.position(slot)?;
         let model = model.name().to_owned();
-        return output::json(&Generated {
+        output::json(&Generated {
             model,
             prompt_tokens,
             cached_tokens: cached,
@@ -120,12 +145,13 @@ pub(crate) fn run(args: &GenerateArgs, global: &GlobalArgs) -> anyhow::Result<()
             timing,
             position,
             saved,
-        });
+        })?;
+        return unsaved.map_or(Ok(()), Err);
     }
     if let Some(saved) = saved {
         output::note(format!("saved {} ({})", saved.path, output::bytes(saved.bytes)));
     }
-    Ok(())
+    unsaved.map_or(Ok(()), Err)
 }
 
 fn prompt_text(args: &GenerateArgs) -> anyhow::Result<Option<String>> {
@@ -137,11 +163,19 @@ fn prompt_text(args: &GenerateArgs) -> anyhow::Result<Option<String>> {
 }
 
 /// Restores the capsule asked for and sets the sampler; returns what the restore took.
-fn restore(model: &mut Ampoule, slot: SlotId, args: &GenerateArgs) -> anyhow::Result<Option<f64>> {
+fn restore(
+    model: &mut Ampoule,
+    slot: SlotId,
+    args: &GenerateArgs,
+    store: Option<&CapsuleStore>,
+) -> anyhow::Result<Option<f64>> {
     let mut time = None;
     if let Some(path) = &args.restore {
         let start = Instant::now();
-        let capsule = model.open_capsule(path)?;
+        let capsule = match store {
+            Some(store) => store::fetch(store, model, name(path)?)?,
+            None => model.open_capsule(path)?,
+        };
         model.engine.restore(slot, &capsule)?;
         time = Some(ms(start.elapsed()));
     }
@@ -192,9 +226,22 @@ fn show(model: &Ampoule, step: &ampoule::ReplyStep, first: bool) -> anyhow::Resu
     output::put(&format!("{}{token}", if first { "" } else { " " }))
 }
 
-fn save(model: &mut Ampoule, slot: SlotId, args: &GenerateArgs) -> anyhow::Result<Option<Saved>> {
+fn save(
+    model: &mut Ampoule,
+    slot: SlotId,
+    args: &GenerateArgs,
+    store: Option<&CapsuleStore>,
+) -> anyhow::Result<Option<Saved>> {
     let Some(path) = &args.save else { return Ok(None) };
     let capsule = model.engine.snapshot(slot)?;
-    let bytes = model.save(&capsule, path)?;
+    let bytes = match store {
+        Some(store) => store::save(store, model, &capsule, name(path)?)?.written,
+        None => model.save(&capsule, path)?,
+    };
     Ok(Some(Saved { path: path.display().to_string(), bytes }))
+}
+
+/// A name in a store.
+fn name(path: &std::path::Path) -> anyhow::Result<&str> {
+    path.to_str().context("a capsule's name in a store is UTF-8")
 }

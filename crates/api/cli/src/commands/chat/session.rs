@@ -59,6 +59,12 @@ pub(super) struct Branch {
 }
 
 impl Branch {
+    /// Begins after a saved state.
+    fn from(base: Capsule, text: String) -> Self {
+        let opening = Conversation { before: Some(text.clone()), messages: Vec::new() };
+        Self { turns: Vec::new(), base, base_text: text, opening, asked: None }
+    }
+
     /// The boundary where the branch ends.
     pub(super) fn end(&self) -> &Capsule {
         self.turns.last().map_or(&self.base, |turn| &turn.end)
@@ -300,10 +306,21 @@ impl Session {
         } else {
             capsule
         };
-        let opening = Conversation { before: Some(text.clone()), messages: Vec::new() };
-        *self.branch_mut() =
-            Branch { turns: Vec::new(), base, base_text: text, opening, asked: None };
+        *self.branch_mut() = Branch::from(base, text);
         Ok(time)
+    }
+
+    /// Adds a branch that stands where a capsule does, and stays where it is.
+    pub(super) fn warm(
+        &mut self,
+        model: &Ampoule,
+        name: &str,
+        capsule: Capsule,
+    ) -> anyhow::Result<()> {
+        ensure!(self.index(name).is_none(), "there is a branch '{name}' already");
+        let text = model.tokenizer()?.decode(&capsule.tokens());
+        self.branches.push((name.to_owned(), Branch::from(capsule, text)));
+        Ok(())
     }
 
     fn restore(&self, model: &mut Ampoule, capsule: &Capsule) -> anyhow::Result<f64> {
