@@ -387,6 +387,12 @@ impl Store {
                 }
             }
         }
+        for error in self.check_records() {
+            match error {
+                ReadError::Storage(error) => return Err(error),
+                ReadError::Damaged(error) => blame(error, &[]),
+            }
+        }
         let (heads, damaged) = match self.heads() {
             Ok(heads) => heads,
             Err(ReadError::Storage(error)) => return Err(error),
