@@ -330,7 +330,8 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
                 wanted.push((key.clone(), to));
             }
         }
-        // Held while the plan is made; the owner pins them for as long as it reads them.
+        // All of them stay while the plan is made, also those that need not move; the owner pins them for as long as it
+        // reads them.
         keys.iter().try_for_each(|key| self.pin(key))?;
         let plan = self.plan(&wanted);
         keys.iter().try_for_each(|key| self.unpin(key))?;
@@ -369,12 +370,15 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
     fn plan(&mut self, wanted: &[(K, Tier)]) -> Result<Vec<Move<K>>, TierError> {
         let settled = self.settled;
         let mut moves: Vec<Move<K>> = Vec::new();
+        // Making room for an item must not send it away itself.
+        wanted.iter().try_for_each(|(key, _)| self.pin(key))?;
         let result = wanted.iter().try_for_each(|(key, tier)| {
             let bytes = self.items[key].bytes;
-            self.make_room(*tier, bytes, key, &mut moves)?;
+            self.make_room(*tier, bytes, &mut moves)?;
             self.plan_move(key, *tier, &mut moves);
             Ok(())
         });
+        wanted.iter().try_for_each(|(key, _)| self.unpin(key))?;
         if let Err(error) = result {
             self.settled = settled;
             for step in moves {
@@ -403,7 +407,6 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
         &mut self,
         tier: Tier,
         wanted: u64,
-        for_whom: &K,
         moves: &mut Vec<Move<K>>,
     ) -> Result<(), TierError> {
         let budget = self.budgets.of(tier);
@@ -419,11 +422,8 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
             let mut candidates = self
                 .items
                 .iter()
-                .filter(|(key, item)| {
-                    item.tier == Some(tier)
-                        && item.target.is_none()
-                        && item.pins == 0
-                        && *key != for_whom
+                .filter(|(_, item)| {
+                    item.tier == Some(tier) && item.target.is_none() && item.pins == 0
                 })
                 .map(|(key, item)| Candidate {
                     key,
@@ -448,7 +448,7 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
                 .filter(|lower| *lower > tier)
                 .find(|lower| self.budgets.of(*lower) >= bytes)
                 .ok_or(full)?;
-            self.make_room(lower, bytes, &victim, moves)?;
+            self.make_room(lower, bytes, moves)?;
             self.plan_move(&victim, lower, moves);
         }
     }

@@ -306,13 +306,13 @@ fn garbage_waits_for_the_grace() {
     let capsule = reader.capsule(id).unwrap();
     store.remove(id).unwrap();
     let first = store.gc(None).unwrap();
-    assert_eq!((first.deleted.objects, first.condemned.objects), (0, 7), "{first:?}");
+    assert_eq!((first.deleted.objects, first.condemned.objects), (0, 6), "{first:?}");
     reader.rows(&capsule, 0).unwrap();
     reader.fixed(&capsule).unwrap();
     files.advance(Duration::from_secs(59));
     assert_eq!(store.gc(None).unwrap().deleted.objects, 0);
     files.advance(Duration::from_secs(1));
-    assert_eq!(store.gc(None).unwrap().deleted.objects, 7);
+    assert_eq!(store.gc(None).unwrap().deleted.objects, 6);
     assert!(matches!(reader.rows(&capsule, 0), Err(LoadError::Removed { .. })));
     assert_eq!(store.stored_bytes().unwrap(), 0, "the list is left");
 }
