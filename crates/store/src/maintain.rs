@@ -9,7 +9,7 @@ use crate::error::{
 };
 use crate::frame::{self, Kind};
 use crate::heads::Head;
-use crate::identity::{CapsuleId, Named, NodeId, ScopeId, SegmentId};
+use crate::identity::{CapsuleId, Named, NodeId, ScopeId, SegmentId, random_name};
 use crate::load::StoredCapsule;
 use crate::records::{CondemnedRecord, SegmentRef, VERSION, to_json};
 use crate::save::parallel;
@@ -173,8 +173,8 @@ impl Store {
             };
             listed.own_bytes = capsule.fixed_bytes() + rows(true);
             listed.shared_bytes = rows(false);
-            let above = capsule.nodes.iter().rev().skip(1);
-            listed.parent = above.filter_map(|node| owners.get(&node.id)).next().copied();
+            let mut above = capsule.nodes.iter().rev().skip(1);
+            listed.parent = above.find_map(|node| owners.get(&node.id)).copied();
         }
         match self.heads() {
             Ok((heads, damaged)) => {
@@ -399,7 +399,9 @@ impl Store {
             Err(ReadError::Damaged(error)) => (Vec::new(), vec![error]),
         };
         report.objects += heads.len() as u64 + damaged.len() as u64;
-        damaged.into_iter().for_each(|error| blame(error, &[]));
+        for error in damaged {
+            blame(error, &[]);
+        }
         for head in heads {
             if self.storage.stat(&Key::new(Folder::Capsules, head.capsule))?.is_none() {
                 let name = Named::Head.digest(self.key.as_ref(), &[head.name.as_bytes()]);
@@ -548,11 +550,7 @@ impl Store {
     }
 
     fn condemn(&self, objects: Vec<String>) -> Result<(), MaintenanceError> {
-        let mut random = [0; 8];
-        getrandom::fill(&mut random).map_err(|e| {
-            WriteError::from(crate::error::KeyError::Randomness { reason: e.to_string() })
-        })?;
-        let name: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let name = random_name().map_err(WriteError::from)?;
         let key = Key::new(Folder::Condemned, name);
         let record = to_json(&CondemnedRecord { version: VERSION, objects });
         let put = self.publish(Kind::Condemned, &key, (Compression::None, 1), &[&record], None);

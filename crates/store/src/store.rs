@@ -49,7 +49,7 @@ impl Default for Options {
 /// The grace of a new store in a folder.
 const FILE_GRACE: Duration = Duration::from_secs(60);
 /// The grace of a new store on object storage.
-const REMOTE_GRACE: Duration = Duration::from_hours(24);
+const REMOTE_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
 /// The keys of the store's own record and of its copy: without either nothing could be read.
 const RECORDS: [&str; 2] = ["store", "store.copy"];
 

@@ -24,6 +24,7 @@ fn open(files: &SimFiles) -> Result<Store, String> {
 
 /// One thing that somebody does with the store.
 #[derive(Clone, Debug, PartialEq)]
+#[allow(clippy::large_enum_variant)]
 enum Step {
     Open,
     Save(Branch),
