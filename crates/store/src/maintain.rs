@@ -488,7 +488,6 @@ impl Store {
         } else {
             &[Folder::Nodes, Folder::Segments]
         };
-        // Nodes first: one that survives a crash without its segments would look like damage.
         for &folder in folders {
             for entry in self.storage.list(folder)? {
                 let key = Key::new(folder, &entry.name);
@@ -505,8 +504,9 @@ impl Store {
                     }
                 }
             }
-            self.storage.flush(&[folder])?;
         }
+        // In whatever order a crash keeps these deletions: what is left is garbage, and a save looks at all of it anew.
+        self.storage.flush(folders)?;
         if !newly.is_empty() {
             self.condemn(newly)?;
         }
