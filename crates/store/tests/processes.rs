@@ -303,6 +303,14 @@ fn ten_readers_during_collection_see_no_error() {
     assert!(store.fsck().unwrap().is_clean());
 }
 
+/// Unmounts a folder.
+struct Mounted(String);
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
+
 /// A real file system that is full, and one that is read-only. Needs the right to mount; says so where it has none.
 #[test]
 fn a_full_and_a_read_only_file_system() {
@@ -317,12 +325,6 @@ fn a_full_and_a_read_only_file_system() {
             "no right to mount: not run; the simulated disk of tests/crash.rs is full and read-only, too"
         );
         return;
-    }
-    struct Mounted(String);
-    impl Drop for Mounted {
-        fn drop(&mut self) {
-            let _ = Command::new("umount").arg(&self.0).status();
-        }
     }
     let _mounted = Mounted(path.to_owned());
     let place = folder.path().join("store");
