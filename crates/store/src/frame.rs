@@ -186,9 +186,9 @@ pub(crate) fn frame(
         (Some(payload), _) => *blake3::hash(payload).as_bytes(),
         (None, None) => {
             let mut hasher = blake3::Hasher::new();
-            pieces.iter().for_each(|piece| {
+            for piece in pieces {
                 hasher.update(piece);
-            });
+            }
             *hasher.finalize().as_bytes()
         }
     };

@@ -3,7 +3,7 @@
 use crate::codec::Compression;
 use crate::error::{Damage, Damaged, HeadError, ReadError, WriteError};
 use crate::frame::{self, Kind};
-use crate::identity::{CapsuleId, Named};
+use crate::identity::{CapsuleId, Named, random_name};
 use crate::records::{HeadRecord, MAX_HEAD_BYTES, VERSION, from_json, to_json};
 use crate::storage::{Folder, Key, Swapped, Version};
 use crate::store::{Store, record_damage};
@@ -73,11 +73,7 @@ impl Store {
         if self.storage.stat(&Key::new(Folder::Capsules, capsule))?.is_none() {
             return Err(HeadError::NoSuchCapsule { name: name.to_owned(), capsule });
         }
-        let mut random = [0; 16];
-        getrandom::fill(&mut random).map_err(|e| {
-            WriteError::from(crate::error::KeyError::Randomness { reason: e.to_string() })
-        })?;
-        let write = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let write = random_name().map_err(WriteError::from)?;
         let record = HeadRecord { version: VERSION, name: name.to_owned(), capsule, write };
         let bytes = to_json(&record);
         loop {

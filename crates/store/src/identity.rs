@@ -46,6 +46,13 @@ identities! {
     SegmentId;
 }
 
+/// A name that nobody else chooses: 16 random bytes in hexadecimal.
+pub(crate) fn random_name() -> Result<String, KeyError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|e| KeyError::Randomness { reason: e.to_string() })?;
+    Ok(format!("{:032x}", u128::from_be_bytes(bytes)))
+}
+
 /// What an object's name is the digest of.
 #[derive(Clone, Copy)]
 pub(crate) enum Named {

@@ -9,7 +9,7 @@ use crate::error::{
 };
 use crate::frame::{self, Kind};
 use crate::heads::Head;
-use crate::identity::{CapsuleId, Named, NodeId, ScopeId, SegmentId};
+use crate::identity::{CapsuleId, Named, NodeId, ScopeId, SegmentId, random_name};
 use crate::load::StoredCapsule;
 use crate::records::{CondemnedRecord, SegmentRef, VERSION, to_json};
 use crate::save::parallel;
@@ -173,8 +173,8 @@ impl Store {
             };
             listed.own_bytes = capsule.fixed_bytes() + rows(true);
             listed.shared_bytes = rows(false);
-            let above = capsule.nodes.iter().rev().skip(1);
-            listed.parent = above.filter_map(|node| owners.get(&node.id)).next().copied();
+            let mut above = capsule.nodes.iter().rev().skip(1);
+            listed.parent = above.find_map(|node| owners.get(&node.id)).copied();
         }
         match self.heads() {
             Ok((heads, damaged)) => {
@@ -387,13 +387,21 @@ impl Store {
                 }
             }
         }
+        for error in self.check_records() {
+            match error {
+                ReadError::Storage(error) => return Err(error),
+                ReadError::Damaged(error) => blame(error, &[]),
+            }
+        }
         let (heads, damaged) = match self.heads() {
             Ok(heads) => heads,
             Err(ReadError::Storage(error)) => return Err(error),
             Err(ReadError::Damaged(error)) => (Vec::new(), vec![error]),
         };
         report.objects += heads.len() as u64 + damaged.len() as u64;
-        damaged.into_iter().for_each(|error| blame(error, &[]));
+        for error in damaged {
+            blame(error, &[]);
+        }
         for head in heads {
             if self.storage.stat(&Key::new(Folder::Capsules, head.capsule))?.is_none() {
                 let name = Named::Head.digest(self.key.as_ref(), &[head.name.as_bytes()]);
@@ -480,7 +488,6 @@ impl Store {
         } else {
             &[Folder::Nodes, Folder::Segments]
         };
-        // Nodes first: one that survives a crash without its segments would look like damage.
         for &folder in folders {
             for entry in self.storage.list(folder)? {
                 let key = Key::new(folder, &entry.name);
@@ -497,8 +504,9 @@ impl Store {
                     }
                 }
             }
-            self.storage.flush(&[folder])?;
         }
+        // In whatever order a crash keeps these deletions: what is left is garbage, and a save looks at all of it anew.
+        self.storage.flush(folders)?;
         if !newly.is_empty() {
             self.condemn(newly)?;
         }
@@ -542,11 +550,7 @@ impl Store {
     }
 
     fn condemn(&self, objects: Vec<String>) -> Result<(), MaintenanceError> {
-        let mut random = [0; 8];
-        getrandom::fill(&mut random).map_err(|e| {
-            WriteError::from(crate::error::KeyError::Randomness { reason: e.to_string() })
-        })?;
-        let name: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let name = random_name().map_err(WriteError::from)?;
         let key = Key::new(Folder::Condemned, name);
         let record = to_json(&CondemnedRecord { version: VERSION, objects });
         let put = self.publish(Kind::Condemned, &key, (Compression::None, 1), &[&record], None);

@@ -189,7 +189,9 @@ pub(crate) fn node_bytes(record: &NodeRecord, tokens: &[u32]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(8 + json.len() + 4 * tokens.len());
     bytes.extend_from_slice(&(json.len() as u64).to_le_bytes());
     bytes.extend_from_slice(&json);
-    tokens.iter().for_each(|token| bytes.extend_from_slice(&token.to_le_bytes()));
+    for token in tokens {
+        bytes.extend_from_slice(&token.to_le_bytes());
+    }
     bytes
 }
 
@@ -372,9 +374,12 @@ pub(crate) fn history<'a>(spans: impl Iterator<Item = &'a Segment>) -> History {
     history
 }
 
+/// One segment to be: bytes of an element, and the ranges of tensors that it holds.
+pub(crate) type Cut = (u8, Vec<(usize, Range<usize>)>);
+
 /// Cuts a part into segments: tensor by tensor, at most `segment_bytes` each, elements of one width in each.
-pub(crate) fn cut(pieces: &[Piece], segment_bytes: usize) -> Vec<(u8, Vec<(usize, Range<usize>)>)> {
-    let mut segments: Vec<(u8, Vec<(usize, Range<usize>)>)> = Vec::new();
+pub(crate) fn cut(pieces: &[Piece], segment_bytes: usize) -> Vec<Cut> {
+    let mut segments: Vec<Cut> = Vec::new();
     let mut room = 0;
     for piece in pieces {
         if segments.last().is_none_or(|(width, _)| *width != piece.width) {

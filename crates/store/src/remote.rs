@@ -159,7 +159,7 @@ impl RemoteStorage {
     }
 
     fn path(&self, key: &Key) -> Path {
-        key.to_string().split('/').fold(self.prefix.clone(), |path, part| path.join(part))
+        key.to_string().split('/').fold(self.prefix.clone(), Path::join)
     }
 
     /// Runs one request on the runtime's thread and waits for it.

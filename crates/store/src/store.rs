@@ -11,7 +11,7 @@ use crate::files::{FileStorage, RealFiles};
 use crate::frame::{self, Kind, MAX_SEGMENT_BYTES};
 use crate::identity::{NodeId, ScopeId, StoreKey};
 use crate::records::{Scope, ScopeRecord, StoreRecord, VERSION, from_json, to_json};
-use crate::storage::{Folder, Key, Storage};
+use crate::storage::{Folder, Key, Storage, Swapped};
 
 /// How a store is used. `Options::default()` is a good start; change what differs.
 #[derive(Clone, Debug)]
@@ -49,9 +49,9 @@ impl Default for Options {
 /// The grace of a new store in a folder.
 const FILE_GRACE: Duration = Duration::from_secs(60);
 /// The grace of a new store on object storage.
-const REMOTE_GRACE: Duration = Duration::from_hours(24);
-/// The key of the store's own record.
-const RECORD: &str = "store";
+const REMOTE_GRACE: Duration = Duration::from_secs(24 * 60 * 60);
+/// The keys of the store's own record and of its copy: without either nothing could be read.
+const RECORDS: [&str; 2] = ["store", "store.copy"];
 
 /// What the one writer of this process knows.
 #[derive(Default)]
@@ -142,8 +142,14 @@ impl Store {
         // Read again: another process may have made it before this one got the lock.
         let record = match Self::read_record(&*storage)? {
             Some(record) => record,
-            None => Self::create(&*storage, &options)?,
+            None => StoreRecord {
+                version: VERSION,
+                producer: producer(),
+                key: options.key.as_ref().map(|key| key.id().to_string()),
+                grace_seconds: options.grace.unwrap_or(usual_grace(&*storage)).as_secs(),
+            },
         };
+        let record = Self::write_records(&*storage, record)?;
         Self::over(storage, options, &record, true)
     }
 
@@ -175,7 +181,7 @@ impl Store {
             (Some(needed), given) => {
                 let needed = parse_key_id(needed).ok_or_else(|| {
                     let reason = "its key id is not hexadecimal".to_owned();
-                    record_damage(&Key::new(Folder::Root, RECORD), reason)
+                    record_damage(&Key::new(Folder::Root, RECORDS[0]), reason)
                 })?;
                 match given.as_ref().map(StoreKey::id) {
                     None => return Err(OpenError::KeyNeeded { place, key: needed }),
@@ -199,36 +205,60 @@ impl Store {
         })
     }
 
+    /// The store's record, or its copy where that is damaged or missing; `None` where there is neither.
     fn read_record(storage: &dyn Storage) -> Result<Option<StoreRecord>, OpenError> {
-        let key = Key::new(Folder::Root, RECORD);
-        let bytes = match frame::open(storage, &key, Kind::Store).and_then(|o| o.record(None)) {
-            Ok(bytes) => bytes,
-            Err(ReadError::Damaged(Damaged { damage: Damage::Missing, .. })) => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let record: StoreRecord = from_json(&bytes).map_err(|e| record_damage(&key, e))?;
-        record.check().map_err(|e| record_damage(&key, e))?;
-        Ok(Some(record))
+        let mut damaged = None;
+        for name in RECORDS {
+            match Self::read_one_record(storage, name) {
+                Ok(record) => return Ok(Some(record)),
+                Err(ReadError::Damaged(Damaged { damage: Damage::Missing, .. })) => {}
+                Err(error @ ReadError::Damaged(_)) => damaged = Some(error),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        damaged.map_or(Ok(None), |error| Err(error.into()))
     }
 
-    fn create(storage: &dyn Storage, options: &Options) -> Result<StoreRecord, OpenError> {
-        let usual = if storage.single_writer() { FILE_GRACE } else { REMOTE_GRACE };
-        let record = StoreRecord {
-            version: VERSION,
-            producer: producer(),
-            key: options.key.as_ref().map(|key| key.id().to_string()),
-            grace_seconds: options.grace.unwrap_or(usual).as_secs(),
-        };
-        let key = Key::new(Folder::Root, RECORD);
-        let bytes = to_json(&record);
-        let framed =
-            frame::frame(Kind::Store, &key, None, (Compression::None, 1), &[&bytes], None)?;
-        let whole = framed.slices(&[&bytes]).concat();
-        match storage.swap(&key, None, &whole)? {
-            crate::storage::Swapped::Yes => Ok(record),
-            // Another machine made it at this moment.
-            crate::storage::Swapped::No => Ok(Self::read_record(storage)?.unwrap_or(record)),
+    fn read_one_record(storage: &dyn Storage, name: &str) -> Result<StoreRecord, ReadError> {
+        let key = Key::new(Folder::Root, name);
+        let bytes = frame::open(storage, &key, Kind::Store)?.record(None)?;
+        let record: StoreRecord = from_json(&bytes).map_err(|e| record_damage(&key, e))?;
+        record.check().map_err(|e| record_damage(&key, e))?;
+        Ok(record)
+    }
+
+    /// Checks the store's record and its copy.
+    pub(crate) fn check_records(&self) -> Vec<ReadError> {
+        let check = |name| Self::read_one_record(&*self.storage, name).err();
+        RECORDS.into_iter().filter_map(check).collect()
+    }
+
+    /// Writes the record and its copy where they are missing or damaged. Returns what they say: another machine may have
+    /// been faster.
+    fn write_records(
+        storage: &dyn Storage,
+        mut record: StoreRecord,
+    ) -> Result<StoreRecord, OpenError> {
+        for name in RECORDS {
+            match Self::read_one_record(storage, name) {
+                Ok(found) => {
+                    record = found;
+                    continue;
+                }
+                Err(ReadError::Damaged(_)) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let key = Key::new(Folder::Root, name);
+            let bytes = to_json(&record);
+            let coding = (Compression::None, 1);
+            let framed = frame::frame(Kind::Store, &key, None, coding, &[&bytes], None)?;
+            let whole = framed.slices(&[&bytes]).concat();
+            let version = storage.read_version(&key, 1 << 20)?.map(|(_, version)| version);
+            if storage.swap(&key, version.as_ref(), &whole)? == Swapped::No {
+                record = Self::read_one_record(storage, name)?;
+            }
         }
+        Ok(record)
     }
 
     /// Where the store is.
@@ -361,6 +391,10 @@ impl Store {
         }
         Ok(sum)
     }
+}
+
+fn usual_grace(storage: &dyn Storage) -> Duration {
+    if storage.single_writer() { FILE_GRACE } else { REMOTE_GRACE }
 }
 
 fn parse_key_id(text: &str) -> Option<crate::identity::KeyId> {

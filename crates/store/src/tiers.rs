@@ -9,7 +9,7 @@
 //! let budgets = Budgets { device: 100, host: 1000, disk: u64::MAX };
 //! let mut tiers = Tiers::new(budgets, LeastRecentlyUsed);
 //! for (key, bytes) in [("a", 60), ("b", 60)] {
-//!     for step in tiers.admit(key, StateKind::Rows, bytes, Tier::Device)? {
+//!     for step in tiers.admit(&key, StateKind::Rows, bytes, Tier::Device)? {
 //!         tiers.begin(&step)?; // reserves the bytes at the target
 //!         // ... copy the bytes from step.from to step.to ...
 //!         tiers.finish(&step); // gives the bytes at the source back
@@ -296,12 +296,12 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
     /// [`TierError::Exists`], [`TierError::Full`].
     pub fn admit(
         &mut self,
-        key: K,
+        key: &K,
         kind: StateKind,
         bytes: u64,
         tier: Tier,
     ) -> Result<Vec<Move<K>>, TierError> {
-        if self.items.contains_key(&key) {
+        if self.items.contains_key(key) {
             return Err(TierError::Exists);
         }
         self.clock += 1;
@@ -309,7 +309,7 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
         let item = Item { kind, bytes, tier: None, target: None, begun: false, pins: 0, last_used };
         self.items.insert(key.clone(), item);
         self.plan(&[(key.clone(), tier)]).inspect_err(|_| {
-            self.items.remove(&key);
+            self.items.remove(key);
         })
     }
 
@@ -330,7 +330,8 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
                 wanted.push((key.clone(), to));
             }
         }
-        // Held while the plan is made; the owner pins them for as long as it reads them.
+        // All of them stay while the plan is made, also those that need not move; the owner pins them for as long as it
+        // reads them.
         keys.iter().try_for_each(|key| self.pin(key))?;
         let plan = self.plan(&wanted);
         keys.iter().try_for_each(|key| self.unpin(key))?;
@@ -369,12 +370,15 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
     fn plan(&mut self, wanted: &[(K, Tier)]) -> Result<Vec<Move<K>>, TierError> {
         let settled = self.settled;
         let mut moves: Vec<Move<K>> = Vec::new();
+        // Making room for an item must not send it away itself.
+        wanted.iter().try_for_each(|(key, _)| self.pin(key))?;
         let result = wanted.iter().try_for_each(|(key, tier)| {
             let bytes = self.items[key].bytes;
-            self.make_room(*tier, bytes, key, &mut moves)?;
+            self.make_room(*tier, bytes, &mut moves)?;
             self.plan_move(key, *tier, &mut moves);
             Ok(())
         });
+        wanted.iter().try_for_each(|(key, _)| self.unpin(key))?;
         if let Err(error) = result {
             self.settled = settled;
             for step in moves {
@@ -403,7 +407,6 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
         &mut self,
         tier: Tier,
         wanted: u64,
-        for_whom: &K,
         moves: &mut Vec<Move<K>>,
     ) -> Result<(), TierError> {
         let budget = self.budgets.of(tier);
@@ -419,11 +422,8 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
             let mut candidates = self
                 .items
                 .iter()
-                .filter(|(key, item)| {
-                    item.tier == Some(tier)
-                        && item.target.is_none()
-                        && item.pins == 0
-                        && *key != for_whom
+                .filter(|(_, item)| {
+                    item.tier == Some(tier) && item.target.is_none() && item.pins == 0
                 })
                 .map(|(key, item)| Candidate {
                     key,
@@ -448,7 +448,7 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
                 .filter(|lower| *lower > tier)
                 .find(|lower| self.budgets.of(*lower) >= bytes)
                 .ok_or(full)?;
-            self.make_room(lower, bytes, &victim, moves)?;
+            self.make_room(lower, bytes, moves)?;
             self.plan_move(&victim, lower, moves);
         }
     }
@@ -521,7 +521,7 @@ mod tests {
     fn demotion_goes_down_step_by_step_and_use_promotes() {
         let mut tiers = Tiers::new(budgets(100, 100, 1000), LeastRecentlyUsed);
         for key in 0..3 {
-            let plan = tiers.admit(key, StateKind::Rows, 60, Tier::Device).unwrap();
+            let plan = tiers.admit(&key, StateKind::Rows, 60, Tier::Device).unwrap();
             carry_out(&mut tiers, &plan);
         }
         let at = |t: &Tiers<u32, _>, k| t.tier_of(&k).unwrap();
@@ -539,17 +539,17 @@ mod tests {
     #[test]
     fn pins_hold_and_a_full_tier_says_so() {
         let mut tiers = Tiers::new(budgets(100, 0, 50), LeastRecentlyUsed);
-        let plan = tiers.admit(1, StateKind::Fixed, 80, Tier::Device).unwrap();
+        let plan = tiers.admit(&1, StateKind::Fixed, 80, Tier::Device).unwrap();
         carry_out(&mut tiers, &plan);
         tiers.pin(&1).unwrap();
-        let error = tiers.admit(2, StateKind::Rows, 30, Tier::Device).unwrap_err();
+        let error = tiers.admit(&2, StateKind::Rows, 30, Tier::Device).unwrap_err();
         assert!(matches!(error, TierError::Full { tier: Tier::Device, used: 80, .. }), "{error}");
         tiers.unpin(&1).unwrap();
         // It may leave, but there is nowhere to go.
-        assert!(tiers.admit(2, StateKind::Rows, 30, Tier::Device).is_err());
+        assert!(tiers.admit(&2, StateKind::Rows, 30, Tier::Device).is_err());
         assert_eq!(tiers.tier_of(&2), None);
         assert_eq!(tiers.usage(Tier::Device), Usage { fixed: 80, rows: 0 });
-        let plan = tiers.admit(2, StateKind::Rows, 20, Tier::Device).unwrap();
+        let plan = tiers.admit(&2, StateKind::Rows, 20, Tier::Device).unwrap();
         carry_out(&mut tiers, &plan);
         assert_eq!(tiers.usage(Tier::Device), Usage { fixed: 80, rows: 20 });
     }
@@ -558,7 +558,7 @@ mod tests {
     fn what_is_brought_together_does_not_push_itself_out() {
         let mut tiers = Tiers::new(budgets(100, 1000, 1000), LeastRecentlyUsed);
         for key in 0..4 {
-            let plan = tiers.admit(key, StateKind::Rows, 40, Tier::Host).unwrap();
+            let plan = tiers.admit(&key, StateKind::Rows, 40, Tier::Host).unwrap();
             carry_out(&mut tiers, &plan);
         }
         let plan = tiers.bring(&[0, 1], Tier::Device).unwrap();
@@ -572,14 +572,14 @@ mod tests {
     #[test]
     fn moves_are_made_in_their_order() {
         let mut tiers = Tiers::new(budgets(100, 100, 1000), LeastRecentlyUsed);
-        let plan = tiers.admit(1, StateKind::Rows, 60, Tier::Device).unwrap();
+        let plan = tiers.admit(&1, StateKind::Rows, 60, Tier::Device).unwrap();
         carry_out(&mut tiers, &plan);
-        let plan = tiers.admit(2, StateKind::Rows, 60, Tier::Device).unwrap();
+        let plan = tiers.admit(&2, StateKind::Rows, 60, Tier::Device).unwrap();
         assert_eq!(plan.len(), 2);
         assert!(matches!(tiers.begin(&plan[1]), Err(TierError::NotYet { .. })));
         // Another plan cannot have the space that is being made.
         assert!(matches!(
-            tiers.admit(3, StateKind::Rows, 50, Tier::Device),
+            tiers.admit(&3, StateKind::Rows, 50, Tier::Device),
             Err(TierError::Full { .. })
         ));
         tiers.begin(&plan[0]).unwrap();
@@ -616,12 +616,12 @@ mod tests {
         for (key, kind, bytes) in
             [(0, StateKind::Fixed, 50), (1, StateKind::Rows, 20), (2, StateKind::Rows, 30)]
         {
-            for step in tiers.admit(key, kind, bytes, Tier::Device).unwrap() {
+            for step in tiers.admit(&key, kind, bytes, Tier::Device).unwrap() {
                 tiers.begin(&step).unwrap();
                 tiers.finish(&step);
             }
         }
-        let plan = tiers.admit(3, StateKind::Rows, 10, Tier::Device).unwrap();
+        let plan = tiers.admit(&3, StateKind::Rows, 10, Tier::Device).unwrap();
         assert_eq!(plan[0].key, 2);
         for step in &plan {
             tiers.begin(step).unwrap();
@@ -648,7 +648,7 @@ mod tests {
             let tier = Tier::ALL[draw(3) as usize];
             let kind = if draw(2) == 0 { StateKind::Fixed } else { StateKind::Rows };
             let plan = match draw(9) {
-                0 | 1 => tiers.admit(key, kind, 1 + draw(120), tier),
+                0 | 1 => tiers.admit(&key, kind, 1 + draw(120), tier),
                 2 | 3 => tiers.bring(&[key, draw(60) as u32], tier),
                 4 => tiers.place(&key, tier),
                 5 => tiers.remove(&key).map(|()| Vec::new()),

@@ -50,7 +50,7 @@ impl FileStorage {
     fn failed(
         &self,
         action: &'static str,
-        object: impl ToString,
+        object: &dyn ToString,
     ) -> impl FnOnce(io::Error) -> StorageError {
         let (object, place) = (object.to_string(), self.files.describe());
         move |source| StorageError::Io { action, object, place, source }
@@ -80,7 +80,7 @@ impl FileStorage {
         let changes = self.state().names.entry(folder).or_default().0;
         self.files.sync_folder(folder.name()).map_err(|error| {
             self.latch(&error);
-            self.failed("sync folder", folder_name(folder))(error)
+            self.failed("sync folder", &folder_name(folder))(error)
         })?;
         self.state().names.entry(folder).or_default().1 = Some(changes);
         Ok(())
@@ -132,7 +132,7 @@ impl Storage for FileStorage {
     }
 
     fn begin_writing(&self) -> Result<(), OpenError> {
-        let io = |action, object: &str, error| OpenError::from(self.failed(action, object)(error));
+        let io = |action, object: &str, error| OpenError::from(self.failed(action, &object)(error));
         self.files.create_folder("").map_err(|e| io("make folder", ".", e))?;
         let since = SystemTime::UNIX_EPOCH.elapsed().map_or(0, |now| now.as_secs());
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
@@ -227,7 +227,7 @@ impl Storage for FileStorage {
         let entries = match self.files.list(folder.name()) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(self.failed("list", folder_name(folder))(error)),
+            Err(error) => return Err(self.failed("list", &folder_name(folder))(error)),
         };
         let entry = |e: FileEntry| Entry { name: e.name, bytes: e.bytes, modified: e.modified };
         Ok(entries.into_iter().map(entry).collect())

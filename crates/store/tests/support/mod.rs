@@ -1,5 +1,5 @@
 //! What the store's tests share: a small model, sessions of capsules with made-up state, files that crash.
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::needless_for_each)]
 
 pub mod sim;
 

@@ -21,6 +21,8 @@ struct File {
     durable: Vec<u8>,
     /// Appends since the last sync.
     pending: Vec<Vec<u8>>,
+    /// When it was made.
+    modified: u64,
 }
 
 impl File {
@@ -217,7 +219,8 @@ impl SimFiles {
     pub fn overwrite(&self, path: &str, bytes: Vec<u8>) {
         let mut state = self.state();
         let inode = find(&state.disk, path).unwrap();
-        state.disk.files[inode] = File { durable: bytes, pending: Vec::new() };
+        let file = &mut state.disk.files[inode];
+        (file.durable, file.pending) = (bytes, Vec::new());
     }
 
     /// Removes a file behind everybody's back.
@@ -314,7 +317,8 @@ impl WriteFile for Writing {
         {
             return Ok(());
         }
-        state.disk.files[self.inode] = File { durable: contents, pending: Vec::new() };
+        let file = &mut state.disk.files[self.inode];
+        (file.durable, file.pending) = (contents, Vec::new());
         Ok(())
     }
 }
@@ -344,7 +348,8 @@ impl Vfs for SimFiles {
             return Err(io::ErrorKind::AlreadyExists.into());
         }
         let inode = state.disk.files.len();
-        state.disk.files.push(File::default());
+        let modified = state.disk.clock;
+        state.disk.files.push(File { modified, ..File::default() });
         let (folder, name) = split(path);
         let folder = state.disk.folders.get_mut(folder).ok_or(io::ErrorKind::NotFound)?;
         folder.pending.push(Change::Point(name.to_owned(), inode));
@@ -410,7 +415,8 @@ impl Vfs for SimFiles {
         let entry = |(name, inode): (String, Inode)| FileEntry {
             name,
             bytes: state.disk.files[inode].contents().len() as u64,
-            modified: SystemTime::UNIX_EPOCH + Duration::from_secs(state.disk.clock),
+            modified: SystemTime::UNIX_EPOCH
+                + Duration::from_secs(state.disk.files[inode].modified),
         };
         Ok(names.into_iter().map(entry).collect())
     }
