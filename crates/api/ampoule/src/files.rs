@@ -215,7 +215,7 @@ fn damaged(path: &Path) -> impl Fn(CapsuleError) -> Error + '_ {
 }
 
 pub(crate) fn save(engine: &Engine, capsule: &Capsule, path: &Path) -> Result<u64, Error> {
-    write_atomically(path, |out| {
+    write_privately(path, |out| {
         let mut failure = None;
         engine.export(capsule, &mut |piece| match out.write_all(piece) {
             Ok(()) => ControlFlow::Continue(()),
@@ -300,7 +300,7 @@ mod tests {
         let taken = folder.path().join("taken");
         fs::create_dir(&taken).unwrap();
         fs::write(taken.join("inside"), b"x").unwrap();
-        assert!(matches!(put(&taken, b"new"), Err(Error::Io { action: "rename into place", .. })));
+        assert!(matches!(put(&taken, b"new"), Err(Error::NotAFile { .. })));
         assert_eq!(files(&taken), ["inside"]);
         assert_eq!(files(folder.path()).len(), 2);
         assert!(put(Path::new("/"), b"new").is_err());
@@ -309,7 +309,8 @@ mod tests {
     #[test]
     fn temporary_files_are_never_shared() {
         let folder = tempfile::tempdir().unwrap();
-        let made: Vec<_> = (0..3).map(|_| Temporary::create(folder.path()).unwrap().0).collect();
+        let made: Vec<_> =
+            (0..3).map(|_| Temporary::create(folder.path(), false).unwrap().0).collect();
         assert_eq!(files(folder.path()).len(), 3);
         drop(made);
         assert!(files(folder.path()).is_empty());
@@ -337,5 +338,34 @@ mod tests {
             let error = CapsuleReader::open(&path).unwrap_err();
             assert!(matches!(error, Error::CapsuleFile { .. }), "{error}");
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn devices_and_folders_are_refused_links_followed_permissions_kept() {
+        use std::os::unix::fs::{PermissionsExt, symlink};
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+        for path in [folder.path().to_owned(), PathBuf::from("/dev/null")] {
+            assert!(matches!(check_writable(&path), Err(Error::NotAFile { .. })));
+            assert!(matches!(put(&path, b"x"), Err(Error::NotAFile { .. })));
+        }
+        assert!(matches!(check_writable(&at("none/file")), Err(Error::Io { .. })));
+        write_privately(&at("private"), |out| {
+            out.write_all(b"x").unwrap();
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(mode(&at("private")), 0o600);
+        fs::set_permissions(at("private"), fs::Permissions::from_mode(0o640)).unwrap();
+        symlink("private", at("link")).unwrap();
+        put(&at("link"), b"new").unwrap();
+        assert!(fs::symlink_metadata(at("link")).unwrap().is_symlink());
+        assert_eq!(
+            (fs::read(at("private")).unwrap(), mode(&at("private"))),
+            (b"new".to_vec(), 0o640)
+        );
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "no temporary file stays");
     }
 }
