@@ -121,8 +121,8 @@ fn chat_is_warm_from_a_store() {
     let second = common::piped(&args, &["--model", &model], "/switch ada\nWhat is my name?\n");
     let said = String::from_utf8_lossy(&second.stdout).into_owned();
     assert!(second.status.success(), "{said}");
-    let reply = said.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
-    let reply = reply.filter(|v| v["event"] == "reply").next_back().expect("a reply");
+    let mut reply = said.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
+    let reply = reply.rfind(|v| v["event"] == "reply").expect("a reply");
     assert!(reply["cached_tokens"].as_u64() > Some(20), "{reply}");
     assert!(reply["read_tokens"].as_u64() < Some(20), "nothing is read twice: {reply}");
 }
