@@ -1,6 +1,6 @@
 //! Measures the store; prints JSON.
 //!
-//!     store_lab speed FOLDER [MIB]        save and load of one capsule against plain files on the same disk
+//!     store_lab speed FOLDER [MIB [THREADS [SEGMENT_MIB]]]   save and load of one capsule against plain files on the same disk
 //!     store_lab ratios FILE.ampoule...    how real state compresses, whole and in byte planes
 
 use std::fs::File;
@@ -19,12 +19,19 @@ type Failure = Box<dyn std::error::Error>;
 fn main() -> Result<(), Failure> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["speed", folder] => speed(Path::new(folder), 1024)?,
-        ["speed", folder, mib] => speed(Path::new(folder), mib.parse()?)?,
+        ["speed", folder, ref numbers @ ..] if numbers.len() <= 3 => {
+            let numbers = numbers.iter().map(|n| n.parse()).collect::<Result<Vec<usize>, _>>()?;
+            speed(Path::new(folder), &numbers)?
+        }
         ["ratios", ref files @ ..] if !files.is_empty() => {
             Value::Array(files.iter().map(|file| ratios(file)).collect::<Result<_, _>>()?)
         }
-        _ => return Err("usage: store_lab speed FOLDER [MIB] | ratios FILE...".into()),
+        _ => {
+            return Err(
+                "usage: store_lab speed FOLDER [MIB [THREADS [SEGMENT_MIB]]] | ratios FILE..."
+                    .into(),
+            );
+        }
     };
     println!("{}", serde_json::to_string_pretty(&result)?);
     Ok(())
@@ -83,7 +90,8 @@ fn median(mut times: Vec<Duration>) -> f64 {
     times[times.len() / 2].as_secs_f64()
 }
 
-fn speed(folder: &Path, mib: usize) -> Result<Value, Failure> {
+fn speed(folder: &Path, numbers: &[usize]) -> Result<Value, Failure> {
+    let mib = numbers.first().copied().unwrap_or(1024);
     const ROUNDS: usize = 5;
     std::fs::create_dir_all(folder)?;
     let bytes = mib << 20;
@@ -106,7 +114,7 @@ fn speed(folder: &Path, mib: usize) -> Result<Value, Failure> {
     let (mut write, mut read, mut save, mut load, mut hash) =
         (vec![], vec![], vec![], vec![], vec![]);
     let (mut sealed_save, mut sealed_load) = (vec![], vec![]);
-    let mut threads = 0;
+    let (mut threads, mut segment_bytes) = (0, 0);
     for round in 0..ROUNDS {
         state[..8].copy_from_slice(&(round as u64).to_le_bytes());
         // A plain file: written in pieces of 4 MiB, synced; read back from the disk.
@@ -134,7 +142,9 @@ fn speed(folder: &Path, mib: usize) -> Result<Value, Failure> {
         for sealed in [false, true] {
             let mut options = Options::default();
             options.key = sealed.then(|| StoreKey::new(&[3; 32]));
-            threads = options.threads;
+            options.threads = numbers.get(1).copied().unwrap_or(options.threads);
+            options.segment_bytes = numbers.get(2).map_or(options.segment_bytes, |n| n << 20);
+            (threads, segment_bytes) = (options.threads, options.segment_bytes);
             let place = folder.join("store");
             let store = Store::open(&place, options)?;
             let (key, value) = state.split_at(bytes / 2);
@@ -176,7 +186,7 @@ fn speed(folder: &Path, mib: usize) -> Result<Value, Failure> {
     }
     let rate = |times: &[Duration]| (bytes as f64 / median(times.to_vec()) / 1e6).round();
     Ok(json!({
-        "bytes": bytes, "rounds": ROUNDS, "threads": threads, "unit": "MB/s, median",
+        "bytes": bytes, "rounds": ROUNDS, "threads": threads, "segment_bytes": segment_bytes, "unit": "MB/s, median",
         "disk_sequential_write_and_sync": rate(&write), "disk_sequential_read": rate(&read),
         "save": rate(&save), "load_verified": rate(&load),
         "hash_one_thread": rate(&hash),

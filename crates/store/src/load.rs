@@ -314,11 +314,12 @@ impl Store {
             })
             .map_err(|e| load_error(id, e))?;
             let total: u64 = segments.iter().map(|segment| segment.bytes).sum();
-            let mut bytes = Vec::new();
             let memory = || LoadError::Memory { capsule: id, bytes: total };
             let length = usize::try_from(total).map_err(|_| memory())?;
-            bytes.try_reserve_exact(length).map_err(|_| memory())?;
-            bytes.resize(length, 0);
+            // Asked first, since the next line has no way to say no; that one takes fresh pages, which the threads below
+            // fill without anybody having written zeros.
+            Vec::<u8>::new().try_reserve_exact(length).map_err(|_| memory())?;
+            let mut bytes = vec![0; length];
             let mut rest = bytes.as_mut_slice();
             let mut targets = Vec::with_capacity(segments.len());
             for segment in segments {

@@ -105,6 +105,11 @@ pub trait Object: Send + Sync {
     /// # Errors
     /// If the storage fails, or the object ends before.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), StorageError>;
+
+    /// Says that these bytes will be read soon. A hint: it changes no result and may reach past the end.
+    fn prefetch(&self, offset: u64, bytes: u64) {
+        let _ = (offset, bytes);
+    }
 }
 
 /// Bytes that lie in memory.

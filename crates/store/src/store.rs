@@ -23,7 +23,7 @@ pub struct Options {
     pub compression: Compression,
     /// Bytes of a new segment at most: from 4096 to 64 MiB. Large ones are fast, small ones lose less to damage.
     pub segment_bytes: usize,
-    /// Threads that read, write and hash segments.
+    /// Threads that read, write and hash segments. More than there are cores help: most of the time they wait.
     pub threads: usize,
     /// Bytes that the store may hold, garbage included; a save that would go over it is refused.
     pub quota: Option<u64>,
@@ -34,12 +34,11 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         Self {
             key: None,
             compression: Compression::None,
             segment_bytes: 32 << 20,
-            threads: cores.min(4),
+            threads: 4,
             quota: None,
             grace: None,
         }

@@ -262,6 +262,12 @@ impl Object for FileObject {
         self.bytes
     }
 
+    fn prefetch(&self, offset: u64, bytes: u64) {
+        if offset < self.bytes {
+            self.file.prefetch(offset, bytes.min(self.bytes - offset));
+        }
+    }
+
     fn read_at(&self, offset: u64, into: &mut [u8]) -> Result<(), StorageError> {
         self.file.read_at(offset, into).map_err(|source| StorageError::Io {
             action: "read",

@@ -35,6 +35,11 @@ pub trait ReadFile: Send + Sync {
     /// # Errors
     /// If the medium fails, or `UnexpectedEof` when the file ends before.
     fn read_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+
+    /// Says that these bytes will be read soon. A hint: it changes no result and may reach past the end.
+    fn prefetch(&self, offset: u64, bytes: u64) {
+        let _ = (offset, bytes);
+    }
 }
 
 /// One entry of a folder.
@@ -163,6 +168,11 @@ impl ReadFile for File {
             }
         }
         Ok(())
+    }
+
+    fn prefetch(&self, offset: u64, bytes: u64) {
+        let bytes = std::num::NonZero::new(bytes);
+        let _ = rustix::fs::fadvise(self, offset, bytes, rustix::fs::Advice::WillNeed);
     }
 }
 
