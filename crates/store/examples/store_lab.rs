@@ -16,6 +16,9 @@ use serde_json::{Value, json};
 
 type Failure = Box<dyn std::error::Error>;
 
+/// Repetitions of each measurement.
+const ROUNDS: usize = 5;
+
 fn main() -> Result<(), Failure> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
@@ -92,7 +95,6 @@ fn median(mut times: Vec<Duration>) -> f64 {
 
 fn speed(folder: &Path, numbers: &[usize]) -> Result<Value, Failure> {
     let mib = numbers.first().copied().unwrap_or(1024);
-    const ROUNDS: usize = 5;
     std::fs::create_dir_all(folder)?;
     let bytes = mib << 20;
     // Bytes that do not compress, different in every round, so that nothing is shared.
