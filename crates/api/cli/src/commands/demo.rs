@@ -5,8 +5,8 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use ampoule::{
-    Ablation, Ampoule, Capsule, CapsuleFile, EncodeOptions, FinishReason, Reply, ReplyOptions,
-    SamplingParams, SlotId, sample_tokens,
+    Ablation, Ampoule, Capsule, CapsuleFile, Digest, EncodeOptions, FinishReason, Reply,
+    ReplyOptions, SamplingParams, SlotId, sample_tokens,
 };
 use anyhow::{Context, ensure};
 use serde_json::Value;
@@ -67,7 +67,15 @@ struct Tour {
 struct Script {
     prefix: Vec<u32>,
     questions: [Vec<u32>; 2],
+    /// The prefix as text; empty where the model has no tokenizer.
+    notes: String,
+    /// The first question as the user typed it.
+    asked: &'static str,
 }
+
+/// What the tour asks.
+const QUESTIONS: [&str; 2] =
+    ["Summarize one of the notes in a sentence.", "Which of the notes is a table?"];
 
 /// What reading a question and answering it gave.
 struct Answer {
@@ -114,7 +122,8 @@ impl Tour {
         let sample = |n, seed| sample_tokens(model, n, seed);
         if model.template().is_err() {
             let questions = [sample(24, 2)?, sample(24, 3)?];
-            return Ok(Script { prefix: sample(size, 1)?, questions });
+            let prefix = sample(size, 1)?;
+            return Ok(Script { prefix, questions, notes: String::new(), asked: "" });
         }
         let tokenizer = model.tokenizer()?;
         let notes = tokenizer.decode(&sample(size, 1)?);
@@ -130,10 +139,15 @@ impl Tour {
             let (prefix, question) = text.split_at(end);
             Ok((prefix.to_owned(), question.to_owned()))
         };
-        let (prefix, first) = prompt("Summarize one of the notes in a sentence.")?;
-        let (_, second) = prompt("Which of the notes is a table?")?;
+        let (prefix, first) = prompt(QUESTIONS[0])?;
+        let (_, second) = prompt(QUESTIONS[1])?;
         let encode = |text: &str| tokenizer.encode(text, EncodeOptions::TEMPLATE);
-        Ok(Script { prefix: encode(&prefix)?, questions: [encode(&first)?, encode(&second)?] })
+        Ok(Script {
+            prefix: encode(&prefix)?,
+            questions: [encode(&first)?, encode(&second)?],
+            notes: notes.to_owned(),
+            asked: QUESTIONS[0],
+        })
     }
 
     fn freeze(&mut self, slot: SlotId, script: &Script) -> anyhow::Result<Capsule> {
@@ -145,6 +159,9 @@ impl Tour {
         self.model.engine.synchronize()?;
         let freezing = ms(start.elapsed());
         let n = script.prefix.len();
+        if !script.notes.is_empty() {
+            output::line(format!("  notes: {}", quoted(&script.notes)))?;
+        }
         let bytes = output::bytes((capsule.fixed_bytes() + capsule.row_bytes()) as u64);
         output::line(format!(
             "  read {n} tokens in {} ms; froze {bytes} in {} ms",
@@ -184,8 +201,15 @@ impl Tour {
             &format!("{read} tokens read, {ratio:.1} x faster"),
         );
         if !warm.text.is_empty() {
-            output::line(format!("  it says: {}", quoted(&warm.text)))?;
+            output::line(format!("  user:     {}", quoted(script.asked)))?;
+            output::line(format!("  cold:     {}", quoted(&cold.text)))?;
+            output::line(format!("  restored: {}", quoted(&warm.text)))?;
         }
+        output::line(format!(
+            "  digest of the logits: {} cold, {} restored",
+            digest(&cold.logits),
+            digest(&warm.logits)
+        ))?;
         let same = cold.logits == warm.logits;
         self.claim(same, &format!("all {} logits are the same bits", cold.logits.len()))?;
         let same = cold.tokens == warm.tokens;
@@ -295,12 +319,23 @@ impl Tour {
         self.model.engine.synchronize()?;
         let time = ms(start.elapsed());
         self.time("undo", time, &format!("{} tokens taken back", said.len()));
-        output::line(format!("  took {} tokens back in {} ms", said.len(), figure(time)))?;
+        let text = |tokens: &[u32]| {
+            self.model.tokenizer().map_or(String::new(), |t| quoted(&t.decode(tokens)))
+        };
+        output::line(format!(
+            "  took {} tokens back in {} ms: {}",
+            said.len(),
+            figure(time),
+            text(&said)
+        ))?;
         let same = self.model.engine.state_bytes(slot)? == bytes;
         let all: usize = bytes.iter().map(|(_, b)| b.len()).sum();
         let all = output::bytes(all as u64);
         self.claim(same, &format!("all {all} of state are the bytes they were"))?;
         let again = self.steps(slot)?;
+        if let Ok(tokenizer) = self.model.tokenizer() {
+            output::line(format!("  said again: {}", quoted(&tokenizer.decode(&again))))?;
+        }
         self.claim(again == said, "and the same tokens follow again")
     }
 
@@ -422,6 +457,12 @@ fn heading(text: &str) -> anyhow::Result<()> {
 /// A token of another session.
 fn other(tokens: &[u32]) -> [u32; 1] {
     [tokens.last().map_or(0, |t| t ^ 1)]
+}
+
+/// The beginning of a digest of logits' bits.
+fn digest(bits: &[u32]) -> String {
+    let bytes: Vec<u8> = bits.iter().flat_map(|b| b.to_le_bytes()).collect();
+    Digest::of(&bytes).to_string()[..16].to_owned()
 }
 
 /// One line of a reply.
