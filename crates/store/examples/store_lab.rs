@@ -16,9 +16,6 @@ use serde_json::{Value, json};
 
 type Failure = Box<dyn std::error::Error>;
 
-/// Repetitions of each measurement.
-const ROUNDS: usize = 5;
-
 fn main() -> Result<(), Failure> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let result = match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
@@ -95,6 +92,7 @@ fn median(mut times: Vec<Duration>) -> f64 {
 
 fn speed(folder: &Path, numbers: &[usize]) -> Result<Value, Failure> {
     let mib = numbers.first().copied().unwrap_or(1024);
+    const ROUNDS: usize = 9;
     std::fs::create_dir_all(folder)?;
     let bytes = mib << 20;
     // Bytes that do not compress, different in every round, so that nothing is shared.
@@ -112,14 +110,29 @@ fn speed(folder: &Path, numbers: &[usize]) -> Result<Value, Failure> {
     let span = Segment { start: 0, end: mib as u32, origin: Origin::Prefill };
     let lineage_scope = scope.lineage();
     let lineage = lineage_scope.extend(lineage_scope.root(), span, &tokens)?;
-    let plain = folder.join("plain");
-    let (mut write, mut read, mut save, mut load, mut hash) =
-        (vec![], vec![], vec![], vec![], vec![]);
-    let (mut sealed_save, mut sealed_load) = (vec![], vec![]);
-    let (mut threads, mut segment_bytes) = (0, 0);
+    let (plain, place) = (folder.join("plain"), folder.join("store"));
+    let mut options = Options::default();
+    options.threads = numbers.get(1).copied().unwrap_or(options.threads);
+    options.segment_bytes = numbers.get(2).map_or(options.segment_bytes, |n| n << 20);
+    let mut times: [Vec<Duration>; 7] = Default::default();
     for round in 0..ROUNDS {
+        let mut taken = Vec::new();
         state[..8].copy_from_slice(&(round as u64).to_le_bytes());
-        // A plain file: written in pieces of 4 MiB, synced; read back from the disk.
+        let state = &state;
+        let (key, value) = state.split_at(bytes / 2);
+        let rows = Slices(vec![key, value, &[]]);
+        let fixed = Slices(vec![&[], &[], &fixed]);
+        let link = Link {
+            tokens: &tokens,
+            spans: vec![span],
+            lineage,
+            from: None,
+            journal: None,
+            rows: &rows,
+        };
+        let capsule =
+            NewCapsule { scope: &scope, links: &[link], fixed: &fixed, model: "lab", note: None };
+        // A plain file, in pieces of 4 MiB, synced.
         let begun = Instant::now();
         let mut file = File::create(&plain)?;
         for piece in state.chunks(4 << 20) {
@@ -127,76 +140,64 @@ fn speed(folder: &Path, numbers: &[usize]) -> Result<Value, Failure> {
         }
         file.sync_all()?;
         File::open(folder)?.sync_all()?;
-        write.push(begun.elapsed());
-        forget(&plain)?;
-        let mut back = vec![0; bytes];
-        back.fill(1);
+        taken.push(begun.elapsed());
+        // A capsule of as many bytes, acknowledged; without and with encryption.
+        let mut saved = Vec::new();
+        for sealed in [false, true] {
+            let mut options = options.clone();
+            options.key = sealed.then(|| StoreKey::new(&[3; 32]));
+            let store = Store::open(&place.join(sealed.to_string()), options)?;
+            let begun = Instant::now();
+            let id = store.save(&capsule)?.id;
+            taken.push(begun.elapsed());
+            saved.push((store, id));
+        }
+        // All of it from the disk again: the file into memory that is there, the capsule into memory of its own.
+        let mut back = vec![1; bytes];
+        forget(folder)?;
         let begun = Instant::now();
         File::open(&plain)?.read_exact(&mut back)?;
-        read.push(begun.elapsed());
-        std::fs::remove_file(&plain)?;
+        taken.push(begun.elapsed());
+        for (store, id) in saved {
+            let begun = Instant::now();
+            let capsule = store.capsule(id)?;
+            let (rows, fixed) = (store.rows(&capsule, 0)?, store.fixed(&capsule)?);
+            taken.push(begun.elapsed());
+            assert!(rows.tensor(0) == key && rows.tensor(1) == value && fixed.len() == 1 << 17);
+        }
         let begun = Instant::now();
         let digest = blake3::hash(&back);
-        hash.push(begun.elapsed());
+        taken.push(begun.elapsed());
         assert_ne!(digest.as_bytes()[..], [0; 32]);
-        drop(back);
-
-        for sealed in [false, true] {
-            let mut options = Options::default();
-            options.key = sealed.then(|| StoreKey::new(&[3; 32]));
-            options.threads = numbers.get(1).copied().unwrap_or(options.threads);
-            options.segment_bytes = numbers.get(2).map_or(options.segment_bytes, |n| n << 20);
-            (threads, segment_bytes) = (options.threads, options.segment_bytes);
-            let place = folder.join("store");
-            let store = Store::open(&place, options)?;
-            let (key, value) = state.split_at(bytes / 2);
-            let rows = Slices(vec![key, value, &[]]);
-            let fixed = Slices(vec![&[], &[], &fixed]);
-            let link = Link {
-                tokens: &tokens,
-                spans: vec![span],
-                lineage,
-                from: None,
-                journal: None,
-                rows: &rows,
-            };
-            let begun = Instant::now();
-            let saved = store.save(&NewCapsule {
-                scope: &scope,
-                links: &[link],
-                fixed: &fixed,
-                model: "lab",
-                note: None,
-            })?;
-            let saving = begun.elapsed();
-            forget(&place)?;
-            let begun = Instant::now();
-            let capsule = store.capsule(saved.id)?;
-            let (rows, fixed) = (store.rows(&capsule, 0)?, store.fixed(&capsule)?);
-            let loading = begun.elapsed();
-            assert!(rows.tensor(0) == key && rows.tensor(1) == value && fixed.len() == 1 << 17);
-            if sealed {
-                sealed_save.push(saving);
-                sealed_load.push(loading);
-            } else {
-                save.push(saving);
-                load.push(loading);
-            }
-            drop(store);
-            std::fs::remove_dir_all(&place)?;
-        }
+        std::fs::remove_file(&plain)?;
+        std::fs::remove_dir_all(&place)?;
+        times.iter_mut().zip(taken).for_each(|(all, one)| all.push(one));
     }
+    let [write, save, sealed_save, read, load, sealed_load, hash] = times;
     let rate = |times: &[Duration]| (bytes as f64 / median(times.to_vec()) / 1e6).round();
+    // Each share is the median over the rounds: what else the machine does meets both sides of a round alike.
+    let share = |disk: &[Duration], ours: &[Duration]| {
+        let mut shares: Vec<f64> =
+            disk.iter().zip(ours).map(|(d, o)| d.as_secs_f64() / o.as_secs_f64()).collect();
+        shares.sort_by(f64::total_cmp);
+        let rounded: Vec<f64> = shares.iter().map(|x| (x * 100.0).round() / 100.0).collect();
+        json!({ "median": rounded[rounded.len() / 2], "least": rounded[0], "most": rounded.last() })
+    };
     Ok(json!({
-        "bytes": bytes, "rounds": ROUNDS, "threads": threads, "segment_bytes": segment_bytes, "unit": "MB/s, median",
-        "disk_sequential_write_and_sync": rate(&write), "disk_sequential_read": rate(&read),
-        "save": rate(&save), "load_verified": rate(&load),
-        "hash_one_thread": rate(&hash),
-        "save_share_of_disk": (100.0 * median(write.clone()) / median(save.clone())).round() / 100.0,
-        "load_share_of_disk": (100.0 * median(read.clone()) / median(load.clone())).round() / 100.0,
-        "hash_seconds": median(hash), "save_seconds": median(save), "load_seconds": median(load),
-        "write_seconds": median(write), "read_seconds": median(read),
-        "sealed_save": rate(&sealed_save), "sealed_load": rate(&sealed_load),
+        "bytes": bytes, "rounds": ROUNDS, "threads": options.threads, "segment_bytes": options.segment_bytes,
+        "cores": std::thread::available_parallelism()?.get(),
+        "load_average": std::fs::read_to_string("/proc/loadavg").unwrap_or_default().trim(),
+        "mb_s_median": {
+            "disk_write_and_sync": rate(&write), "save": rate(&save), "save_sealed": rate(&sealed_save),
+            "disk_read": rate(&read), "load_verified": rate(&load), "load_sealed_verified": rate(&sealed_load),
+            "hash_one_thread": rate(&hash),
+        },
+        "seconds_median": {
+            "disk_write_and_sync": median(write.clone()), "save": median(save.clone()),
+            "disk_read": median(read.clone()), "load_verified": median(load.clone()), "hash_one_thread": median(hash),
+        },
+        "save_share_of_disk": share(&write, &save),
+        "load_share_of_disk": share(&read, &load),
     }))
 }
 

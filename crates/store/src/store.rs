@@ -37,8 +37,8 @@ impl Default for Options {
         Self {
             key: None,
             compression: Compression::None,
-            segment_bytes: 32 << 20,
-            threads: 4,
+            segment_bytes: 16 << 20,
+            threads: 3,
             quota: None,
             grace: None,
         }
