@@ -92,7 +92,6 @@ fn median(mut times: Vec<Duration>) -> f64 {
 
 fn speed(folder: &Path, numbers: &[usize]) -> Result<Value, Failure> {
     let mib = numbers.first().copied().unwrap_or(1024);
-    const ROUNDS: usize = 9;
     std::fs::create_dir_all(folder)?;
     let bytes = mib << 20;
     // Bytes that do not compress, different in every round, so that nothing is shared.
