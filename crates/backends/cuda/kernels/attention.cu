@@ -354,7 +354,6 @@ extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_co
 
 // Prefill on tensor cores: KV bf16 or f16, D 64, 128 or 256. Four warps, 16 query rows each; operands are rounded to the
 // cache's type, products accumulate in float32.
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool live) {
     int bytes = live ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));

@@ -66,6 +66,7 @@ pub(crate) fn cubin(
     };
     let source = format!("{COMMON}{text}");
     let (major, minor) = version()?;
+    let source = std::env::var("AMPOULE_CUDA_DEFINES").unwrap_or_default().replace(';', "\n") + "\n" + &source;
     let key = cache_key(&source, architecture, (major, minor));
     if let Some(cubin) = cache.load(&key) {
         return Ok(cubin);

@@ -49,6 +49,8 @@ const NAMES: &[(&str, &[&str])] = &[
             "gemv_f16_2",
             "gemv_f16_4",
             "gemv_f16_8",
+            "gemv_stream_bf16",
+            "gemv_stream_f16",
         ],
     ),
     ("gemm", &["gemm_f32", "gemm_bf16", "gemm_f16"]),
@@ -76,7 +78,7 @@ const NAMES: &[(&str, &[&str])] = &[
     ),
     (
         "recurrent",
-        &["causal_conv", "gated_delta_1", "gated_delta_2", "gated_delta_4", "gated_delta_8"],
+        &["causal_conv", "gated_delta_1", "gated_delta_2", "gated_delta_4", "gated_delta_8", "gated_delta_wide_1", "gated_delta_wide_2", "gated_delta_wide_4"],
     ),
     ("sample", &["sample"]),
     (

@@ -102,7 +102,7 @@ pub(crate) struct Gemv {
     pub(crate) k: i32,
     pub(crate) segments: i32,
     pub(crate) units: i32,
-    pub(crate) pad: i32,
+    pub(crate) ahead: i32,
     pub(crate) segment: [Segment; SEGMENTS],
 }
 
@@ -167,7 +167,7 @@ pub(crate) struct DeltaArgs {
     pub(crate) norm_weight: u64,
     pub(crate) done: u64,
     pub(crate) eps: f32,
-    pub(crate) pad: i32,
+    pub(crate) early: i32,
 }
 
 /// `Sample` of `sample.cu`.

@@ -10,7 +10,7 @@ mod sample;
 use std::ffi::c_void;
 
 use ampoule_backend::BackendError;
-use ampoule_plan::{Op, Phase, Plan, Role, View};
+use ampoule_plan::{Access, Op, Phase, Plan, Role, View};
 
 use crate::device::CudaOptions;
 use crate::driver::{self, Launch};
@@ -198,6 +198,18 @@ impl<'a> Launcher<'a> {
 
     fn is_weight(&self, view: &View) -> bool {
         self.resident.model.buffer(view.buffer).role == Role::Weight
+    }
+
+    /// Whether one op of the plan alone writes the view's buffer. What it holds when that op's kernel begins is then what it
+    /// held when the replay began, and may be read before the kernels in between have ended.
+    fn only_writer(&self, view: &View) -> bool {
+        let ops = &self.resident.model.model().plans[self.plan].ops;
+        let writes = |op: &Op| {
+            op.operands()
+                .iter()
+                .any(|o| o.view.buffer == view.buffer && !matches!(o.access, Access::Read | Access::ReadRows))
+        };
+        ops.iter().filter(|op| writes(op)).count() == 1
     }
 
     fn unsupported(&self, problem: String) -> BackendError {
