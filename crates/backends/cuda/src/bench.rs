@@ -48,3 +48,23 @@ pub fn profile(on: bool) -> Result<(), BackendError> {
     let status = unsafe { if on { sys::cuProfilerStart() } else { sys::cuProfilerStop() } };
     check(status, "telling the profiler")
 }
+
+/// Experiment.
+pub fn trace(backend: &CudaBackend) -> Vec<u8> {
+    backend.device().kernels.trace()
+}
+
+/// Experiment.
+pub fn precompile() -> Result<(), BackendError> {
+    crate::libs::nvrtc()?;
+    let cache = crate::cache::Cache::of_user();
+    for (name, _) in crate::compile::SOURCES {
+        if std::env::var("AMPOULE_ONLY").is_ok_and(|o| !o.split(',').any(|n| n == *name)) {
+            continue;
+        }
+        let begun = std::time::Instant::now();
+        crate::compile::cubin(&cache, name, "sm_90a")?;
+        println!("{name} {:?}", begun.elapsed());
+    }
+    Ok(())
+}

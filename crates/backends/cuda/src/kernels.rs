@@ -49,10 +49,9 @@ const NAMES: &[(&str, &[&str])] = &[
             "gemv_f16_2",
             "gemv_f16_4",
             "gemv_f16_8",
-            "gemv_stream_bf16",
-            "gemv_stream_f16",
         ],
     ),
+    ("stream", &["gemv_stream_bf16", "gemv_stream_f16"]),
     ("gemm", &["gemm_f32", "gemm_bf16", "gemm_f16"]),
     (
         "attention",
@@ -68,6 +67,7 @@ const NAMES: &[(&str, &[&str])] = &[
             "attention_split_f16_4",
             "attention_combine",
             "attention_rows",
+            "attention_parts",
             "attention_tiles_bf16_64",
             "attention_tiles_bf16_128",
             "attention_tiles_bf16_256",
@@ -149,6 +149,15 @@ impl Kernels {
             modules.push(module);
         }
         Ok(Self { by_name, modules })
+    }
+
+    /// Experiment: the last records of the traced kernels.
+    pub(crate) fn trace(&self) -> Vec<u8> {
+        let mut all = Vec::new();
+        for module in &self.modules {
+            all.extend(module.global_bytes("trace_log"));
+        }
+        all
     }
 
     /// The kernel called `name`.

@@ -92,7 +92,7 @@ pub(crate) fn load(
     let plans = &model.model().plans;
     let mut sizes = WorkspaceSizes { product: lt::WORKSPACE, ..WorkspaceSizes::default() };
     for plan in plans {
-        attention_workspace(plan, &mut sizes);
+        attention_workspace(&model.model().buffers, plan, &mut sizes);
     }
     let facts = plans
         .iter()

@@ -141,7 +141,7 @@ pub(crate) struct AttentionArgs {
     pub(crate) splits: i32,
     pub(crate) vec: i32,
     pub(crate) scale: f32,
-    pub(crate) pad: i32,
+    pub(crate) parts: i32,
 }
 
 /// `Delta` of `recurrent.cu`.

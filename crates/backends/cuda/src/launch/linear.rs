@@ -238,7 +238,7 @@ impl Launcher<'_> {
         if !fits || shared as u32 > self.resident.device.kernels.find(&name)?.shared_limit {
             return Ok(false);
         }
-        let blocks = (gemv.units as u32).div_ceil(BLOCK / 32).clamp(1, limits.multiprocessors);
+        let blocks = (gemv.units as u32).div_ceil(BLOCK / 32).clamp(1, limits.multiprocessors * std::env::var("AMPOULE_CUDA_STREAM_BLOCKS").ok().and_then(|v| v.parse().ok()).unwrap_or(1));
         let mut how = self.early([blocks, 1, 1], BLOCK);
         let ring = std::env::var("AMPOULE_CUDA_RING").ok().and_then(|v| v.parse().ok()).unwrap_or(STREAM_RINGS);
         how.shared = (shared - STREAM_RINGS + ring) as u32;
