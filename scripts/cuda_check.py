@@ -93,9 +93,7 @@ def main():
         for path in sorted(KERNELS.glob("*.cu")):
             if only and path.stem not in only and architecture not in only:
                 continue
-            shared = KERNELS / "gemv.cuh" if path.stem in ("gemv", "stream") else None
-            source = common + (shared.read_text() if shared else "") + path.read_text()
-            good, log, cubin = compile_kernel(nvrtc, path.name, source, architecture)
+            good, log, cubin = compile_kernel(nvrtc, path.name, common + path.read_text(), architecture)
             print(f"{architecture:8} {path.name:16} {'ok' if good else 'FAILED'} {cubin} bytes", flush=True)
             if architecture == "sm_90a":
                 print("\n".join(report(log)))

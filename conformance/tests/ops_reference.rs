@@ -200,3 +200,17 @@ fn every_op_has_cases_and_names_are_unique() {
     names.dedup();
     assert_eq!(names.len(), specs.len());
 }
+
+#[test]
+fn expecting_bf16_weights_fails_a_backend_that_holds_them_quantised() {
+    let options = |filter: &str| ops::SuiteOptions {
+        filter: filter.to_owned(),
+        random_cases: 0,
+        bf16_weights: true,
+        ..ops::SuiteOptions::default()
+    };
+    let quantised = ops::run(&ReferenceBackend, &options("linear Q8_0"));
+    assert!(quantised.run > 0 && quantised.failed() > 0, "{quantised}");
+    let plain = ops::run(&ReferenceBackend, &options("linear BF16"));
+    assert!(plain.run > 0, "{plain}");
+}

@@ -457,9 +457,6 @@ fn model(backend: &CudaBackend, label: &str) -> Result<(), Failure> {
         }
         program.synchronize()?;
         let decode_ms = begun.elapsed().as_secs_f64() * 1e3 / 64.0;
-        if let Ok(path) = std::env::var("AMPOULE_TRACE_OUT") {
-            std::fs::write(format!("{path}.{length}"), bench::trace(backend))?;
-        }
         let bytes = frozen.bytes();
         say(&json!({
             "bench": "model", "model": name, "options": label, "length": length, "prefill_ms": prefill_ms, "warm_ttft_ms": warm_ms,
@@ -473,9 +470,6 @@ fn model(backend: &CudaBackend, label: &str) -> Result<(), Failure> {
 fn main() -> Result<(), Failure> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     let wants = |name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);
-    if wanted.iter().any(|w| w == "precompile") {
-        return Ok(bench::precompile()?);
-    }
     let on = CudaOptions::from_environment();
     let found = CudaBackend::discover()?;
     let ordinal = found.first().map_or(0, |g| g.ordinal);

@@ -79,14 +79,12 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
     const int split = blockIdx.x, h0 = blockIdx.y * G, kh = h0 / (p.heads / p.kv_heads);
     const i64 t = blockIdx.z;
     const i64 kv0 = (i64)kh * p.head_dim;
-    TRACE_START
+    const i64 start = (i64)split * SPLIT;
     pdl_wait();
     pdl_launch();
-    TRACE_WAITED
     if ((u32)t >= valid_rows(p.count, p.rows)) return;
     i64 limit = (i64)*p.cursor + t + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
-    const i64 start = (i64)split * SPLIT;
     if (start >= limit) return;
     const int n = limit - start < SPLIT ? (int)(limit - start) : SPLIT;
 
@@ -107,7 +105,6 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
         const int j = key_of(u);
         v[u].load(p.value, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
     }
-    TRACE_STAGED
     float q[G][8];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
@@ -191,7 +188,6 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
         for (int w = 0; w < WARPS; ++w) sum += reduce[w][g][d];
         p.partial[(slot + (i64)g * p.splits) * p.head_dim + d] = sum;
     }
-    TRACE_END(1000002)
 }
 #define SPLITS(name, KV, G)                                                                                      \
     extern "C" __global__ void __launch_bounds__(BLOCK, KV == F32 ? 1 : 2) name(const __grid_constant__ Attention p) { split_body<KV, G>(p); }
@@ -213,10 +209,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_combine(const __gr
     __shared__ float weight[MOST_SPLITS];
     __shared__ float part[BLOCK / 32];
     __shared__ __align__(16) float sums[GROUPS][COMBINED];
-    TRACE_START
     pdl_wait();
     pdl_launch();
-    TRACE_WAITED TRACE_STAGED
     const i64 t = blockIdx.z;
     const int h = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     if ((u32)t >= valid_rows(p.count, p.rows)) return;
@@ -269,7 +263,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_combine(const __gr
         store1(p.out, t, column, v);
         if (p.gate.p) store1(p.gated, t, column, v * sigmoid(load1(p.gate, t, column)));
     }
-    TRACE_END(1000003)
 }
 #undef GROUPS
 

@@ -177,21 +177,3 @@ __device__ __forceinline__ u32 valid_rows(const u32* count, u32 rows) {
     u32 c = *count;
     return c < rows ? c : rows;
 }
-
-#ifdef TRACE
-struct TraceRecord { u64 t[4]; u32 tag, block, sm, pad; };
-extern "C" {
-__device__ u32 trace_count;
-__device__ TraceRecord trace_log[1 << 16];
-}
-__device__ __forceinline__ u64 now_ns() { u64 t; asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t)); return t; }
-#define TRACE_START u64 trace_t[4]; trace_t[0] = now_ns();
-#define TRACE_WAITED trace_t[1] = now_ns();
-#define TRACE_STAGED trace_t[2] = now_ns();
-#define TRACE_END(tagged) __syncthreads(); if (threadIdx.x == 0) { u32 i = atomicAdd(&trace_count, 1) & 65535; TraceRecord r; r.t[0] = trace_t[0]; r.t[1] = trace_t[1]; r.t[2] = trace_t[2]; r.t[3] = now_ns(); r.tag = tagged; r.block = blockIdx.x + blockIdx.y * 1000; asm volatile("mov.u32 %0, %smid;" : "=r"(r.sm)); r.pad = 0; trace_log[i] = r; }
-#else
-#define TRACE_START
-#define TRACE_WAITED
-#define TRACE_STAGED
-#define TRACE_END(tagged)
-#endif

@@ -230,10 +230,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 norm_rope_append(HeadNorm query, HeadNorm key, View value, const u32* cursor, const u32* count, const float* frequencies,
                  View key_cache, View value_cache, int rows, int head_dim, int pairs, int style, i64 rows_of_cache) {
     __shared__ float scratch[BLOCK / 32][512];
-    TRACE_START
     pdl_wait();
     pdl_launch();
-    TRACE_WAITED TRACE_STAGED
     int lane = threadIdx.x & 31;
     int per_row = query.heads + 2 * key.heads;
     i64 unit = (i64)blockIdx.x * (BLOCK / 32) + (threadIdx.x >> 5);
@@ -276,7 +274,4 @@ norm_rope_append(HeadNorm query, HeadNorm key, View value, const u32* cursor, co
         store1(p.out, t, first + c, v);
         if (is_key && append) store1(key_cache, (i64)start + t, first + c, v);
     }
-#ifdef TRACE
-    if (lane == 0) { u32 i = atomicAdd(&trace_count, 1) & 65535; TraceRecord r; r.t[0]=trace_t[0]; r.t[1]=trace_t[1]; r.t[2]=trace_t[2]; r.t[3]=now_ns(); r.tag=1000004; r.block=unit; r.sm=0; r.pad=0; trace_log[i]=r; }
-#endif
 }

@@ -119,3 +119,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK) dequantise(const u8* blocks,
         out[b * 32 + lane] = f32_to_bf16(value);
     }
 }
+
+// Reads everything once: what reads alone can reach. `out` is written only if all words are one (they are not).
+extern "C" __global__ void __launch_bounds__(BLOCK) read_all(const uint4* from, i64 vectors, u32* out) {
+    u32 sum = 0;
+    const i64 step = (i64)gridDim.x * BLOCK;
+    i64 i = (i64)blockIdx.x * BLOCK + threadIdx.x;
+    for (; i + 3 * step < vectors; i += 4 * step) {
+        const uint4 a = __ldcs(from + i), b = __ldcs(from + i + step), c = __ldcs(from + i + 2 * step), d = __ldcs(from + i + 3 * step);
+        sum |= (a.x & a.y & a.z & a.w) ^ (b.x & b.y & b.z & b.w) ^ (c.x & c.y & c.z & c.w) ^ (d.x & d.y & d.z & d.w);
+    }
+    for (; i < vectors; i += step) sum |= from[i].x;
+    if (sum == 0xffffffffu) *out = sum;
+}

@@ -123,12 +123,10 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
         }
     };
     pdl_launch();
-    TRACE_START
     if (p.early) read_state();
     pdl_wait();
-    TRACE_WAITED
-    // All that comes from the ops before, in one round of loads.
     const bool norms = p.gate.p && gridDim.y == 1;
+    // All that comes from the ops before, in one round of loads.
     float gate = 0.f, norm_weight = 0.f;
     if (norms && (int)threadIdx.x < p.value_dim) {
         gate = load1(p.gate, 0, (i64)h * p.value_dim + threadIdx.x);
@@ -142,7 +140,6 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
     float first_decay = own_rates ? load1(p.decay, own_token, h) : 0.f, first_beta = own_rates ? load1(p.beta, own_token, h) : 0.f;
     const float root = sqrtf((float)p.key_dim);
 
-    TRACE_STAGED
     for (int base = 0; base < valid; base += TOKENS) {
         const int here = valid - base < TOKENS ? valid - base : TOKENS;
         __syncthreads();
@@ -308,7 +305,6 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
         for (int c = threadIdx.x; c < p.value_dim; c += blockDim.x)
             store1(p.normed, 0, first + c, head_out[c] * scale * p.norm_weight[c] * silu(load1(p.gate, 0, first + c)));
     }
-    TRACE_END(1000001)
 }
 #define DELTA(name, CHUNKS, COLUMNS, THREADS)                                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 2 : 4) name(const __grid_constant__ Delta p) { \

@@ -16,8 +16,7 @@ pub(crate) const SOURCES: &[(&str, &str)] = &[
     ("attention", include_str!("../kernels/attention.cu")),
     ("elementwise", include_str!("../kernels/elementwise.cu")),
     ("gemm", include_str!("../kernels/gemm.cu")),
-    ("gemv", concat!(include_str!("../kernels/gemv.cuh"), include_str!("../kernels/gemv.cu"))),
-    ("stream", concat!(include_str!("../kernels/gemv.cuh"), include_str!("../kernels/stream.cu"))),
+    ("gemv", include_str!("../kernels/gemv.cu")),
     ("memory", include_str!("../kernels/memory.cu")),
     ("recurrent", include_str!("../kernels/recurrent.cu")),
     ("sample", include_str!("../kernels/sample.cu")),
@@ -67,13 +66,6 @@ pub(crate) fn cubin(
     };
     let source = format!("{COMMON}{text}");
     let (major, minor) = version()?;
-    let mut source = source;
-    for part in std::env::var("AMPOULE_CUDA_DEFINES").unwrap_or_default().split(';').filter(|p| !p.is_empty()) {
-        // NAME VALUE, for the sources that know the name
-        if source.contains(part.split(' ').next().unwrap()) && !(part.starts_with("TRACE") && !["stream", "attention", "recurrent", "elementwise"].contains(&name)) {
-            source = format!("#define {part}\n{source}");
-        }
-    }
     let key = cache_key(&source, architecture, (major, minor));
     if let Some(cubin) = cache.load(&key) {
         return Ok(cubin);

@@ -41,12 +41,6 @@ pub struct CudaOptions {
     pub cublaslt: bool,
     /// Blocks of the matrix-vector kernel per multiprocessor. `AMPOULE_CUDA_GEMV_BLOCKS`.
     pub gemv_blocks: u32,
-    /// Weights of decode come through rings in shared memory, from compute capability 9.0 on. `AMPOULE_CUDA_STREAM=0`.
-    pub stream: bool,
-    /// Pieces that each warp of the streaming kernel brings to the L2 cache early.
-    pub ahead: u32,
-    /// Experiment.
-    pub wide: bool,
     /// Prints what each plan became, to standard error. `AMPOULE_CUDA_TRACE=1`.
     pub trace: bool,
     /// Slots whose graphs are captured at load; those of the others are captured when the slot is first created.
@@ -61,9 +55,6 @@ impl Default for CudaOptions {
             tune: true,
             cublaslt: true,
             gemv_blocks: 4,
-            stream: true,
-            ahead: 0,
-            wide: true,
             trace: false,
             slots_at_load: 8,
         }
@@ -89,9 +80,6 @@ impl CudaOptions {
             tune: on("AMPOULE_CUDA_TUNE"),
             cublaslt: on("AMPOULE_CUDA_CUBLASLT"),
             gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks),
-            stream: on("AMPOULE_CUDA_STREAM"),
-            ahead: std::env::var("AMPOULE_CUDA_AHEAD").ok().and_then(|v| v.parse().ok()).unwrap_or(defaults.ahead),
-            wide: on("AMPOULE_CUDA_WIDE"),
             trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),
             slots_at_load: defaults.slots_at_load,
         }
@@ -104,8 +92,6 @@ pub(crate) struct Limits {
     pub(crate) multiprocessors: u32,
     pub(crate) shared_per_block: u32,
     pub(crate) programmatic: bool,
-    /// Bulk copies and their barriers: compute capability 9.0.
-    pub(crate) bulk: bool,
 }
 
 /// The backend on one GPU.
@@ -175,7 +161,6 @@ impl CudaBackend {
                 .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
                 as u32,
             programmatic: options.programmatic_launch && gpu.capability.0 >= 9,
-            bulk: gpu.capability.0 >= 9,
         };
         let (major, minor) = gpu.capability;
         let kernels =

@@ -403,20 +403,6 @@ impl Module {
     }
 
     /// The kernel called `name`.
-    pub(crate) fn global_bytes(&self, name: &str) -> Vec<u8> {
-        let text = CString::new(name).unwrap();
-        let (mut at, mut bytes) = (0, 0);
-        // SAFETY: experiment.
-        unsafe {
-            if sys::cuModuleGetGlobal_v2(&raw mut at, &raw mut bytes, self.raw, text.as_ptr()) != sys::CUresult::CUDA_SUCCESS {
-                return Vec::new();
-            }
-            let mut out = vec![0_u8; bytes];
-            sys::cuMemcpyDtoH_v2(out.as_mut_ptr().cast(), at, bytes);
-            out
-        }
-    }
-
     pub(crate) fn function(&self, name: &str) -> Result<CUfunction, BackendError> {
         self.context.enter()?;
         let text = CString::new(name).map_err(|e| device_error(format!("kernel '{name}': {e}")))?;

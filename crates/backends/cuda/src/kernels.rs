@@ -51,7 +51,6 @@ const NAMES: &[(&str, &[&str])] = &[
             "gemv_f16_8",
         ],
     ),
-    ("stream", &["gemv_stream_bf16", "gemv_stream_f16"]),
     ("gemm", &["gemm_f32", "gemm_bf16", "gemm_f16"]),
     (
         "attention",
@@ -78,7 +77,16 @@ const NAMES: &[(&str, &[&str])] = &[
     ),
     (
         "recurrent",
-        &["causal_conv", "gated_delta_1", "gated_delta_2", "gated_delta_4", "gated_delta_8", "gated_delta_wide_1", "gated_delta_wide_2", "gated_delta_wide_4"],
+        &[
+            "causal_conv",
+            "gated_delta_1",
+            "gated_delta_2",
+            "gated_delta_4",
+            "gated_delta_8",
+            "gated_delta_wide_1",
+            "gated_delta_wide_2",
+            "gated_delta_wide_4",
+        ],
     ),
     ("sample", &["sample"]),
     (
@@ -90,6 +98,7 @@ const NAMES: &[(&str, &[&str])] = &[
             "periodic_fill",
             "count_differences",
             "dequantise",
+            "read_all",
         ],
     ),
 ];
@@ -149,15 +158,6 @@ impl Kernels {
             modules.push(module);
         }
         Ok(Self { by_name, modules })
-    }
-
-    /// Experiment: the last records of the traced kernels.
-    pub(crate) fn trace(&self) -> Vec<u8> {
-        let mut all = Vec::new();
-        for module in &self.modules {
-            all.extend(module.global_bytes("trace_log"));
-        }
-        all
     }
 
     /// The kernel called `name`.

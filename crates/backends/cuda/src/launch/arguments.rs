@@ -102,7 +102,7 @@ pub(crate) struct Gemv {
     pub(crate) k: i32,
     pub(crate) segments: i32,
     pub(crate) units: i32,
-    pub(crate) ahead: i32,
+    pub(crate) pad: i32,
     pub(crate) segment: [Segment; SEGMENTS],
 }
 

@@ -136,8 +136,7 @@ impl Launcher<'_> {
             };
             self.go(&name, how, args![a])?;
             if parts > 1 {
-                let grid =
-                    [o.heads as u32, rows.div_ceil(TILE) as u32, (o.head_dim / 32) as u32];
+                let grid = [o.heads as u32, rows.div_ceil(TILE) as u32, (o.head_dim / 32) as u32];
                 self.go("attention_parts", self.early(grid, 128), args![a])?;
             }
         } else {

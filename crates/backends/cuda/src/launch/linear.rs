@@ -13,8 +13,6 @@ use crate::memory::resident_dtype;
 
 /// Shared memory for x that leaves room for two blocks on a multiprocessor.
 const GEMV_SHARED: usize = 100 << 10;
-/// Bytes of the rings of a block of the streaming kernel: 8 warps, `DEPTH` pieces of `PIECE` bytes in `gemv.cu`.
-const STREAM_RINGS: usize = 8 * 5 * 2048;
 
 /// Whether the matrix-vector kernel can take rows of this width with weights of this type.
 pub(crate) fn gemv_fits(rows: usize, k: usize, dtype: DType) -> bool {
@@ -218,38 +216,6 @@ impl Launcher<'_> {
         }
     }
 
-    /// One row by the kernel that streams weights through shared memory, if it can.
-    fn stream(&self, gemv: &Gemv, dtype: DType, weights_only: bool) -> Result<bool, BackendError> {
-        let limits = &self.resident.device.limits;
-        let code = super::arguments::dtype_code(dtype);
-        let normed = gemv.norm_weight != 0;
-        let input = if normed { gemv.normed } else { gemv.x };
-        let aligned = |address: u64| address.is_multiple_of(16);
-        let fits = limits.bulk
-            && matches!(dtype, DType::BF16 | DType::F16)
-            && input.dtype == code
-            && input.vec == 1
-            && gemv.x.vec == 1
-            && (gemv.x.dtype == code || gemv.x.dtype == 0)
-            && aligned(gemv.norm_weight)
-            && gemv.segment[..gemv.segments as usize].iter().all(|s| aligned(s.w) && aligned(s.w2));
-        let name = format!("gemv_stream_{}", dtype_suffix(code));
-        let shared = (gemv.k as usize).next_multiple_of(256) * 2 + STREAM_RINGS;
-        if !fits || shared as u32 > self.resident.device.kernels.find(&name)?.shared_limit {
-            return Ok(false);
-        }
-        let blocks = (gemv.units as u32).div_ceil(BLOCK / 32).clamp(1, limits.multiprocessors * std::env::var("AMPOULE_CUDA_STREAM_BLOCKS").ok().and_then(|v| v.parse().ok()).unwrap_or(1));
-        let mut how = self.early([blocks, 1, 1], BLOCK);
-        let ring = std::env::var("AMPOULE_CUDA_RING").ok().and_then(|v| v.parse().ok()).unwrap_or(STREAM_RINGS);
-        how.shared = (shared - STREAM_RINGS + ring) as u32;
-        // The kernel reads weights before it waits: only if no op can have written them.
-        how.programmatic &= weights_only;
-        let mut gemv = *gemv;
-        gemv.ahead = self.options.ahead as i32;
-        self.go(&name, how, args![gemv])?;
-        Ok(true)
-    }
-
     /// Launches for 1, 2, 4 or 8 rows at a time; a row's bits do not depend on how they are grouped.
     fn gemv(
         &self,
@@ -269,9 +235,6 @@ impl Launcher<'_> {
         let limits = &self.resident.device.limits;
         let most = limits.multiprocessors * self.options.gemv_blocks;
         let blocks = (units as u32).div_ceil(BLOCK / 32).clamp(1, most);
-        if rows == 1 && self.options.stream && self.stream(&gemv, dtype, weights_only)? {
-            return Ok(());
-        }
         let mut done = 0;
         while done < rows {
             let take = [8, 4, 2, 1]

@@ -205,9 +205,9 @@ impl<'a> Launcher<'a> {
     fn only_writer(&self, view: &View) -> bool {
         let ops = &self.resident.model.model().plans[self.plan].ops;
         let writes = |op: &Op| {
-            op.operands()
-                .iter()
-                .any(|o| o.view.buffer == view.buffer && !matches!(o.access, Access::Read | Access::ReadRows))
+            op.operands().iter().any(|o| {
+                o.view.buffer == view.buffer && !matches!(o.access, Access::Read | Access::ReadRows)
+            })
         };
         ops.iter().filter(|op| writes(op)).count() == 1
     }

@@ -45,7 +45,7 @@ impl Launcher<'_> {
         };
         // Heads are cut so that all multiprocessors work; in decode, time goes to latency, and one block a head needs no
         // meeting of blocks before the norm.
-        let wide = self.options.wide && norm.is_some() && o.value_dim <= 128 && chunks <= 4;
+        let wide = norm.is_some() && o.value_dim <= 128 && chunks <= 4;
         let columns = o.value_dim.min(if wide { 128 } else { 32 });
         let mut p = DeltaArgs {
             qkv: self.matrix(&o.qkv),
@@ -63,7 +63,9 @@ impl Launcher<'_> {
             value_dim: o.value_dim as i32,
             columns: columns as i32,
             early: i32::from(
-                self.is_weight(&o.a_log) && self.is_weight(&o.dt_bias) && self.only_writer(&o.state),
+                self.is_weight(&o.a_log)
+                    && self.is_weight(&o.dt_bias)
+                    && self.only_writer(&o.state),
             ),
             ..DeltaArgs::default()
         };
