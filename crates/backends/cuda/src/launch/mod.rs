@@ -85,6 +85,22 @@ impl<'a> Launcher<'a> {
     pub(crate) fn step(&self, plan: &Plan, step: &Step) -> Result<(), BackendError> {
         let first = step.first_op();
         self.op.set(plan.ops[first].name());
+        for index in step.ops() {
+            let op = &plan.ops[index];
+            let blocks = |v: &View| {
+                let buffer = self.resident.model.buffer(v.buffer);
+                buffer.dtype.is_quantized() && buffer.role != Role::Weight
+            };
+            if !matches!(op, Op::Copy(_))
+                && let Some(o) = op.operands().iter().find(|o| blocks(&o.view))
+            {
+                let name = &self.resident.model.buffer(o.view.buffer).name;
+                self.op.set(op.name());
+                return Err(
+                    self.unsupported(format!("'{name}' holds quantised blocks and is no weight"))
+                );
+            }
+        }
         let result = match step {
             Step::Op(index) => self.op(*index, &plan.ops[*index]),
             Step::Gemv(group) => self.gemv_group(plan, group),
