@@ -18,6 +18,8 @@ pub struct GoldenReport {
     pub max_error: f64,
     /// Largest relative Frobenius error over all sequences.
     pub frobenius: f64,
+    /// Rows whose largest logit is another one than in the expected row.
+    pub top1_differ: usize,
     /// Greedy tokens that differ.
     pub greedy_differ: usize,
     /// Greedy tokens compared.
@@ -50,6 +52,11 @@ fn words<T>(file: &SafeTensors<'_>, name: &str, convert: impl Fn([u8; 4]) -> T) 
     Some(bytes.chunks_exact(4).map(|b| convert([b[0], b[1], b[2], b[3]])).collect())
 }
 
+/// The index of the largest number.
+fn largest_of(row: &[f32]) -> Option<usize> {
+    (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]))
+}
+
 /// The larger error; one that is no number is larger than all.
 fn worse(one: f64, other: f64) -> f64 {
     if one.is_nan() || other.is_nan() { f64::INFINITY } else { one.max(other) }
@@ -68,8 +75,15 @@ pub fn run(
     let bytes = std::fs::read(checkpoint.join("expected.safetensors")).map_err(|e| text(&e))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| text(&e))?;
     let precision = precision.or(Some(DType::F32));
+    let longest = file
+        .names()
+        .into_iter()
+        .filter(|n| n.ends_with(".input_ids"))
+        .filter_map(|n| file.tensor(n).ok())
+        .map(|t| t.data().len() / 4)
+        .max();
     let options = LoadOptions {
-        context: 512,
+        context: longest.unwrap_or(0).max(512),
         kv_cache: precision,
         activation: precision,
         ..LoadOptions::default()
@@ -82,6 +96,7 @@ pub fn run(
         rows: 0,
         max_error: 0.0,
         frobenius: 0.0,
+        top1_differ: 0,
         greedy_differ: 0,
         greedy: 0,
     };
@@ -117,6 +132,8 @@ pub fn run(
                 expected2 += f64::from(*wanted) * f64::from(*wanted);
             }
             report.rows += 1;
+            report.top1_differ +=
+                usize::from(largest_of(&rows[*row as usize]) != largest_of(expected));
         }
         report.max_error = worse(report.max_error, worst / largest);
         report.frobenius = worse(report.frobenius, (difference2 / expected2).sqrt());

@@ -200,3 +200,18 @@ fn every_op_has_cases_and_names_are_unique() {
     names.dedup();
     assert_eq!(names.len(), specs.len());
 }
+
+#[test]
+fn expecting_bf16_weights_fails_a_backend_that_holds_them_quantised() {
+    let report = |filter: &str| {
+        let filter = filter.to_owned();
+        let options =
+            SuiteOptions { filter, random_cases: 0, bf16_weights: true, ..SuiteOptions::default() };
+        let report = run(&ReferenceBackend, &options);
+        assert!(report.run > 0, "no case matches '{}'", options.filter);
+        report
+    };
+    let quantised = report("linear/ w=q8_0 out=f32");
+    assert_eq!(quantised.passed, 0, "{quantised}");
+    assert!(report("linear/ w=bf16 out=f32").is_ok());
+}

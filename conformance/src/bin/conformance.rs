@@ -138,6 +138,9 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let mut arguments = arguments;
+    // Quantised weights are held as bf16 there.
+    arguments.options.bf16_weights = backend.info().backend == "cuda";
     let mut observer = |name: &str| {
         if arguments.verbose {
             eprintln!("{name}");

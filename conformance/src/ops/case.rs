@@ -3,8 +3,10 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use ampoule_plan::{BufferId, DType, RandomFill, Sealed, WeightError, WeightSource};
-use ampoule_reference::store_elements;
+use ampoule_plan::{
+    BufferId, BufferTable, DType, Model, RandomFill, Sealed, WeightError, WeightSource,
+};
+use ampoule_reference::{load_elements, store_elements};
 
 /// How near a result must be to the reference.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -111,6 +113,34 @@ pub(crate) struct Case {
 }
 
 impl Case {
+    /// The same case with quantised weights dequantised and rounded to bfloat16: what a backend computes that holds them
+    /// so. `None` if no weight is quantised.
+    pub(crate) fn with_bf16_weights(&self) -> Option<(Arc<Sealed>, Weights)> {
+        let model = self.model.model();
+        if !model.buffers.iter().any(|(_, b)| b.dtype.is_quantized()) {
+            return None;
+        }
+        let mut buffers = BufferTable::default();
+        let mut weights = self.weights.clone();
+        for (id, buffer) in model.buffers.iter() {
+            let mut buffer = buffer.clone();
+            if buffer.dtype.is_quantized() {
+                let Some(Weight::Stored(blocks)) = self.weights.0.get(&id) else {
+                    panic!("quantised weights of cases are stored");
+                };
+                let values = load_elements(buffer.dtype, blocks);
+                let mut bytes = vec![0; 2 * values.len()];
+                store_elements(DType::BF16, &values, &mut bytes);
+                weights.0.insert(id, Weight::Stored(bytes));
+                buffer.dtype = DType::BF16;
+            }
+            let same = buffers.add(buffer).expect("the same names");
+            assert_eq!(same, id, "buffers keep their order");
+        }
+        let model = Model { name: model.name.clone(), buffers, plans: model.plans.clone() };
+        Some((Arc::new(model.seal().expect("only weights' types differ")), weights))
+    }
+
     pub(crate) fn tolerance(&self, buffer: BufferId) -> Tolerance {
         self.tolerances.get(&buffer).copied().unwrap_or(Tolerance::Bits)
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use ampoule_backend::{Backend, BackendError, LoadOptions, Program, Region, SlotId};
 use ampoule_plan::{BufferId, Growth, Sealed};
 
-use super::case::{Bytes, Case, DrawOf, Expect, Scenario, States, Tolerance};
+use super::case::{Bytes, Case, DrawOf, Expect, Scenario, States, Tolerance, Weights};
 use super::compare::{Tolerances, compare};
 use super::report::{Failure, Problem, Report};
 use super::sampling::near_tie;
@@ -26,11 +26,14 @@ struct Loaded {
     restless: Option<String>,
 }
 
-fn load(backend: &dyn Backend, case: &Case) -> Result<Loaded, BackendError> {
-    let model = &case.model;
+fn load(
+    backend: &dyn Backend,
+    model: &Arc<Sealed>,
+    weights: &Weights,
+) -> Result<Loaded, BackendError> {
     let state: usize = model.state().iter().map(|&id| model.buffer(id).bytes()).sum();
     let options = LoadOptions { slots: 2, capsule_bytes: 8 * state + (1 << 16) };
-    let mut program = backend.load(Arc::clone(model), &case.weights, options, &mut |_, _| {})?;
+    let mut program = backend.load(Arc::clone(model), weights, options, &mut |_, _| {})?;
     let slots = [program.create_slot()?, program.create_slot()?];
     Ok(Loaded { program, slots, restless: None })
 }
@@ -231,6 +234,8 @@ pub(crate) struct Judge<'a> {
     pub(crate) tolerances: Tolerances,
     /// Bit for bit, whatever the case allows.
     pub(crate) exact: bool,
+    /// The oracle gets quantised weights as bfloat16.
+    pub(crate) bf16_weights: bool,
 }
 
 /// Runs the case and adds what it found to the report.
@@ -258,8 +263,10 @@ fn run_scenarios(
     case: &Case,
     findings: &mut Findings<'_>,
 ) -> Result<(), Problem> {
-    let mut tested = caught(|| load(backend, case))?;
-    let mut reference = load(findings.judge.oracle, case)
+    let mut tested = caught(|| load(backend, &case.model, &case.weights))?;
+    let rounded = if findings.judge.bf16_weights { case.with_bf16_weights() } else { None };
+    let (model, weights) = rounded.as_ref().map_or((&case.model, &case.weights), |(m, w)| (m, w));
+    let mut reference = load(findings.judge.oracle, model, weights)
         .map_err(|e| Problem::Error(format!("the backend to compare with: {e}")))?;
     let mut traces: Vec<Trace> = Vec::new();
     for (index, scenario) in case.scenarios.iter().enumerate() {

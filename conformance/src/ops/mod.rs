@@ -80,6 +80,9 @@ pub struct SuiteOptions {
     pub ignore: Vec<Ignore>,
     /// Allowed errors.
     pub tolerances: Tolerances,
+    /// Expected results are those of quantised weights rounded to bfloat16 on load, as the CUDA backend holds them; the
+    /// tolerances stay as they are.
+    pub bf16_weights: bool,
 }
 
 impl Default for SuiteOptions {
@@ -90,6 +93,7 @@ impl Default for SuiteOptions {
             random_cases: 50,
             ignore: Vec::new(),
             tolerances: Tolerances::default(),
+            bf16_weights: false,
         }
     }
 }
@@ -127,14 +131,24 @@ pub fn run_specs(
     observer: &mut dyn FnMut(&str),
 ) -> Report {
     let tolerances = options.tolerances;
-    let judge = Judge { oracle: &ReferenceBackend, tolerances, exact: false };
+    let judge = Judge {
+        oracle: &ReferenceBackend,
+        tolerances,
+        exact: false,
+        bf16_weights: options.bf16_weights,
+    };
     judged(backend, specs, options, &judge, observer)
 }
 
 /// Runs the suite and holds the backend against another one bit for bit: other thread counts and instruction paths
 /// of one backend whose results are said to be the same.
 pub fn run_against(backend: &dyn Backend, oracle: &dyn Backend, options: &SuiteOptions) -> Report {
-    let judge = Judge { oracle, tolerances: options.tolerances, exact: true };
+    let judge = Judge {
+        oracle,
+        tolerances: options.tolerances,
+        exact: true,
+        bf16_weights: options.bf16_weights,
+    };
     judged(backend, &specs(options), options, &judge, &mut |_| {})
 }
 

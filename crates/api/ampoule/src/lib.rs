@@ -32,17 +32,18 @@ mod verify;
 pub use ablate::{Ablation, AblationReport};
 pub use error::{Error, UnknownDevice};
 pub use files::{CapsuleReader, check_writable, write_atomically, write_privately};
-pub use load::{Ampoule, Device, LoadOptions};
+pub use load::{Ampoule, DecodeTimes, Device, LoadOptions};
 pub use reply::{Reply, ReplyOptions, ReplyStep};
 pub use stores::{CapsuleStore, StoreError, StoreOptions};
 pub use texts::{TEXTS, sample_tokens};
 pub use verify::{LevelReport, VerifyOptions, VerifyReport};
 
-pub use ampoule_backend::{Backend, BackendError, Region, fixed_regions, row_regions};
+pub use ampoule_backend::{Backend, BackendError, Region, StepTime, fixed_regions, row_regions};
 pub use ampoule_capsule::{
     CapsuleError, CapsuleFile, CapsuleHeader, Component, LineageError, Manifest,
 };
 pub use ampoule_cuda::GpuInfo;
+pub use ampoule_cuda::bench::GpuBandwidth;
 pub use ampoule_engine::{
     Capsule, Control, Counters, DeviceInfo, Digest, Engine, EngineError, EngineOptions,
     Fingerprint, FinishReason, History, Identity, LineageId, Origin, PrefillProgress,

@@ -4,15 +4,16 @@ use std::ops::ControlFlow;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use ampoule_backend::{Backend, BackendError, DeviceInfo};
+use ampoule_backend::{Backend, BackendError, DeviceInfo, LoadOptions as BackendOptions, StepTime};
 use ampoule_cpu::CpuBackend;
+use ampoule_cuda::bench::{self, GpuBandwidth};
 use ampoule_cuda::{CudaBackend, GpuInfo};
 use ampoule_engine::{Capsule, Engine, EngineOptions, Identity, SlotId};
 use ampoule_models::chat::ChatTemplate;
 use ampoule_models::decoder::{BuildOptions, Precision};
 use ampoule_models::model::ModelFiles;
 use ampoule_models::tokenizer::{EncodeOptions, Tokenizer};
-use ampoule_plan::{DType, Sealed};
+use ampoule_plan::{DType, Phase, Sealed};
 use ampoule_reference::ReferenceBackend;
 use serde_json::{Map, Value};
 
@@ -31,6 +32,19 @@ pub enum Device {
     Reference,
     /// The first NVIDIA GPU.
     Cuda,
+}
+
+/// What [`Ampoule::time_decode`] measured.
+#[derive(Debug)]
+pub struct DecodeTimes {
+    /// The plans.
+    pub sealed: Arc<Sealed>,
+    /// Which of them was timed.
+    pub plan: usize,
+    /// Its launches, each timed beside others of its kind.
+    pub steps: Vec<StepTime>,
+    /// Milliseconds of the whole step.
+    pub step_ms: f64,
 }
 
 impl FromStr for Device {
@@ -213,6 +227,51 @@ impl Ampoule {
     /// If there is no driver, no NVRTC or no GPU.
     pub fn gpus() -> Result<Vec<GpuInfo>, BackendError> {
         CudaBackend::discover()
+    }
+
+    /// What the memory of the first GPU reaches; takes about a second.
+    ///
+    /// # Errors
+    /// If there is no GPU, or 3 GiB of its memory are not free.
+    pub fn gpu_bandwidth() -> Result<GpuBandwidth, BackendError> {
+        bench::bandwidth(&CudaBackend::new(0)?)
+    }
+
+    /// Loads a model and times its decode step at a position, launch by launch and as a whole.
+    ///
+    /// # Errors
+    /// If the model cannot be loaded, no decode plan reaches the position, or the backend does not time its launches.
+    pub fn time_decode(
+        model: &str,
+        options: &LoadOptions,
+        position: usize,
+    ) -> Result<DecodeTimes, Error> {
+        let files = ModelFiles::open(model)?;
+        let (backend, _) = choose(options)?;
+        let built = files.build(&build_options(&files, options, &backend.info()))?;
+        let plans = &built.sealed.model().plans;
+        let plan = (0..plans.len())
+            .filter(|&i| plans[i].key.phase == Phase::Decode && plans[i].key.context > position)
+            .min_by_key(|&i| plans[i].key.context)
+            .ok_or_else(|| BackendError::NoSuchPlan { plan: position, plans: plans.len() })?;
+        let load = BackendOptions { slots: 1, capsule_bytes: 0 };
+        let mut program =
+            backend.load(Arc::clone(&built.sealed), &built.weights, load, &mut |_, _| {})?;
+        let slot = program.create_slot()?;
+        let steps = program.time_steps(slot, plan, position as u32)?;
+        let mut times = Vec::new();
+        for _ in 0..9 {
+            // Four in a row: the launch of one hides behind the one before.
+            program.synchronize()?;
+            let begun = std::time::Instant::now();
+            for _ in 0..4 {
+                program.run(slot, plan)?;
+            }
+            program.synchronize()?;
+            times.push(begun.elapsed().as_secs_f64() * 1e3 / 4.0);
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(DecodeTimes { sealed: built.sealed, plan, steps, step_ms: times[times.len() / 2] })
     }
 
     /// Why [`Device::Auto`] took the CPU and not a GPU; `None` where it took a GPU, or another device was asked for.

@@ -25,7 +25,7 @@ struct Attention {
     i64 cache_rows;
     int rows, heads, kv_heads, head_dim, splits, vec;
     float scale;
-    int pad;
+    int parts;  // attention_tiles: 1 where each block takes one part of the keys
 };
 
 template <int KV> struct Eight {
@@ -79,12 +79,12 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
     const int split = blockIdx.x, h0 = blockIdx.y * G, kh = h0 / (p.heads / p.kv_heads);
     const i64 t = blockIdx.z;
     const i64 kv0 = (i64)kh * p.head_dim;
+    const i64 start = (i64)split * SPLIT;
     pdl_wait();
     pdl_launch();
     if ((u32)t >= valid_rows(p.count, p.rows)) return;
     i64 limit = (i64)*p.cursor + t + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
-    const i64 start = (i64)split * SPLIT;
     if (start >= limit) return;
     const int n = limit - start < SPLIT ? (int)(limit - start) : SPLIT;
 
@@ -354,7 +354,6 @@ extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_co
 
 // Prefill on tensor cores: KV bf16 or f16, D 64, 128 or 256. Four warps, 16 query rows each; operands are rounded to the
 // cache's type, products accumulate in float32.
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool live) {
     int bytes = live ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes));
@@ -413,7 +412,29 @@ __device__ __forceinline__ void shield(u16* vs, float (*o)[4], i64 see0, i64 see
     __syncthreads();
 }
 
-template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(const Attention& p) {
+// Keys of a part. With few token rows each part is a block's and attention_parts adds them; with many rows a block takes
+// all parts of its rows and adds them itself, with the same additions in the same order: the same bits.
+#define PART 512
+// Scales of what was added so far (x) and of the next part (y). A part without a key that the row sees changes nothing.
+__device__ __forceinline__ void merge_scales(float* whole_m, float* whole_l, const float* m, const float* l, float* x, float* y) {
+    const float log2e = 1.4426950408889634f;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const float top = fmaxf(whole_m[e], m[e]);
+        x[e] = whole_m[e] == top ? 1.f : exp2f((whole_m[e] - top) * log2e);
+        y[e] = m[e] == -INFINITY ? 0.f : exp2f((m[e] - top) * log2e);
+        whole_m[e] = top;
+        whole_l[e] = fmaf(l[e], y[e], whole_l[e] * x[e]);
+    }
+}
+// o = whole * x + o * y; a part that the row does not see has y = 0, and x = 1.
+__device__ __forceinline__ void merge(float* o, const float4 whole, const float* x, const float* y) {
+    const float w[4] = {whole.x, whole.y, whole.z, whole.w};
+#pragma unroll
+    for (int e = 0; e < 4; ++e) o[e] = y[e >> 1] == 0.f ? w[e] * x[e >> 1] : fmaf(o[e], y[e >> 1], w[e] * x[e >> 1]);
+}
+
+template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(const Attention& p, bool parted) {
     const int BM = 64, LD = D + 8;  // rows are 16 bytes apart in the banks
     extern __shared__ float4 shared[];
     u16* qs = (u16*)shared;  // [BM][LD]
@@ -430,6 +451,11 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     const i64 last = t0 + BM < valid ? t0 + BM : valid;
     i64 limit = position + last;
     if (limit > p.cache_rows) limit = p.cache_rows;
+    // Keys are taken in parts that begin at absolute multiples of PART. Here: one part, or all of them in rising order.
+    const i64 first = parted ? (i64)blockIdx.z * PART : 0;
+    if (first >= limit) return;
+    const i64 beyond = parted && first + PART < limit ? first + PART : limit;
+    const bool busy = t0 + warp * 16 < valid;  // warps without rows only load
     const u16* key = (const u16*)p.key.p + (i64)kh * D;
     const u16* value = (const u16*)p.value.p + (i64)kh * D;
     auto stage = [&](u16* into, const u16* from, i64 ld, i64 j0) {
@@ -440,7 +466,7 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
         }
         commit_async();
     };
-    stage(ks, key, p.key.ld, 0);
+    stage(ks, key, p.key.ld, first);
     for (int i = threadIdx.x; i < BM * (D / 4); i += 128) {
         int r = i / (D / 4), d = i % (D / 4) * 4;
         float4 q = t0 + r < valid ? load4(p.query, t0 + r, (i64)h * D + d, (i64)(h + 1) * D) : make_float4(0.f, 0.f, 0.f, 0.f);
@@ -453,10 +479,14 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
 #pragma unroll
     for (int i = 0; i < D / 8; ++i) o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
     float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f};
+    float whole_m[2] = {-INFINITY, -INFINITY}, whole_l[2] = {0.f, 0.f};
+    const i64 block = blockIdx.x + (i64)gridDim.x * (blockIdx.y + (i64)gridDim.y * (parted ? blockIdx.z : 0));
+    float4* kept = (float4*)p.partial + block * (D / 8 * 128) + threadIdx.x;  // [D / 8][128]
+    float4* kept_sums = (float4*)p.sums + block * 128 + threadIdx.x;
     // Rows of this lane: its fragment's rows lane/4 and lane/4 + 8.
     const i64 see0 = position + t0 + warp * 16 + lane / 4, see1 = see0 + 8;
     const float log2e = 1.4426950408889634f;
-    for (i64 j0 = 0; j0 < limit; j0 += BN) {
+    for (i64 j0 = first; j0 < beyond; j0 += BN) {
         stage(vs, value, p.value.ld, j0);
         wait_async<1>();
         __syncthreads();
@@ -464,7 +494,7 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
 #pragma unroll
         for (int i = 0; i < BN / 8; ++i) s[i][0] = s[i][1] = s[i][2] = s[i][3] = 0.f;
 #pragma unroll
-        for (int d = 0; d < D; d += 16) {
+        for (int d = 0; d < (busy ? D : 0); d += 16) {
             u32 a[4];
             ldmatrix4(a, qs + (warp * 16 + (lane & 15)) * LD + d + (lane >> 4) * 8);
 #pragma unroll
@@ -476,7 +506,7 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
             }
         }
         __syncthreads();
-        if (j0 + BN < limit) stage(ks, key, p.key.ld, j0 + BN);
+        if (j0 + BN < beyond) stage(ks, key, p.key.ld, j0 + BN);
         else commit_async();
         float top[2] = {m[0], m[1]};
 #pragma unroll
@@ -526,7 +556,7 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
         // A tile that some row does not wholly see: a weight of zero must hide whatever later rows hold, NaN included.
         if (j0 + BN > position + t0 + 1) shield<KV, D, BN>(vs, o, see0 - j0, see1 - j0, lane);
 #pragma unroll
-        for (int j = 0; j < BN; j += 16) {
+        for (int j = 0; j < (busy ? BN : 0); j += 16) {
             const u32 a[4] = {pa[j / 8][0], pa[j / 8][1], pa[j / 8 + 1][0], pa[j / 8 + 1][1]};
 #pragma unroll
             for (int d = 0; d < D; d += 16) {
@@ -537,8 +567,37 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
             }
         }
         __syncthreads();
+        if (!parted && limit > PART && ((j0 + BN) % PART == 0 || j0 + BN >= limit) && busy) {
+            // The end of a part: add it to those before.
+            float x[2], y[2];
+            const bool more = j0 + BN < limit, before = j0 + BN > PART;
+            if (before) {
+                merge_scales(whole_m, whole_l, m, l, x, y);
+            } else {
+                whole_m[0] = m[0], whole_m[1] = m[1], whole_l[0] = l[0], whole_l[1] = l[1];
+            }
+#pragma unroll
+            for (int i = 0; i < D / 8; ++i) {
+                if (before) merge(o[i], kept[i * 128], x, y);
+                if (more) {
+                    kept[i * 128] = make_float4(o[i][0], o[i][1], o[i][2], o[i][3]);
+                    o[i][0] = o[i][1] = o[i][2] = o[i][3] = 0.f;
+                }
+            }
+            m[0] = m[1] = -INFINITY;
+            l[0] = l[1] = 0.f;
+            if (!more) l[0] = whole_l[0], l[1] = whole_l[1];
+        }
     }
     wait_async<0>();
+    if (parted) {
+        if (busy) {
+            *kept_sums = make_float4(m[0], l[0], m[1], l[1]);
+#pragma unroll
+            for (int i = 0; i < D / 8; ++i) kept[i * 128] = make_float4(o[i][0], o[i][1], o[i][2], o[i][3]);
+        }
+        return;
+    }
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
         const i64 t = t0 + warp * 16 + lane / 4 + e * 8;
@@ -553,10 +612,59 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     }
 }
 #define TILES(name, KV, D, BN)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ Attention p) { tiles_body<KV, D, BN>(p); }
+    extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ Attention p) { tiles_body<KV, D, BN>(p, p.parts != 0); }
 TILES(attention_tiles_bf16_64, BF16, 64, 64)
 TILES(attention_tiles_bf16_128, BF16, 128, 64)
 TILES(attention_tiles_bf16_256, BF16, 256, 32)
 TILES(attention_tiles_f16_64, F16, 64, 64)
 TILES(attention_tiles_f16_128, F16, 128, 64)
 TILES(attention_tiles_f16_256, F16, 256, 32)
+
+// Adds the parts that attention_tiles left, in rising order. Grid: that of attention_tiles, with D / 32 in place of parts: a
+// block takes four groups of eight columns.
+extern "C" __global__ void __launch_bounds__(128) attention_parts(const __grid_constant__ Attention p) {
+    pdl_wait();
+    pdl_launch();
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const i64 t0 = (i64)(gridDim.y - 1 - blockIdx.y) * 64;
+    const i64 valid = valid_rows(p.count, p.rows);
+    if (t0 + warp * 16 >= valid) return;
+    const i64 last = t0 + 64 < valid ? t0 + 64 : valid;
+    i64 limit = (i64)*p.cursor + last;
+    if (limit > p.cache_rows) limit = p.cache_rows;
+    const int parts = (int)((limit + PART - 1) / PART), groups = p.head_dim / 8;
+    float whole_m[2], whole_l[2], o[4][4];
+    for (int part = 0; part < parts; ++part) {
+        const i64 block = blockIdx.x + (i64)gridDim.x * (blockIdx.y + (i64)gridDim.y * part);
+        const float4 sums = ((const float4*)p.sums)[block * 128 + threadIdx.x];
+        const float4* kept = (const float4*)p.partial + block * (groups * 128) + threadIdx.x + blockIdx.z * 512;
+        float4 v[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] = kept[i * 128];
+        const float m[2] = {sums.x, sums.z}, l[2] = {sums.y, sums.w};
+        float x[2] = {0.f, 0.f}, y[2] = {1.f, 1.f};
+        if (part > 0) {
+            merge_scales(whole_m, whole_l, m, l, x, y);
+        } else {
+            whole_m[0] = m[0], whole_m[1] = m[1], whole_l[0] = l[0], whole_l[1] = l[1];
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float4 whole = make_float4(o[i][0], o[i][1], o[i][2], o[i][3]);
+            o[i][0] = v[i].x, o[i][1] = v[i].y, o[i][2] = v[i].z, o[i][3] = v[i].w;
+            if (part > 0) merge(o[i], whole, x, y);
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        const i64 t = t0 + warp * 16 + lane / 4 + e * 8;
+        if (t >= valid) continue;
+        const float inverse = 1.f / whole_l[e];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const i64 c = (i64)blockIdx.x * p.head_dim + (blockIdx.z * 4 + i) * 8 + (lane & 3) * 2;
+            store1(p.out, t, c, o[i][2 * e] * inverse);
+            store1(p.out, t, c + 1, o[i][2 * e + 1] * inverse);
+        }
+    }
+}

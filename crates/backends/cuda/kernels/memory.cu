@@ -1,7 +1,7 @@
 // Region copy, random weights, dequantisation, comparison of bits.
 //
-// copy_regions: floor 2 bytes moved per byte copied. The table is a kernel parameter; blocks share the work by vectors of
-// 16 bytes, so a table of one large and many small regions loads every multiprocessor alike.
+// copy_regions: floor 2 bytes moved per byte copied. The table is a kernel parameter; blocks take tiles of 1024 vectors
+// of 16 bytes in turn, so a table of one large and many small regions loads every multiprocessor alike.
 // random_fill: bit for bit ampoule_plan::RandomFill. dequantise: GGML blocks to bf16.
 
 struct Piece {
@@ -16,18 +16,14 @@ template <int N> struct Pieces {
     Piece piece[N];
 };
 
+#define TILE (4 * BLOCK)  // vectors that a block moves at a time; neighbours move neighbouring tiles
 template <int N> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
     const i64 total = t.first[t.count];
-    const i64 share = (total + gridDim.x - 1) / gridDim.x;
-    i64 at = (i64)blockIdx.x * share;
-    const i64 end = at + share < total ? at + share : total;
-    if (at >= end) return;
-    int low = 0, high = t.count - 1;
-    while (low < high) {
-        int mid = (low + high + 1) / 2;
-        if (t.first[mid] <= at) low = mid;
-        else high = mid - 1;
-    }
+    int low = 0;
+    for (i64 tile = (i64)blockIdx.x * TILE; tile < total; tile += (i64)gridDim.x * TILE) {
+    i64 at = tile;
+    const i64 end = at + TILE < total ? at + TILE : total;
+    while (low + 1 < t.count && t.first[low + 1] <= at) ++low;
     for (int i = low; i < t.count && at < end; ++i) {
         const Piece p = t.piece[i];
         const i64 base = t.first[i];
@@ -57,6 +53,7 @@ template <int N> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
             }
         }
         at = stop;
+    }
     }
 }
 extern "C" __global__ void __launch_bounds__(BLOCK) copy_regions_96(const __grid_constant__ Pieces<96> t) {
@@ -118,4 +115,17 @@ extern "C" __global__ void __launch_bounds__(BLOCK) dequantise(const u8* blocks,
         }
         out[b * 32 + lane] = f32_to_bf16(value);
     }
+}
+
+// Reads everything once: what reads alone can reach. `out` is written only if all words are one (they are not).
+extern "C" __global__ void __launch_bounds__(BLOCK) read_all(const uint4* from, i64 vectors, u32* out) {
+    u32 sum = 0;
+    const i64 step = (i64)gridDim.x * BLOCK;
+    i64 i = (i64)blockIdx.x * BLOCK + threadIdx.x;
+    for (; i + 3 * step < vectors; i += 4 * step) {
+        const uint4 a = __ldcs(from + i), b = __ldcs(from + i + step), c = __ldcs(from + i + 2 * step), d = __ldcs(from + i + 3 * step);
+        sum |= (a.x & a.y & a.z & a.w) ^ (b.x & b.y & b.z & b.w) ^ (c.x & c.y & c.z & c.w) ^ (d.x & d.y & d.z & d.w);
+    }
+    for (; i < vectors; i += step) sum |= from[i].x;
+    if (sum == 0xffffffffu) *out = sum;
 }

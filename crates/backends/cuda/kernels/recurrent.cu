@@ -74,19 +74,20 @@ struct Delta {
     const float* norm_weight;
     u32* done;  // per value head: blocks that have stored their columns; zero between launches
     float eps;
-    int pad;
+    int early;  // 1: nothing before it in the plan writes the state, a_log or dt_bias: they are read before the wait
 };
 
 __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 
 // CHUNKS chunks of 32 key rows; a lane holds four rows of each, of two columns.
-template <int CHUNKS>
+template <int CHUNKS, int COLUMNS>
 __device__ __forceinline__ void delta_body(const Delta& p) {
     const int KD = CHUNKS * 32;
     __shared__ __align__(16) float ks[TOKENS][KD];
     __shared__ __align__(16) float qs[TOKENS][KD];
+    __shared__ float vs[TOKENS][COLUMNS];
     __shared__ float gs[TOKENS], bs[TOKENS], kq[TOKENS];
-    __shared__ __align__(16) float head_out[512];
+    __shared__ __align__(16) float head_out[256];
     __shared__ bool last;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int h = blockIdx.x;
@@ -100,39 +101,55 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
     const bool wide = (p.value_dim & 1) == 0;
     float* state = p.state + (i64)h * p.key_dim * p.value_dim;
 
-    pdl_wait();
+    float s0[CHUNKS * 4], s1[CHUNKS * 4];
+    float rate, dt;
+    auto read_state = [&]() {
+        rate = expf(p.a_log[h]), dt = p.dt_bias[h];
+#pragma unroll
+        for (int i = 0; i < CHUNKS * 4; ++i) {
+            int r = (i >> 2) * 32 + group * 4 + (i & 3);
+            s0[i] = s1[i] = 0.f;
+            if (r < p.key_dim) {
+                const float* at = state + (i64)r * p.value_dim + col;
+                if (own0 && own1 && wide) {
+                    float2 v = *(const float2*)at;
+                    s0[i] = v.x;
+                    s1[i] = v.y;
+                } else {
+                    if (own0) s0[i] = at[0];
+                    if (own1) s1[i] = at[1];
+                }
+            }
+        }
+    };
     pdl_launch();
-    const float rate = expf(p.a_log[h]), dt = p.dt_bias[h];
+    if (p.early) read_state();
+    pdl_wait();
+    const bool norms = p.gate.p && gridDim.y == 1;
+    // All that comes from the ops before, in one round of loads.
+    float gate = 0.f, norm_weight = 0.f;
+    if (norms && (int)threadIdx.x < p.value_dim) {
+        gate = load1(p.gate, 0, (i64)h * p.value_dim + threadIdx.x);
+        norm_weight = p.norm_weight[threadIdx.x];
+    }
+    if (!p.early) read_state();
     const int valid = (int)valid_rows(p.count, p.rows);
     // Of the first tile, by the lane of the warp that needs them; and of the first token.
     const int own_token = warp + (lane & 3) * warps;
     const bool own_rates = lane < 4 && own_token < valid && own_token < TOKENS;
     float first_decay = own_rates ? load1(p.decay, own_token, h) : 0.f, first_beta = own_rates ? load1(p.beta, own_token, h) : 0.f;
-    float s0[CHUNKS * 4], s1[CHUNKS * 4];
-#pragma unroll
-    for (int i = 0; i < CHUNKS * 4; ++i) {
-        int r = (i >> 2) * 32 + group * 4 + (i & 3);
-        s0[i] = s1[i] = 0.f;
-        if (r < p.key_dim) {
-            const float* at = state + (i64)r * p.value_dim + col;
-            if (own0 && own1 && wide) {
-                float2 v = *(const float2*)at;
-                s0[i] = v.x;
-                s1[i] = v.y;
-            } else {
-                if (own0) s0[i] = at[0];
-                if (own1) s1[i] = at[1];
-            }
-        }
-    }
     const float root = sqrtf((float)p.key_dim);
 
     for (int base = 0; base < valid; base += TOKENS) {
         const int here = valid - base < TOKENS ? valid - base : TOKENS;
-        float nv0 = own0 ? load1(p.qkv, base, v0 + col) : 0.f, nv1 = own1 ? load1(p.qkv, base, v0 + col + 1) : 0.f;
         __syncthreads();
+        for (int i = threadIdx.x; i < here * COLUMNS; i += blockDim.x) {
+            const int t = i / COLUMNS, c = i % COLUMNS;
+            const int column = blockIdx.y * p.columns + c;
+            vs[t][c] = c < p.columns && column < p.value_dim ? load1(p.qkv, base + t, v0 + column) : 0.f;
+        }
         // All loads of a few tokens go out before the first sum.
-        const int AHEAD = CHUNKS <= 4 ? 4 : 1;
+        const int AHEAD = CHUNKS <= 4 && COLUMNS <= 32 ? 4 : 1;
         float raw_q[AHEAD][CHUNKS], raw_k[AHEAD][CHUNKS];
         int ready = 0;
         for (int i = warp; i < here; i += warps) {
@@ -190,14 +207,9 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
         __syncthreads();
         for (int i = 0; i < here; ++i) {
             const i64 t = base + i;
-            const float v_0 = nv0, v_1 = nv1;
-            if (i + 1 < here) {
-                nv0 = own0 ? load1(p.qkv, t + 1, v0 + col) : 0.f;
-                nv1 = own1 ? load1(p.qkv, t + 1, v0 + col + 1) : 0.f;
-            }
+            const float v_0 = own0 ? vs[i][pair * 2] : 0.f, v_1 = own1 ? vs[i][pair * 2 + 1] : 0.f;
             const float g = gs[i];
             float a0 = 0.f, a1 = 0.f, c0 = 0.f, c1 = 0.f;
-            float kr[CHUNKS * 4];
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) {
                 float4 k = *(const float4*)&ks[i][c * 32 + group * 4];
@@ -206,7 +218,6 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
                     const int r = c * 4 + j;
-                    kr[r] = kx[j];
                     a0 = fmaf(s0[r], kx[j], a0);
                     a1 = fmaf(s1[r], kx[j], a1);
                     c0 = fmaf(s0[r], qx[j], c0);
@@ -222,21 +233,40 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
             }
             const float d0 = (v_0 - g * a0) * bs[i], d1 = (v_1 - g * a1) * bs[i];
 #pragma unroll
-            for (int r = 0; r < CHUNKS * 4; ++r) {
-                s0[r] = fmaf(kr[r], d0, g * s0[r]);
-                s1[r] = fmaf(kr[r], d1, g * s1[r]);
+            for (int c = 0; c < CHUNKS; ++c) {
+                const float4 k = *(const float4*)&ks[i][c * 32 + group * 4];
+                const float kx[4] = {k.x, k.y, k.z, k.w};
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int r = c * 4 + j;
+                    s0[r] = fmaf(kx[j], d0, g * s0[r]);
+                    s1[r] = fmaf(kx[j], d1, g * s1[r]);
+                }
             }
             if (group == 0) {
                 const i64 o = (i64)h * p.value_dim + col;
                 const float o0 = fmaf(kq[i], d0, g * c0), o1 = fmaf(kq[i], d1, g * c1);
                 if (own0) store1(p.out, t, o, o0);
                 if (own1) store1(p.out, t, o + 1, o1);
+                if (norms) {
+                    if (own0) head_out[pair * 2] = rounded(o0, p.out.dtype);
+                    if (own1) head_out[pair * 2 + 1] = rounded(o1, p.out.dtype);
+                }
             }
         }
     }
     // The plan has one row where there is a gate. The last block of a head to get here norms and gates it, in the order of
     // the separate kernel; the state is written while the blocks count themselves.
-    if (p.gate.p) {
+    if (norms) {
+        __syncthreads();
+        const View local = {head_out, 0, F32, 1};
+        const int c = threadIdx.x;
+        // Few warps: a head has at most 256 columns, and every one of them is some thread's.
+        if (c < ((p.value_dim + 31) & ~31)) {
+            const float scale = rms_scale(warp_squares(local, 0, 0, p.value_dim), p.value_dim, p.eps);
+            if (c < p.value_dim) store1(p.normed, 0, (i64)h * p.value_dim + c, head_out[c] * scale * norm_weight * silu(gate));
+        }
+    } else if (p.gate.p) {
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) last = atomicInc(p.done + h, gridDim.y - 1) == gridDim.y - 1;
@@ -256,7 +286,7 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
             }
         }
     }
-    if (p.gate.p) {
+    if (p.gate.p && !norms) {
         __syncthreads();
         if (!last) return;
         __threadfence();
@@ -276,11 +306,15 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
             store1(p.normed, 0, first + c, head_out[c] * scale * p.norm_weight[c] * silu(load1(p.gate, 0, first + c)));
     }
 }
-#define DELTA(name, CHUNKS, THREADS)                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS) name(const __grid_constant__ Delta p) { \
-        delta_body<CHUNKS>(p);                                                                      \
+#define DELTA(name, CHUNKS, COLUMNS, THREADS)                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 2 : 4) name(const __grid_constant__ Delta p) { \
+        delta_body<CHUNKS, COLUMNS>(p);                                                             \
     }
-DELTA(gated_delta_1, 1, 128)
-DELTA(gated_delta_2, 2, 128)
-DELTA(gated_delta_4, 4, 128)
-DELTA(gated_delta_8, 8, 128)
+DELTA(gated_delta_1, 1, 32, 128)
+DELTA(gated_delta_2, 2, 32, 128)
+DELTA(gated_delta_4, 4, 32, 128)
+DELTA(gated_delta_8, 8, 32, 128)
+// One block a head: decode.
+DELTA(gated_delta_wide_1, 1, 128, 512)
+DELTA(gated_delta_wide_2, 2, 128, 512)
+DELTA(gated_delta_wide_4, 4, 128, 512)

@@ -82,7 +82,6 @@ impl Step {
     }
 
     /// Every op it stands for.
-    #[cfg(test)]
     pub(crate) fn ops(&self) -> Vec<usize> {
         let mut ops = match self {
             Self::Op(index) => vec![*index],

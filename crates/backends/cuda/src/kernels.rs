@@ -66,6 +66,7 @@ const NAMES: &[(&str, &[&str])] = &[
             "attention_split_f16_4",
             "attention_combine",
             "attention_rows",
+            "attention_parts",
             "attention_tiles_bf16_64",
             "attention_tiles_bf16_128",
             "attention_tiles_bf16_256",
@@ -76,7 +77,16 @@ const NAMES: &[(&str, &[&str])] = &[
     ),
     (
         "recurrent",
-        &["causal_conv", "gated_delta_1", "gated_delta_2", "gated_delta_4", "gated_delta_8"],
+        &[
+            "causal_conv",
+            "gated_delta_1",
+            "gated_delta_2",
+            "gated_delta_4",
+            "gated_delta_8",
+            "gated_delta_wide_1",
+            "gated_delta_wide_2",
+            "gated_delta_wide_4",
+        ],
     ),
     ("sample", &["sample"]),
     (
@@ -88,6 +98,7 @@ const NAMES: &[(&str, &[&str])] = &[
             "periodic_fill",
             "count_differences",
             "dequantise",
+            "read_all",
         ],
     ),
 ];

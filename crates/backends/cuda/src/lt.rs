@@ -20,8 +20,8 @@ use crate::memory::Resident;
 /// Bytes of working memory that algorithms may use.
 pub(crate) const WORKSPACE: usize = 32 << 20;
 /// Algorithms asked for, and of those that qualify, timed.
-const CANDIDATES: usize = 16;
-const TIMED: usize = 8;
+const CANDIDATES: usize = 96;
+const TIMED: usize = 48;
 /// Rows that the check repeats.
 const PERIOD: usize = 8;
 

@@ -45,6 +45,11 @@ pub(crate) const fn resident_dtype(dtype: DType) -> DType {
     if dtype.is_quantized() { DType::BF16 } else { dtype }
 }
 
+/// Bytes of `elements` elements; of blocks, of whole ones.
+pub(crate) const fn bytes_of(dtype: DType, elements: usize) -> usize {
+    elements / dtype.block_elements() * dtype.block_bytes()
+}
+
 impl Layout {
     /// Lays the model's buffers out.
     pub(crate) fn new(model: &Sealed) -> Result<Self, BackendError> {
@@ -57,11 +62,11 @@ impl Layout {
                 }
                 Role::State { .. } => (Arena::Slot, &mut layout.slot),
             };
-            if buffer.dtype.is_quantized() && arena != Arena::Weights {
-                let problem = format!("has elements of {}, which only weights may", buffer.dtype);
-                return Err(BackendError::WrongBuffer { buffer: buffer.name.clone(), problem });
-            }
-            let dtype = resident_dtype(buffer.dtype);
+            // Blocks that are no weights are bytes, which the copy op alone moves.
+            let dtype = match arena {
+                Arena::Weights => resident_dtype(buffer.dtype),
+                _ => buffer.dtype,
+            };
             let bytes = dtype.bytes_for(buffer.elements()).unwrap_or(0);
             layout.places.push(Place { arena, offset: *total, dtype });
             *total = (*total + bytes).next_multiple_of(ALIGNMENT);
@@ -216,8 +221,8 @@ impl Resident {
     pub(crate) fn view_address(&self, view: &View, slot: usize) -> u64 {
         let buffer = self.model.buffer(view.buffer);
         let first = view.rows.start * buffer.cols() + view.cols.start;
-        let element = self.layout.place(view.buffer).dtype.block_bytes();
-        self.address(view.buffer, slot) + (first * element) as u64
+        let dtype = self.layout.place(view.buffer).dtype;
+        self.address(view.buffer, slot) + bytes_of(dtype, first) as u64
     }
 
     /// A view of floats as kernels take it.

@@ -6,14 +6,14 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ampoule_backend::{
-    BackendError, Counters, Frozen, LoadOptions, Program, Progress, Region, SlotId, WeightSource,
-    check_regions,
+    BackendError, Counters, Frozen, LoadOptions, Program, Progress, Region, SlotId, StepTime,
+    WeightSource, check_regions,
 };
-use ampoule_plan::{Access, Buffer, BufferId, Op, Role, Sealed};
+use ampoule_plan::{Access, Buffer, BufferId, CostPoint, Op, Role, Sealed, StateKind};
 
 use crate::capture::{CaptureGuard, Graph};
 use crate::device::{CudaOptions, Device};
-use crate::driver::device_error;
+use crate::driver::{Event, device_error};
 use crate::frozen::{CapsuleStore, CudaFrozen, Transfer, copy, resolve};
 use crate::fuse::{self, Step};
 use crate::launch::{Launcher, attention_workspace};
@@ -92,7 +92,7 @@ pub(crate) fn load(
     let plans = &model.model().plans;
     let mut sizes = WorkspaceSizes { product: lt::WORKSPACE, ..WorkspaceSizes::default() };
     for plan in plans {
-        attention_workspace(plan, &mut sizes);
+        attention_workspace(&model.model().buffers, plan, &mut sizes);
     }
     let facts = plans
         .iter()
@@ -196,6 +196,58 @@ impl CudaProgram {
         }
         self.slots[slot].graphs = graphs;
         Ok(())
+    }
+
+    /// Milliseconds of these steps of a plan, one after another: the median of nine replays.
+    fn time_alike(
+        &mut self,
+        slot: usize,
+        plan: usize,
+        position: u32,
+        steps: &[usize],
+    ) -> Result<f64, BackendError> {
+        let model = Arc::clone(self.model());
+        let launcher = Launcher::new(&self.resident, slot, plan, self.options, &self.products);
+        let guard = CaptureGuard::begin(&self.resident.stream)?;
+        for &step in steps {
+            launcher.step(&model.model().plans[plan], &self.facts[plan].steps[step])?;
+        }
+        let owned =
+            Owned { resident: Arc::clone(&self.resident), products: Arc::clone(&self.products) };
+        let graph = guard.finish(Arc::new(owned))?;
+        self.counters.captures += 1;
+        let cursors: Vec<(u64, usize)> = model
+            .model()
+            .buffers
+            .iter()
+            .filter(|(_, b)| matches!(b.role, Role::State { kind: StateKind::Cursor, .. }))
+            .map(|(id, b)| (self.resident.address(id, slot), b.bytes() / 4))
+            .collect();
+        let context = &self.resident.device.context;
+        let mut times = Vec::new();
+        for round in 0..11 {
+            for &(at, words) in &cursors {
+                // SAFETY: the whole buffer.
+                unsafe { self.resident.stream.fill(at, position, words)? };
+            }
+            let (start, end) = (Event::new(context, true)?, Event::new(context, true)?);
+            start.record(&self.resident.stream)?;
+            graph.launch()?;
+            end.record(&self.resident.stream)?;
+            end.synchronize()?;
+            if round > 1 {
+                times.push(f64::from(end.milliseconds_since(&start)?));
+            }
+        }
+        // The device counts its samples, and tokens are known by their number.
+        let ops = &model.model().plans[plan].ops;
+        let sampling = |i: &&usize| {
+            self.facts[plan].steps[**i].ops().iter().any(|&o| matches!(ops[o], Op::Sample(_)))
+        };
+        self.sampled += 11 * steps.iter().filter(sampling).count() as u64;
+        self.mirrored.clear();
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
     }
 
     fn wait(&mut self) -> Result<(), BackendError> {
@@ -491,5 +543,44 @@ impl Program for CudaProgram {
 
     fn frozen_bytes(&self) -> (usize, usize) {
         self.store.usage()
+    }
+
+    fn time_steps(
+        &mut self,
+        slot: SlotId,
+        plan: usize,
+        position: u32,
+    ) -> Result<Vec<StepTime>, BackendError> {
+        let index = self.slot(slot)?;
+        let model = Arc::clone(self.model());
+        let plans = self.facts.len();
+        let Some(ops) = model.model().plans.get(plan).map(|p| &p.ops) else {
+            return Err(BackendError::NoSuchPlan { plan, plans });
+        };
+        // Launches of one kind: the same ops over weights of the same shapes.
+        let kind = |step: &Step| -> Vec<(&'static str, usize)> {
+            let cost = |i: usize| {
+                let at = CostPoint { position: 0, tokens: 1 };
+                (ops[i].name(), ops[i].cost(&model.model().buffers, at).bytes_read as usize)
+            };
+            step.ops().into_iter().map(cost).collect()
+        };
+        let kinds: Vec<_> = self.facts[plan].steps.iter().map(kind).collect();
+        let mut times: Vec<StepTime> = self.facts[plan]
+            .steps
+            .iter()
+            .map(|s| StepTime { ops: s.ops(), milliseconds: 0.0 })
+            .collect();
+        for first in 0..kinds.len() {
+            let alike: Vec<usize> =
+                (0..kinds.len()).filter(|&i| kinds[i] == kinds[first]).collect();
+            if alike[0] == first {
+                let total = self.time_alike(index, plan, position, &alike)?;
+                for &i in &alike {
+                    times[i].milliseconds = total / alike.len() as f64;
+                }
+            }
+        }
+        Ok(times)
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use ampoule_backend::{
     Backend, BackendError, Frozen, LoadOptions, Program, Region, SlotId, fixed_regions, row_regions,
 };
-use ampoule_cuda::{CudaBackend, CudaOptions};
+use ampoule_cuda::{CudaBackend, CudaOptions, bench};
 use ampoule_models::decoder::{BuildOptions, Precision};
 use ampoule_models::model::{BuiltModel, ModelFiles};
 use ampoule_plan::{BufferId, DType, Phase};
@@ -314,4 +314,98 @@ fn a_decode_step_is_one_launch_and_one_wait() {
     assert_eq!(after.launches - before.launches, 50);
     assert_eq!(after.synchronizations - before.synchronizations, 50);
     assert_eq!((after.allocations, after.captures), (before.allocations, before.captures));
+}
+
+/// Kilobytes of a line of /proc/self/status.
+fn status_kib(name: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = text.lines().find(|l| l.starts_with(name));
+    line.and_then(|l| l.split_whitespace().nth(1)?.parse().ok()).unwrap_or(0)
+}
+
+#[test]
+fn ten_thousand_capsules_leave_no_trace() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let built = model(DType::BF16);
+    let mut runner = Runner::new(&backend, &built);
+    let slot = runner.reset();
+    let mut alive: Vec<Arc<dyn Frozen>> = Vec::new();
+    let mut seed = 1_u64;
+    let mut pick = move |n: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize % n
+    };
+    let mut before = None;
+    let mut refused = 0;
+    for cycle in 0..11_000 {
+        if cycle == 1000 {
+            // Everything that is made once has been made.
+            alive.clear();
+            runner.program.synchronize().unwrap();
+            let counters = runner.program.counters();
+            let host = status_kib("VmRSS");
+            before = Some((bench::free_memory(&backend).unwrap(), counters.allocations, host));
+        }
+        let mut regions = fixed_regions(&built.sealed);
+        regions.extend(row_regions(&built.sealed, &(0..1 + pick(500))));
+        match runner.program.freeze(slot, &regions) {
+            Ok(frozen) => alive.push(frozen),
+            Err(BackendError::CapsuleBudget { .. }) => refused += 1,
+            Err(error) => panic!("cycle {cycle}: {error}"),
+        }
+        if !alive.is_empty() && pick(2) == 0 {
+            let part = Arc::clone(&alive[pick(alive.len())]);
+            runner.program.thaw(slot, &[part]).unwrap();
+        }
+        while alive.len() > pick(8) {
+            alive.swap_remove(pick(alive.len()));
+        }
+    }
+    alive.clear();
+    runner.program.synchronize().unwrap();
+    let (free, allocations, host) = before.unwrap();
+    assert_eq!(runner.program.frozen_bytes().0, 0);
+    assert_eq!(bench::free_memory(&backend).unwrap(), free);
+    assert_eq!(runner.program.counters().allocations, allocations);
+    let grown = status_kib("VmRSS").saturating_sub(host);
+    assert!(grown < 8 << 10, "the process grew by {grown} KiB");
+    println!("10000 cycles, {refused} over budget, grown by {grown} KiB");
+}
+
+#[test]
+fn a_context_of_32768_takes_few_graphs() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let options = BuildOptions {
+        context: 32_768,
+        prefill: vec![32, 128, 512, 2048],
+        score: 32,
+        decode_contexts: vec![1024, 4096, 16_384, 32_768],
+        precision: Precision { activation: DType::BF16, kv_cache: DType::BF16 },
+    };
+    let built = ModelFiles::open("random:qwen3.5-tiny").unwrap().build(&options).unwrap();
+    let load = LoadOptions { slots: 1, capsule_bytes: 0 };
+    let program =
+        backend.load(Arc::clone(&built.sealed), &built.weights, load, &mut |_, _| {}).unwrap();
+    let captures = program.counters().captures;
+    println!("{captures} graphs");
+    assert!(captures <= 24, "{captures} graphs");
+}
+
+#[test]
+fn launches_are_timed_and_cover_the_plan() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let built = model(DType::BF16);
+    let mut runner = Runner::new(&backend, &built);
+    let slot = runner.reset();
+    let plan = runner.plan(Phase::Decode, 1, 256);
+    let times = runner.program.time_steps(slot, plan, 100).unwrap();
+    let mut ops: Vec<usize> = times.iter().flat_map(|t| t.ops.clone()).collect();
+    ops.sort_unstable();
+    ops.dedup();
+    assert_eq!(ops, (0..built.sealed.model().plans[plan].ops.len()).collect::<Vec<_>>());
+    assert!(times.iter().all(|t| t.milliseconds > 0.0));
+    // Tokens still arrive.
+    runner.empty(slot);
+    runner.prefill(slot, &text(20), 32);
+    runner.decode(slot, 256);
 }

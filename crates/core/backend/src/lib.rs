@@ -194,6 +194,34 @@ pub trait Program: Send {
 
     /// Bytes of frozen state alive, and the budget.
     fn frozen_bytes(&self) -> (usize, usize);
+
+    /// How long each launch of a plan takes on the device at a position, in the order of the plan. Launches of one kind
+    /// are timed together, one after another, so what others do beside them is not in it. Overwrites the slot's State.
+    ///
+    /// # Errors
+    /// If there is no such slot or plan, the backend cannot tell, or the device fails.
+    fn time_steps(
+        &mut self,
+        slot: SlotId,
+        plan: usize,
+        position: u32,
+    ) -> Result<Vec<StepTime>, BackendError> {
+        let _ = (slot, plan, position);
+        Err(BackendError::Unsupported {
+            backend: "this backend",
+            op: "step",
+            problem: "does not time its steps".to_owned(),
+        })
+    }
+}
+
+/// A launch that stands for some ops of a plan, and its time; see [`Program::time_steps`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepTime {
+    /// Indices in the plan.
+    pub ops: Vec<usize>,
+    /// Milliseconds.
+    pub milliseconds: f64,
 }
 
 /// The regions of all Fixed State: what every boundary holds whole.

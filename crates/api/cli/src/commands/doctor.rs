@@ -16,6 +16,7 @@ struct Doctor {
     cpu_features: Vec<Feature>,
     bandwidth: Bandwidth,
     devices: Vec<DeviceReport>,
+    gpus: Vec<Gpu>,
     model_folders: Vec<Folder>,
 }
 
@@ -37,6 +38,40 @@ struct DeviceReport {
     class: Option<String>,
     kernels: Option<String>,
     description: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Gpu {
+    name: String,
+    /// Compute capability.
+    capability: String,
+    multiprocessors: usize,
+    memory_bytes: u64,
+    /// Of the first GPU: reading, copying (bytes read and written), and both ways over the link.
+    read_gb_s: Option<f64>,
+    copy_gb_s: Option<f64>,
+    to_host_gb_s: Option<f64>,
+    from_host_gb_s: Option<f64>,
+}
+
+/// The GPUs; the first one is measured.
+fn gpus() -> Vec<Gpu> {
+    let found = Ampoule::gpus().unwrap_or_default();
+    let measured = if found.is_empty() { None } else { Ampoule::gpu_bandwidth().ok() };
+    let gpu = |(i, g): (usize, ampoule::GpuInfo)| {
+        let b = measured.filter(|_| i == 0);
+        Gpu {
+            capability: format!("{}.{}", g.capability.0, g.capability.1),
+            name: g.name,
+            multiprocessors: g.multiprocessors,
+            memory_bytes: g.memory,
+            read_gb_s: b.map(|b| b.read_gb_s),
+            copy_gb_s: b.map(|b| b.copy_gb_s),
+            to_host_gb_s: b.map(|b| b.to_host_gb_s),
+            from_host_gb_s: b.map(|b| b.from_host_gb_s),
+        }
+    };
+    found.into_iter().enumerate().map(gpu).collect()
 }
 
 #[derive(Debug, Serialize)]
@@ -80,6 +115,7 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
         cpu_features: features.collect(),
         bandwidth: Bandwidth::measure(global.threads, Progress::new(args.json)),
         devices,
+        gpus: gpus(),
         model_folders: models::folders().iter().map(|f| folder(f)).collect(),
     };
     if args.json {
@@ -115,6 +151,21 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
             format!("not there: {}", text(&d.reason))
         };
         output::line(format!("device     {:<9} {what}", d.device))?;
+    }
+    for g in &doctor.gpus {
+        let memory = output::bytes(g.memory_bytes);
+        let what = format!(
+            "{}, sm {}, {} multiprocessors, {memory}",
+            g.name, g.capability, g.multiprocessors
+        );
+        let speed = |v: Option<f64>| v.map_or_else(|| "not measured".to_owned(), figure);
+        output::line(format!(
+            "gpu        {what}; GB/s: read {}, copy {} (read and written), to host {}, from host {}",
+            speed(g.read_gb_s),
+            speed(g.copy_gb_s),
+            speed(g.to_host_gb_s),
+            speed(g.from_host_gb_s)
+        ))?;
     }
     for f in &doctor.model_folders {
         let what = match (f.there, f.models.is_empty()) {

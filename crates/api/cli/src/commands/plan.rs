@@ -154,7 +154,119 @@ impl Row {
     }
 }
 
+/// One kind of launch on the GPU.
+#[derive(Clone, Debug, Default, Serialize)]
+struct Launches {
+    /// The ops it stands for; of linears, the weights' shapes.
+    ops: String,
+    count: usize,
+    bytes: u64,
+    /// Bytes over the measured read bandwidth.
+    floor_ms: f64,
+    measured_ms: f64,
+    /// Measured over floor.
+    ratio: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct GpuRoofline {
+    model: String,
+    device: String,
+    kernels: String,
+    position: usize,
+    read_gb_s: f64,
+    launches: Vec<Launches>,
+    /// All launches, each kind timed by itself.
+    sum: Launches,
+    /// The step as one graph.
+    step_ms: f64,
+}
+
+/// The decode step on a GPU: bytes, floor, measured, by kind of launch.
+fn gpu_roofline(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+    let options = global.load_options(None);
+    let info = Ampoule::device_info(&options)?;
+    let bandwidth = Ampoule::gpu_bandwidth()?;
+    let times = Ampoule::time_decode(&args.model.model.resolve()?, &options, args.position)?;
+    let model = times.sealed.model();
+    let ops = &model.plans[times.plan].ops;
+    let at = CostPoint { position: args.position, tokens: 1 };
+    let mut kinds: Vec<Launches> = Vec::new();
+    for step in &times.steps {
+        let name = |&i: &usize| match &ops[i] {
+            ampoule::Op::Linear(o) => format!("linear {}x{}", o.weight.height(), o.weight.width()),
+            ampoule::Op::LinearAdd(o) => {
+                format!("linear_add {}x{}", o.weight.height(), o.weight.width())
+            }
+            op => op.name().to_owned(),
+        };
+        let label = step.ops.iter().map(name).collect::<Vec<_>>().join(", ");
+        let cost = |&i: &usize| {
+            let cost = ops[i].cost(&model.buffers, at);
+            cost.bytes_read + cost.bytes_written
+        };
+        let slot = kinds.iter().position(|k| k.ops == label).unwrap_or_else(|| {
+            kinds.push(Launches { ops: label, ..Launches::default() });
+            kinds.len() - 1
+        });
+        kinds[slot].count += 1;
+        kinds[slot].bytes += step.ops.iter().map(cost).sum::<u64>();
+        kinds[slot].measured_ms += step.milliseconds;
+    }
+    kinds.sort_by_key(|k| std::cmp::Reverse(k.bytes));
+    let mut sum = Launches { ops: "sum".to_owned(), ..Launches::default() };
+    for kind in &kinds {
+        sum.count += kind.count;
+        sum.bytes += kind.bytes;
+        sum.measured_ms += kind.measured_ms;
+    }
+    for kind in kinds.iter_mut().chain([&mut sum]) {
+        kind.floor_ms = kind.bytes as f64 / (bandwidth.read_gb_s * 1e6);
+        kind.ratio = kind.measured_ms / kind.floor_ms;
+    }
+    let report = GpuRoofline {
+        model: model.name.clone(),
+        device: info.class,
+        kernels: info.kernels,
+        position: args.position,
+        read_gb_s: bandwidth.read_gb_s,
+        launches: kinds,
+        sum,
+        step_ms: times.step_ms,
+    };
+    if args.json {
+        return output::json(&report);
+    }
+    output::line(format!(
+        "{}: one decode step at position {} on {}; reads at {} GB/s",
+        report.model,
+        report.position,
+        report.device,
+        figure(report.read_gb_s)
+    ))?;
+    let mut table = Table::new(&["launch", "count", "bytes", "floor ms", "measured ms", "ratio"]);
+    for k in report.launches.iter().chain([&report.sum]) {
+        table.row([
+            k.ops.clone(),
+            k.count.to_string(),
+            output::bytes(k.bytes),
+            figure(k.floor_ms),
+            figure(k.measured_ms),
+            figure(k.ratio),
+        ]);
+    }
+    output::put(&table.to_text())?;
+    output::line(format!(
+        "the whole step as one graph: {} ms, {} of its floor",
+        figure(report.step_ms),
+        figure(report.step_ms / report.sum.floor_ms)
+    ))
+}
+
 pub(crate) fn roofline(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+    if Ampoule::device_info(&global.load_options(None))?.backend == "cuda" {
+        return gpu_roofline(args, global);
+    }
     let sealed = plans(args, global)?;
     let model = sealed.model();
     let fitting = model

@@ -141,7 +141,7 @@ pub(crate) struct AttentionArgs {
     pub(crate) splits: i32,
     pub(crate) vec: i32,
     pub(crate) scale: f32,
-    pub(crate) pad: i32,
+    pub(crate) parts: i32,
 }
 
 /// `Delta` of `recurrent.cu`.
@@ -167,7 +167,7 @@ pub(crate) struct DeltaArgs {
     pub(crate) norm_weight: u64,
     pub(crate) done: u64,
     pub(crate) eps: f32,
-    pub(crate) pad: i32,
+    pub(crate) early: i32,
 }
 
 /// `Sample` of `sample.cu`.

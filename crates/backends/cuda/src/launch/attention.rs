@@ -15,6 +15,34 @@ const MOST_SPLITS: usize = 4096;
 /// Elements of a head that a block of the combining kernel takes.
 const COMBINED: usize = 64;
 
+/// Keys of a part: `PART` in `attention.cu`.
+const PART: usize = 512;
+/// Query rows of a block of `attention_tiles`.
+const TILE: usize = 64;
+/// With at most so many blocks, each takes one part of the keys.
+const FEW_BLOCKS: usize = 64;
+/// Most bytes of parts.
+const MOST_PARTED: usize = 256 << 20;
+
+/// Parts of keys that `attention_tiles` takes side by side; 1 if a block takes all of them.
+fn parts(o: &Attention) -> usize {
+    let blocks = o.heads * o.query.height().div_ceil(TILE);
+    let parts = o.key_cache.height().div_ceil(PART);
+    let bytes = blocks * parts * TILE * o.head_dim * 4;
+    if blocks <= FEW_BLOCKS && bytes <= MOST_PARTED { parts } else { 1 }
+}
+
+/// Whether the kernels for tensor cores take the op: they round queries and softmax weights to the caches' type, which
+/// must then be the type of what goes in and out.
+fn takes_tiles(table: &BufferTable, o: &Attention) -> bool {
+    let dtype = |v: &ampoule_plan::View| table[v.buffer].dtype;
+    let key_type = dtype(&o.key_cache);
+    [&o.value_cache, &o.query, &o.out].iter().all(|v| dtype(v) == key_type)
+        && aligned(table, o)
+        && matches!(key_type, DType::BF16 | DType::F16)
+        && matches!(o.head_dim, 64 | 128 | 256)
+}
+
 /// Whether the kernel for few rows takes the op.
 pub(crate) fn decodes_by_splits(phase: Phase, o: &Attention) -> bool {
     phase == Phase::Decode && o.query.height() <= DECODE_ROWS && o.head_dim <= 256
@@ -26,11 +54,15 @@ fn splits(cache_rows: usize, context: usize) -> usize {
 }
 
 /// Working memory for all attention ops of a plan.
-pub(crate) fn attention_workspace(plan: &Plan, sizes: &mut WorkspaceSizes) {
+pub(crate) fn attention_workspace(table: &BufferTable, plan: &Plan, sizes: &mut WorkspaceSizes) {
     for op in &plan.ops {
-        if let ampoule_plan::Op::Attention(o) = op
-            && decodes_by_splits(plan.key.phase, o)
-        {
+        let ampoule_plan::Op::Attention(o) = op else { continue };
+        if takes_tiles(table, o) {
+            let blocks = o.heads * o.query.height().div_ceil(TILE) * parts(o);
+            sizes.attention_sums = sizes.attention_sums.max(blocks * 128 * 16);
+            sizes.attention_partial = sizes.attention_partial.max(blocks * TILE * o.head_dim * 4);
+        }
+        if decodes_by_splits(plan.key.phase, o) {
             let parts = o.query.height() * o.heads * splits(o.key_cache.height(), plan.key.context);
             sizes.attention_sums = sizes.attention_sums.max(parts * 8);
             sizes.attention_partial = sizes.attention_partial.max(parts * o.head_dim * 4);
@@ -93,18 +125,20 @@ impl Launcher<'_> {
             let how = self.early([o.heads as u32, parts, rows as u32], BLOCK);
             return self.go("attention_combine", how, args![a]);
         }
-        let tiles = same
-            && a.vec == 1
-            && matches!(key_type, DType::BF16 | DType::F16)
-            && matches!(o.head_dim, 64 | 128 | 256);
-        if tiles {
+        if takes_tiles(table, o) {
+            let parts = parts(o);
+            a.parts = i32::from(parts > 1);
             let keys = if o.head_dim == 256 { 32 } else { 64 };
             let name = format!("attention_tiles_{}_{}", dtype_suffix(a.key.dtype), o.head_dim);
             let how = Launch {
                 shared: ((64 + 2 * keys) * (o.head_dim + 8) * 2) as u32,
-                ..self.early([o.heads as u32, rows.div_ceil(64) as u32, 1], 128)
+                ..self.early([o.heads as u32, rows.div_ceil(TILE) as u32, parts as u32], 128)
             };
             self.go(&name, how, args![a])?;
+            if parts > 1 {
+                let grid = [o.heads as u32, rows.div_ceil(TILE) as u32, (o.head_dim / 32) as u32];
+                self.go("attention_parts", self.early(grid, 128), args![a])?;
+            }
         } else {
             let floats = (16 + 32) * (o.head_dim + 1) + 16 * 33;
             let how = Launch {

@@ -9,6 +9,7 @@ use ampoule_plan::{
 use super::arguments::HeadNorm;
 use super::{BLOCK, Launcher, args};
 use crate::fuse::NormRopeAppend;
+use crate::memory::bytes_of;
 
 /// Groups up to this many columns are normalised by one warp: `WARP_ROWS` in `common.cuh`.
 const WARP_ROWS: usize = 512;
@@ -206,12 +207,12 @@ impl Launcher<'_> {
                 from.name, place.dtype, to.dtype
             )));
         }
-        let element = place.dtype.block_bytes();
+        let bytes_of = |elements| bytes_of(place.dtype, elements);
         let (source, out) = (self.address(&o.source), self.address(&o.out));
         let rows = o.source.height() as i64;
-        let bytes = (o.source.width() * element) as i64;
-        let source_stride = (from.cols() * element) as i64;
-        let out_stride = (to.cols() * element) as i64;
+        let bytes = bytes_of(o.source.width()) as i64;
+        let source_stride = bytes_of(from.cols()) as i64;
+        let out_stride = bytes_of(to.cols()) as i64;
         let parts = [source as i64, out as i64, bytes, source_stride, out_stride];
         let unit =
             [16, 4, 2].into_iter().find(|&u| parts.iter().all(|p| p % u == 0)).unwrap_or(1) as i32;

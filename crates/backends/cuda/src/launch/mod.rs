@@ -10,7 +10,7 @@ mod sample;
 use std::ffi::c_void;
 
 use ampoule_backend::BackendError;
-use ampoule_plan::{Op, Phase, Plan, Role, View};
+use ampoule_plan::{Access, Op, Phase, Plan, Role, View};
 
 use crate::device::CudaOptions;
 use crate::driver::{self, Launch};
@@ -85,6 +85,22 @@ impl<'a> Launcher<'a> {
     pub(crate) fn step(&self, plan: &Plan, step: &Step) -> Result<(), BackendError> {
         let first = step.first_op();
         self.op.set(plan.ops[first].name());
+        for index in step.ops() {
+            let op = &plan.ops[index];
+            let blocks = |v: &View| {
+                let buffer = self.resident.model.buffer(v.buffer);
+                buffer.dtype.is_quantized() && buffer.role != Role::Weight
+            };
+            if !matches!(op, Op::Copy(_))
+                && let Some(o) = op.operands().iter().find(|o| blocks(&o.view))
+            {
+                let name = &self.resident.model.buffer(o.view.buffer).name;
+                self.op.set(op.name());
+                return Err(
+                    self.unsupported(format!("'{name}' holds quantised blocks and is no weight"))
+                );
+            }
+        }
         let result = match step {
             Step::Op(index) => self.op(*index, &plan.ops[*index]),
             Step::Gemv(group) => self.gemv_group(plan, group),
@@ -198,6 +214,18 @@ impl<'a> Launcher<'a> {
 
     fn is_weight(&self, view: &View) -> bool {
         self.resident.model.buffer(view.buffer).role == Role::Weight
+    }
+
+    /// Whether one op of the plan alone writes the view's buffer. What it holds when that op's kernel begins is then what it
+    /// held when the replay began, and may be read before the kernels in between have ended.
+    fn only_writer(&self, view: &View) -> bool {
+        let ops = &self.resident.model.model().plans[self.plan].ops;
+        let writes = |op: &Op| {
+            op.operands().iter().any(|o| {
+                o.view.buffer == view.buffer && !matches!(o.access, Access::Read | Access::ReadRows)
+            })
+        };
+        ops.iter().filter(|op| writes(op)).count() == 1
     }
 
     fn unsupported(&self, problem: String) -> BackendError {

@@ -43,8 +43,10 @@ impl Launcher<'_> {
                 return Err(self.unsupported(format!("key heads of {more} elements; at most 256")));
             }
         };
-        // Heads are cut so that all multiprocessors work.
-        let columns = o.value_dim.min(32);
+        // Heads are cut so that all multiprocessors work; in decode, time goes to latency, and one block a head needs no
+        // meeting of blocks before the norm.
+        let wide = norm.is_some() && o.value_dim <= 128 && chunks <= 4;
+        let columns = o.value_dim.min(if wide { 128 } else { 32 });
         let mut p = DeltaArgs {
             qkv: self.matrix(&o.qkv),
             decay: self.matrix(&o.decay),
@@ -60,6 +62,11 @@ impl Launcher<'_> {
             key_dim: o.key_dim as i32,
             value_dim: o.value_dim as i32,
             columns: columns as i32,
+            early: i32::from(
+                self.is_weight(&o.a_log)
+                    && self.is_weight(&o.dt_bias)
+                    && self.only_writer(&o.state),
+            ),
             ..DeltaArgs::default()
         };
         if let Some(norm) = norm {
@@ -71,6 +78,7 @@ impl Launcher<'_> {
         }
         let threads = (columns.div_ceil(2) * GROUPS).next_multiple_of(32) as u32;
         let grid = [o.value_heads as u32, o.value_dim.div_ceil(columns) as u32, 1];
-        self.go(&format!("gated_delta_{chunks}"), self.early(grid, threads), args![p])
+        let name = format!("gated_delta_{}{chunks}", if wide { "wide_" } else { "" });
+        self.go(&name, self.early(grid, threads), args![p])
     }
 }
