@@ -5,7 +5,8 @@
 //
 // Decode (T <= 8): the context is cut at absolute multiples of SPLIT; a block takes one split, one row and G query heads of
 // one KV head, so that keys and values are read once per G heads; a second kernel combines them in an order
-// that depends on their number alone.
+// that depends on their number alone. attention_stream: blocks go from split to split, with the next ones on their way to
+// shared memory; attention_split: a block a split, for what the former does not take.
 // Prefill: tiles of keys from position 0 upwards. A tile wholly masked for a row changes no bit of it, so a row does not
 // depend on the rows beside it.
 
@@ -25,7 +26,10 @@ struct Attention {
     i64 cache_rows;
     int rows, heads, kv_heads, head_dim, splits, vec;
     float scale;
-    int parts;  // attention_tiles: 1 where each block takes one part of the keys
+    int parts;   // attention_tiles: 1 where each block takes one part of the keys
+    int stages;  // attention_stream: splits in shared memory at a time
+    int early;   // attention_stream: 1: rows below the cursor, and the cursor, are read before the wait
+    Ahead ahead;
 };
 
 template <int KV> struct Eight {
@@ -80,6 +84,7 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
     const i64 t = blockIdx.z;
     const i64 kv0 = (i64)kh * p.head_dim;
     const i64 start = (i64)split * SPLIT;
+    look_ahead(p.ahead);
     pdl_wait();
     pdl_launch();
     if ((u32)t >= valid_rows(p.count, p.rows)) return;
@@ -201,6 +206,206 @@ SPLITS(attention_split_f16_1, F16, 1)
 SPLITS(attention_split_f16_2, F16, 2)
 SPLITS(attention_split_f16_4, F16, 4)
 
+// 16-bit caches with aligned rows, D 64, 128 or 256. One block a multiprocessor (where D is 256) takes every gridDim.x-th
+// split; `stages` splits of keys and values are on their way or in use.
+template <int N> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+template <int KV, int D, int G> __device__ __forceinline__ void stream_body(const Attention& p) {
+    const int LANES = D / 8, KEYS = 32 / LANES, ROUNDS = KEYS_A_WARP / KEYS;  // lanes a key; keys at a time; times
+    extern __shared__ float4 stream_shared[];
+    u16* ring = (u16*)stream_shared;  // [stages][2][SPLIT][D]: keys, values
+    __shared__ float score[G][SPLIT];
+    __shared__ __align__(16) float reduce[WARPS][G][D];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int h0 = blockIdx.y * G, kh = h0 / (p.heads / p.kv_heads);
+    const i64 t = blockIdx.z, kv0 = (i64)kh * D;
+    const int stages = p.stages;
+    i64 position = 0, limit = 0;
+    int live = 0, issued = 0;
+    auto reach = [&]() {
+        position = (i64)*p.cursor;
+        limit = (u32)t < valid_rows(p.count, p.rows) ? position + t + 1 : 0;
+        if (limit > p.cache_rows) limit = p.cache_rows;
+        live = (int)((limit + SPLIT - 1) / SPLIT);
+    };
+    auto split_of = [&](int k) { return (int)blockIdx.x + k * (int)gridDim.x; };
+    auto issue = [&](int k) {
+        const int split = split_of(k);
+        if (split < live) {
+            u16* into = ring + (k % stages) * (2 * SPLIT * D);
+            const i64 start = (i64)split * SPLIT;
+#pragma unroll
+            for (int which = 0; which < 2; ++which) {
+                const View& v = which ? p.value : p.key;
+                const u16* from = (const u16*)v.p + kv0;
+#pragma unroll
+                for (int i = 0; i < SPLIT * (D / 8) / BLOCK; ++i) {
+                    const int at = i * BLOCK + threadIdx.x, j = at / (D / 8), d = at % (D / 8) * 8;
+                    const bool there = start + j < limit;
+                    const int bytes = there ? 16 : 0;  // what is beyond the end becomes zero
+                    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                                     shared_address(into + which * (SPLIT * D) + j * D + d)),
+                                 "l"(from + (there ? start + j : 0) * v.ld + d), "r"(bytes) : "memory");
+                }
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");  // one group a turn, also of nothing
+    };
+    pdl_launch();
+    if (p.early) {
+        // Whole splits below the cursor were there when this replay began.
+        reach();
+        while (issued < stages && (i64)(split_of(issued) + 1) * SPLIT <= position) issue(issued++);
+    }
+    look_ahead(p.ahead);
+    pdl_wait();
+    if (!p.early) reach();
+    if (split_of(0) >= live) return;
+    while (issued < stages) issue(issued++);
+
+    const int sub = lane / LANES, d0 = lane % LANES * 8;
+    float q[G][8];
+    if (p.query.dtype == F32) {
+        const float* from = (const float*)p.query.p + t * p.query.ld + (i64)h0 * D + d0;
+        float4 raw[G][2];
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) raw[g][i] = *(const float4*)(from + g * D + i * 4);
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                q[g][4 * i] = raw[g][i].x, q[g][4 * i + 1] = raw[g][i].y, q[g][4 * i + 2] = raw[g][i].z, q[g][4 * i + 3] = raw[g][i].w;
+    } else {
+        const u16* from = (const u16*)p.query.p + t * p.query.ld + (i64)h0 * D + d0;
+        uint4 raw[G];
+#pragma unroll
+        for (int g = 0; g < G; ++g) raw[g] = *(const uint4*)(from + g * D);
+#pragma unroll
+        for (int g = 0; g < G; ++g) {
+            const u32 r[4] = {raw[g].x, raw[g].y, raw[g].z, raw[g].w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                q[g][2 * i] = cooked(r[i] & 0xffffu, p.query.dtype);
+                q[g][2 * i + 1] = cooked(r[i] >> 16, p.query.dtype);
+            }
+        }
+    }
+    for (int k = 0; split_of(k) < live; ++k) {
+        const int split = split_of(k);
+        const int n = limit - (i64)split * SPLIT < SPLIT ? (int)(limit - (i64)split * SPLIT) : SPLIT;
+        const u16* ks = ring + (k % stages) * (2 * SPLIT * D);
+        const u16* vs = ks + SPLIT * D;
+        if (stages >= 3) wait_copies<2>();
+        else if (stages == 2) wait_copies<1>();
+        else wait_copies<0>();
+        __syncthreads();
+        const int N = ROUNDS * G;
+        float s[N];
+#pragma unroll
+        for (int u = 0; u < ROUNDS; ++u) {
+            Eight<KV> key;
+            key.raw = *(const uint4*)(ks + (warp * KEYS_A_WARP + u * KEYS + sub) * D + d0);
+            float f[8];
+            key.unpack(f);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                float sum = 0.f;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) sum = fmaf(q[g][i], f[i], sum);
+                s[u * G + g] = sum;
+            }
+        }
+        // The lanes of a key add up all N sums at once: at each step a lane hands half of its sums over and takes the
+        // other half, until it has one; then those with the same one add.
+#pragma unroll
+        for (int d = LANES / 2, count = N; d > 0; d >>= 1) {
+            if (count > 1) {
+                count /= 2;
+                const bool upper = (lane & d) != 0;
+#pragma unroll
+                for (int i = 0; i < N / 2; ++i)
+                    if (i < count) {
+                        const float mine = upper ? s[i + count] : s[i], other = upper ? s[i] : s[i + count];
+                        s[i] = mine + __shfl_xor_sync(FULL, other, d);
+                    }
+            } else {
+                s[0] += __shfl_xor_sync(FULL, s[0], d);
+            }
+        }
+        {
+            const int which = lane % LANES / (LANES / N), u = which / G, g = which % G;
+            const int j = warp * KEYS_A_WARP + u * KEYS + sub;
+            if (lane % (LANES / N) == 0) score[g][j] = s[0] * p.scale;
+        }
+        __syncthreads();
+        const i64 slot = (t * p.heads + h0) * p.splits + split;
+        if (warp < G) {
+            const float a = lane < n ? score[warp][lane] : -INFINITY, b = lane + 32 < n ? score[warp][lane + 32] : -INFINITY;
+            const float m = warp_max(fmaxf(a, b));
+            const float ea = lane < n ? expf(a - m) : 0.f, eb = lane + 32 < n ? expf(b - m) : 0.f;
+            score[warp][lane] = ea;
+            score[warp][lane + 32] = eb;
+            const float l = warp_sum(ea + eb);
+            if (lane == 0) {
+                float* at = p.sums + (slot + (i64)warp * p.splits) * 2;
+                at[0] = m;
+                at[1] = l;
+            }
+        }
+        __syncthreads();
+        float acc[G][8];
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+#pragma unroll
+            for (int i = 0; i < 8; ++i) acc[g][i] = 0.f;
+#pragma unroll
+        for (int u = 0; u < ROUNDS; ++u) {
+            const int j = warp * KEYS_A_WARP + u * KEYS + sub;
+            Eight<KV> value;
+            value.raw = *(const uint4*)(vs + j * D + d0);
+            float f[8];
+            value.unpack(f);
+#pragma unroll
+            for (int g = 0; g < G; ++g) {
+                const float e = score[g][j];
+#pragma unroll
+                for (int i = 0; i < 8; ++i) acc[g][i] = fmaf(e, f[i], acc[g][i]);
+            }
+        }
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+#pragma unroll
+                for (int d = LANES; d < 32; d <<= 1) acc[g][i] += __shfl_xor_sync(FULL, acc[g][i], d);
+        if (sub == 0)
+#pragma unroll
+            for (int g = 0; g < G; ++g)
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    *(float4*)&reduce[warp][g][d0 + 4 * i] = make_float4(acc[g][4 * i], acc[g][4 * i + 1], acc[g][4 * i + 2], acc[g][4 * i + 3]);
+        __syncthreads();
+        issue(k + stages);
+        for (int i = threadIdx.x; i < G * D; i += BLOCK) {
+            const int g = i / D, d = i % D;
+            float sum = 0.f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) sum += reduce[w][g][d];
+            p.partial[(slot + (i64)g * p.splits) * D + d] = sum;
+        }
+    }
+    wait_copies<0>();
+}
+#define STREAMS(kv, KV, D, G)                                                                                   \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_stream_##kv##_##D##_##G(const __grid_constant__ Attention p) { stream_body<KV, D, G>(p); }
+#define STREAM_SIZES(kv, KV) \
+    STREAMS(kv, KV, 64, 1) STREAMS(kv, KV, 64, 2) STREAMS(kv, KV, 64, 4) \
+    STREAMS(kv, KV, 128, 1) STREAMS(kv, KV, 128, 2) STREAMS(kv, KV, 128, 4) \
+    STREAMS(kv, KV, 256, 1) STREAMS(kv, KV, 256, 2) STREAMS(kv, KV, 256, 4)
+STREAM_SIZES(bf16, BF16)
+STREAM_SIZES(f16, F16)
+
 // A block takes 64 elements of one head of one row: 16 groups of threads sum every 16th split, in rising order, then the
 // groups are added in rising order.
 #define COMBINED 64
@@ -209,6 +414,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_combine(const __gr
     __shared__ float weight[MOST_SPLITS];
     __shared__ float part[BLOCK / 32];
     __shared__ __align__(16) float sums[GROUPS][COMBINED];
+    look_ahead(p.ahead);
     pdl_wait();
     pdl_launch();
     const i64 t = blockIdx.z;
@@ -441,6 +647,7 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     u16* ks = qs + BM * LD;  // [BN][LD]
     u16* vs = ks + BN * LD;  // [BN][LD]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    look_ahead(p.ahead);
     pdl_wait();
     pdl_launch();
     const int h = blockIdx.x, kh = h / (p.heads / p.kv_heads);
@@ -623,6 +830,7 @@ TILES(attention_tiles_f16_256, F16, 256, 32)
 // Adds the parts that attention_tiles left, in rising order. Grid: that of attention_tiles, with D / 32 in place of parts: a
 // block takes four groups of eight columns.
 extern "C" __global__ void __launch_bounds__(128) attention_parts(const __grid_constant__ Attention p) {
+    look_ahead(p.ahead);
     pdl_wait();
     pdl_launch();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

@@ -44,6 +44,7 @@ struct Gemv {
     int segments;
     int units;
     int pad;
+    Ahead ahead;         // first rows of the next launch's weights
     Segment segment[SEGMENTS];
 };
 
@@ -328,6 +329,9 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
         unit = unit2;
         s = s2;
     }
+    // The warp in the same place of the next launch takes the row in the same place.
+    const u32 place = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
+    if (lane == 0 && place < g.ahead.rows) bring(g.ahead.at + (u64)place * g.ahead.row, g.ahead.take);
 }
 
 #define GEMV(name, W, M, PER_SM)                                                                  \

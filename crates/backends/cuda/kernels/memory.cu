@@ -23,7 +23,17 @@ template <int N> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
     for (i64 tile = (i64)blockIdx.x * TILE; tile < total; tile += (i64)gridDim.x * TILE) {
     i64 at = tile;
     const i64 end = at + TILE < total ? at + TILE : total;
-    while (low + 1 < t.count && t.first[low + 1] <= at) ++low;
+    // The piece that the tile begins in: near the last one if there are few, by halves if there are many.
+    if (N <= 96) {
+        while (low + 1 < t.count && t.first[low + 1] <= at) ++low;
+    } else {
+        int high = t.count;  // first[low] <= at < first[high]
+        while (low + 1 < high) {
+            const int middle = (low + high) / 2;
+            if (t.first[middle] <= at) low = middle;
+            else high = middle;
+        }
+    }
     for (int i = low; i < t.count && at < end; ++i) {
         const Piece p = t.piece[i];
         const i64 base = t.first[i];

@@ -12,7 +12,8 @@
 // which is the definition with S^T q taken before the update.
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-causal_conv(View x, const float* weight, const float* bias, const u32* count, float* state, View out, int rows, int channels, int taps, int span) {
+causal_conv(View x, const float* weight, const float* bias, const u32* count, float* state, View out, int rows, int channels, int taps, int span, Ahead ahead) {
+    look_ahead(ahead);
     pdl_wait();
     pdl_launch();
     int c = blockIdx.x * BLOCK + threadIdx.x;
@@ -29,13 +30,13 @@ causal_conv(View x, const float* weight, const float* bias, const u32* count, fl
             float a = seq(t0), b = seq(t0 + 1), d = seq(t0 + 2);
             const float add = bias ? bias[c] : 0.f;
             for (int t = t0; t < t1; t += 8) {
-                float next[8];  // eight loads in flight before the first store
+                u32 next[8];  // eight loads in flight before the first store
 #pragma unroll
-                for (int i = 0; i < 8; ++i) next[i] = t + i < t1 ? load1(x, t + i, c) : 0.f;
+                for (int i = 0; i < 8; ++i) next[i] = t + i < t1 ? raw1(x, t + i, c) : 0u;
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     if (t + i >= t1) break;
-                    const float e = next[i];
+                    const float e = cooked(next[i], x.dtype);
                     float sum = fmaf(w3, e, fmaf(w2, d, fmaf(w1, b, fmaf(w0, a, 0.f))));
                     if (bias) sum += add;
                     store1(out, t + i, c, silu(sum));
@@ -74,6 +75,7 @@ struct Delta {
     const float* norm_weight;
     u32* done;  // per value head: blocks that have stored their columns; zero between launches
     float eps;
+    Ahead ahead;
     int early;  // 1: nothing before it in the plan writes the state, a_log or dt_bias: they are read before the wait
 };
 
@@ -123,85 +125,107 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
         }
     };
     pdl_launch();
+    look_ahead(p.ahead);
     if (p.early) read_state();
     pdl_wait();
     const bool norms = p.gate.p && gridDim.y == 1;
-    // All that comes from the ops before, in one round of loads.
-    float gate = 0.f, norm_weight = 0.f;
+    u32 gate = 0;
+    float norm_weight = 0.f;
     if (norms && (int)threadIdx.x < p.value_dim) {
-        gate = load1(p.gate, 0, (i64)h * p.value_dim + threadIdx.x);
+        gate = raw1(p.gate, 0, (i64)h * p.value_dim + threadIdx.x);
         norm_weight = p.norm_weight[threadIdx.x];
     }
     if (!p.early) read_state();
     const int valid = (int)valid_rows(p.count, p.rows);
-    // Of the first tile, by the lane of the warp that needs them; and of the first token.
-    const int own_token = warp + (lane & 3) * warps;
-    const bool own_rates = lane < 4 && own_token < valid && own_token < TOKENS;
-    float first_decay = own_rates ? load1(p.decay, own_token, h) : 0.f, first_beta = own_rates ? load1(p.beta, own_token, h) : 0.f;
     const float root = sqrtf((float)p.key_dim);
 
     for (int base = 0; base < valid; base += TOKENS) {
         const int here = valid - base < TOKENS ? valid - base : TOKENS;
         __syncthreads();
-        for (int i = threadIdx.x; i < here * COLUMNS; i += blockDim.x) {
-            const int t = i / COLUMNS, c = i % COLUMNS;
-            const int column = blockIdx.y * p.columns + c;
-            vs[t][c] = c < p.columns && column < p.value_dim ? load1(p.qkv, base + t, v0 + column) : 0.f;
-        }
-        // All loads of a few tokens go out before the first sum.
-        const int AHEAD = CHUNKS <= 4 && COLUMNS <= 32 ? 4 : 1;
-        float raw_q[AHEAD][CHUNKS], raw_k[AHEAD][CHUNKS];
-        int ready = 0;
-        for (int i = warp; i < here; i += warps) {
-            if (ready == 0) {
+        // A warp prepares AT_ONCE tokens side by side; all their loads go out before the first sum.
+        const int AT_ONCE = CHUNKS <= 4 && COLUMNS <= 32 ? 4 : 1;
+        for (int from = 0; from < here; from += warps * AT_ONCE) {
+            u32 raw_q[AT_ONCE][CHUNKS], raw_k[AT_ONCE][CHUNKS], raw_decay = 0, raw_beta = 0;
 #pragma unroll
-                for (int n = 0; n < AHEAD; ++n)
-#pragma unroll
-                    for (int c = 0; c < CHUNKS; ++c) {
-                        const int r = c * 32 + lane, at = i + n * warps;
-                        const bool live = r < p.key_dim && at < here;
-                        raw_q[n][c] = live ? load1(p.qkv, base + at, q0 + r) : 0.f;
-                        raw_k[n][c] = live ? load1(p.qkv, base + at, k0 + r) : 0.f;
-                    }
-                ready = AHEAD;
-            }
-            i64 t = base + i;
-            float qv[CHUNKS], kv[CHUNKS];
-            float qq = 0.f, kk = 0.f;
-#pragma unroll
-            for (int c = 0; c < CHUNKS; ++c) {
-                qv[c] = raw_q[0][c];
-                kv[c] = raw_k[0][c];
-                qq = fmaf(qv[c], qv[c], qq);
-                kk = fmaf(kv[c], kv[c], kk);
-            }
-            --ready;
-#pragma unroll
-            for (int n = 0; n + 1 < AHEAD; ++n)
+            for (int n = 0; n < AT_ONCE; ++n)
 #pragma unroll
                 for (int c = 0; c < CHUNKS; ++c) {
-                    raw_q[n][c] = raw_q[n + 1][c];
-                    raw_k[n][c] = raw_k[n + 1][c];
+                    const int r = c * 32 + lane, at = from + warp + n * warps;
+                    const bool live = r < p.key_dim && at < here;
+                    raw_q[n][c] = live ? raw1(p.qkv, base + at, q0 + r) : 0u;
+                    raw_k[n][c] = live ? raw1(p.qkv, base + at, k0 + r) : 0u;
                 }
-            qq = sqrtf(warp_sum(qq) + 1e-6f);
-            kk = sqrtf(warp_sum(kk) + 1e-6f);
-            float dot = 0.f;
-#pragma unroll
-            for (int c = 0; c < CHUNKS; ++c) {
-                float q = qv[c] / qq / root, k = kv[c] / kk;
-                qs[i][c * 32 + lane] = q;
-                ks[i][c * 32 + lane] = k;
-                dot = fmaf(k, q, dot);
+            // Lane n has the rates of the warp's token n.
+            const int own_token = from + warp + lane * warps;
+            const bool rates = lane < AT_ONCE && own_token < here;
+            if (rates) {
+                raw_decay = raw1(p.decay, base + own_token, h);
+                raw_beta = raw1(p.beta, base + own_token, h);
             }
-            dot = warp_sum(dot);
-            const int turn = i / warps;
-            const bool early = base == 0 && turn < 4;
-            const float given_decay = __shfl_sync(FULL, first_decay, turn & 3), given_beta = __shfl_sync(FULL, first_beta, turn & 3);
-            if (lane == 0) {
-                const float decay = early ? given_decay : load1(p.decay, t, h), beta = early ? given_beta : load1(p.beta, t, h);
-                kq[i] = dot;
-                gs[i] = expf(-rate * softplus(decay + dt));
-                bs[i] = sigmoid(beta);
+            if (from == 0) {
+                // Values of the tile, VALUES a thread at a time.
+                const int VALUES = 4;
+                for (int i = threadIdx.x; i < here * COLUMNS; i += VALUES * blockDim.x) {
+                    u32 raw_v[VALUES];
+#pragma unroll
+                    for (int n = 0; n < VALUES; ++n) {
+                        const int at = i + n * blockDim.x, t = at / COLUMNS, c = at % COLUMNS;
+                        const int column = blockIdx.y * p.columns + c;
+                        const bool live = t < here && c < p.columns && column < p.value_dim;
+                        raw_v[n] = live ? raw1(p.qkv, base + t, v0 + column) : 0u;
+                    }
+#pragma unroll
+                    for (int n = 0; n < VALUES; ++n) {
+                        const int at = i + n * blockDim.x, t = at / COLUMNS, c = at % COLUMNS;
+                        if (t < here) vs[t][c] = cooked(raw_v[n], p.qkv.dtype);
+                    }
+                }
+            }
+            float qv[AT_ONCE][CHUNKS], kv[AT_ONCE][CHUNKS], qq[AT_ONCE], kk[AT_ONCE], dot[AT_ONCE];
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; ++n) {
+                qq[n] = kk[n] = dot[n] = 0.f;
+#pragma unroll
+                for (int c = 0; c < CHUNKS; ++c) {
+                    qv[n][c] = cooked(raw_q[n][c], p.qkv.dtype);
+                    kv[n][c] = cooked(raw_k[n][c], p.qkv.dtype);
+                    qq[n] = fmaf(qv[n][c], qv[n][c], qq[n]);
+                    kk[n] = fmaf(kv[n][c], kv[n][c], kk[n]);
+                }
+            }
+#pragma unroll
+            for (int d = 16; d > 0; d >>= 1)
+#pragma unroll
+                for (int n = 0; n < AT_ONCE; ++n) {
+                    qq[n] += __shfl_xor_sync(FULL, qq[n], d);
+                    kk[n] += __shfl_xor_sync(FULL, kk[n], d);
+                }
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; ++n) {
+                const int i = from + warp + n * warps;
+                const float q_norm = sqrtf(qq[n] + 1e-6f), k_norm = sqrtf(kk[n] + 1e-6f);
+#pragma unroll
+                for (int c = 0; c < CHUNKS; ++c) {
+                    const float q = qv[n][c] / q_norm / root, k = kv[n][c] / k_norm;
+                    if (i < here) {
+                        qs[i][c * 32 + lane] = q;
+                        ks[i][c * 32 + lane] = k;
+                    }
+                    dot[n] = fmaf(k, q, dot[n]);
+                }
+            }
+#pragma unroll
+            for (int d = 16; d > 0; d >>= 1)
+#pragma unroll
+                for (int n = 0; n < AT_ONCE; ++n) dot[n] += __shfl_xor_sync(FULL, dot[n], d);
+            if (rates) {
+                float own_dot = dot[0];
+#pragma unroll
+                for (int n = 1; n < AT_ONCE; ++n)
+                    if (lane == n) own_dot = dot[n];
+                kq[own_token] = own_dot;
+                gs[own_token] = expf(-rate * softplus(cooked(raw_decay, p.decay.dtype) + dt));
+                bs[own_token] = sigmoid(cooked(raw_beta, p.beta.dtype));
             }
         }
         __syncthreads();
@@ -264,7 +288,7 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
         // Few warps: a head has at most 256 columns, and every one of them is some thread's.
         if (c < ((p.value_dim + 31) & ~31)) {
             const float scale = rms_scale(warp_squares(local, 0, 0, p.value_dim), p.value_dim, p.eps);
-            if (c < p.value_dim) store1(p.normed, 0, (i64)h * p.value_dim + c, head_out[c] * scale * norm_weight * silu(gate));
+            if (c < p.value_dim) store1(p.normed, 0, (i64)h * p.value_dim + c, head_out[c] * scale * norm_weight * silu(cooked(gate, p.gate.dtype)));
         }
     } else if (p.gate.p) {
         __threadfence();
@@ -307,7 +331,7 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
     }
 }
 #define DELTA(name, CHUNKS, COLUMNS, THREADS)                                                       \
-    extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 2 : 4) name(const __grid_constant__ Delta p) { \
+    extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 1 : 4) name(const __grid_constant__ Delta p) { \
         delta_body<CHUNKS, COLUMNS>(p);                                                             \
     }
 DELTA(gated_delta_1, 1, 32, 128)

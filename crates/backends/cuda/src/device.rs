@@ -41,6 +41,9 @@ pub struct CudaOptions {
     pub cublaslt: bool,
     /// Blocks of the matrix-vector kernel per multiprocessor. `AMPOULE_CUDA_GEMV_BLOCKS`.
     pub gemv_blocks: u32,
+    /// How much of the next product's weights launches before it bring to the cache, in percent of what is usual.
+    /// `AMPOULE_CUDA_AHEAD`; 0: nothing.
+    pub ahead: u32,
     /// Prints what each plan became, to standard error. `AMPOULE_CUDA_TRACE=1`.
     pub trace: bool,
     /// Slots whose graphs are captured at load; those of the others are captured when the slot is first created.
@@ -55,6 +58,7 @@ impl Default for CudaOptions {
             tune: true,
             cublaslt: true,
             gemv_blocks: 4,
+            ahead: 100,
             trace: false,
             slots_at_load: 8,
         }
@@ -67,11 +71,7 @@ impl CudaOptions {
     pub fn from_environment() -> Self {
         let on = |name: &str| std::env::var(name).map_or(true, |v| v != "0");
         let number = |name: &str, default: u32| {
-            std::env::var(name)
-                .ok()
-                .and_then(|v| v.parse().ok())
-                .filter(|&n| n > 0)
-                .unwrap_or(default)
+            std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
         };
         let defaults = Self::default();
         Self {
@@ -79,7 +79,8 @@ impl CudaOptions {
             programmatic_launch: on("AMPOULE_CUDA_PDL"),
             tune: on("AMPOULE_CUDA_TUNE"),
             cublaslt: on("AMPOULE_CUDA_CUBLASLT"),
-            gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks),
+            gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks).max(1),
+            ahead: number("AMPOULE_CUDA_AHEAD", defaults.ahead).min(1000),
             trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),
             slots_at_load: defaults.slots_at_load,
         }

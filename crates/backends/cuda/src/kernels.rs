@@ -61,6 +61,24 @@ const NAMES: &[(&str, &[&str])] = &[
             "attention_split_bf16_1",
             "attention_split_bf16_2",
             "attention_split_bf16_4",
+            "attention_stream_bf16_64_1",
+            "attention_stream_bf16_64_2",
+            "attention_stream_bf16_64_4",
+            "attention_stream_bf16_128_1",
+            "attention_stream_bf16_128_2",
+            "attention_stream_bf16_128_4",
+            "attention_stream_bf16_256_1",
+            "attention_stream_bf16_256_2",
+            "attention_stream_bf16_256_4",
+            "attention_stream_f16_64_1",
+            "attention_stream_f16_64_2",
+            "attention_stream_f16_64_4",
+            "attention_stream_f16_128_1",
+            "attention_stream_f16_128_2",
+            "attention_stream_f16_128_4",
+            "attention_stream_f16_256_1",
+            "attention_stream_f16_256_2",
+            "attention_stream_f16_256_4",
             "attention_split_f16_1",
             "attention_split_f16_2",
             "attention_split_f16_4",
@@ -104,7 +122,8 @@ const NAMES: &[(&str, &[&str])] = &[
 ];
 
 /// Kernels whose shared memory is sized at launch.
-const DYNAMIC: &[&str] = &["gemv_", "attention_rows", "attention_tiles_", "sample"];
+const DYNAMIC: &[&str] =
+    &["gemv_", "attention_rows", "attention_stream_", "attention_tiles_", "sample"];
 
 /// A kernel and the most shared memory a launch may ask for.
 #[derive(Clone, Copy, Debug)]

@@ -338,7 +338,19 @@ impl Chooser<'_> {
                 }
             };
             let expected = MatrixView::new(rows, shape.n, shape.out);
-            if self.differences(result, expected, shape, period)? != 0 {
+            let same = self.differences(result, expected, shape, period)? == 0;
+            if self.options.trace {
+                let (tile, stages) = described(&product.algorithm)?;
+                eprintln!(
+                    "ampoule-cuda: {} x {} x {}: tile {tile}, stages {stages}, {:.1} us{}",
+                    shape.rows,
+                    shape.n,
+                    shape.k,
+                    self.time(&run)? * 1e3,
+                    if same { "" } else { ", other bits" }
+                );
+            }
+            if !same {
                 continue;
             }
             timed += 1;
@@ -494,24 +506,35 @@ impl Chooser<'_> {
 /// Whether the algorithm sums each element in one piece.
 fn unsplit(algorithm: &sys::cublasLtMatmulAlgo_t) -> Result<bool, BackendError> {
     use sys::cublasLtMatmulAlgoConfigAttributes_t as Config;
-    let ask = |attribute| {
-        let mut value = 0_u32;
-        let mut written = 0;
-        // SAFETY: both attributes are 32 bits wide; `value` and `written` are written.
-        let status = unsafe {
-            sys::cublasLtMatmulAlgoConfigGetAttribute(
-                algorithm,
-                attribute,
-                (&raw mut value).cast(),
-                4,
-                &raw mut written,
-            )
-        };
-        check(status, "asking about an algorithm").map(|()| value)
-    };
-    let pieces = ask(Config::CUBLASLT_ALGO_CONFIG_SPLITK_NUM)?;
-    let reduction = ask(Config::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME)?;
+    let pieces = ask(algorithm, Config::CUBLASLT_ALGO_CONFIG_SPLITK_NUM)?;
+    let reduction = ask(algorithm, Config::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME)?;
     Ok(pieces <= 1 && reduction == 0)
+}
+
+/// The library's numbers of an algorithm's tile and stages.
+fn described(algorithm: &sys::cublasLtMatmulAlgo_t) -> Result<(u32, u32), BackendError> {
+    use sys::cublasLtMatmulAlgoConfigAttributes_t as Config;
+    let tile = ask(algorithm, Config::CUBLASLT_ALGO_CONFIG_TILE_ID)?;
+    Ok((tile, ask(algorithm, Config::CUBLASLT_ALGO_CONFIG_STAGES_ID)?))
+}
+
+fn ask(
+    algorithm: &sys::cublasLtMatmulAlgo_t,
+    attribute: sys::cublasLtMatmulAlgoConfigAttributes_t,
+) -> Result<u32, BackendError> {
+    let mut value = 0_u32;
+    let mut written = 0;
+    // SAFETY: the callers ask for attributes that are 32 bits wide; `value` and `written` are written.
+    let status = unsafe {
+        sys::cublasLtMatmulAlgoConfigGetAttribute(
+            algorithm,
+            attribute,
+            (&raw mut value).cast(),
+            4,
+            &raw mut written,
+        )
+    };
+    check(status, "asking about an algorithm").map(|()| value)
 }
 
 /// Search preferences, destroyed when dropped.

@@ -52,7 +52,7 @@ pub(crate) const fn bytes_of(dtype: DType, elements: usize) -> usize {
 
 impl Layout {
     /// Lays the model's buffers out.
-    pub(crate) fn new(model: &Sealed) -> Result<Self, BackendError> {
+    pub(crate) fn new(model: &Sealed) -> Self {
         let mut layout = Self { places: Vec::new(), weights: 0, transient: 0, slot: 0 };
         for (_, buffer) in model.model().buffers.iter() {
             let (arena, total) = match buffer.role {
@@ -71,7 +71,7 @@ impl Layout {
             layout.places.push(Place { arena, offset: *total, dtype });
             *total = (*total + bytes).next_multiple_of(ALIGNMENT);
         }
-        Ok(layout)
+        layout
     }
 
     /// The buffer's place.
@@ -135,7 +135,7 @@ impl Resident {
         options: LoadOptions,
         sizes: WorkspaceSizes,
     ) -> Result<Self, BackendError> {
-        let layout = Layout::new(model)?;
+        let layout = Layout::new(model);
         let context: &Arc<Context> = &device.context;
         let capsules = capsule_reservation(options.capsule_bytes);
         let wanted = [

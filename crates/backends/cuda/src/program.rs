@@ -175,8 +175,8 @@ impl CudaProgram {
         for (index, plan) in model.model().plans.iter().enumerate() {
             let launcher = Launcher::new(&self.resident, slot, index, self.options, &self.products);
             let guard = CaptureGuard::begin(&self.resident.stream)?;
-            for step in &self.facts[index].steps {
-                launcher.step(plan, step)?;
+            for step in 0..self.facts[index].steps.len() {
+                launcher.step(plan, &self.facts[index].steps, step)?;
             }
             let owned = Owned {
                 resident: Arc::clone(&self.resident),
@@ -210,7 +210,7 @@ impl CudaProgram {
         let launcher = Launcher::new(&self.resident, slot, plan, self.options, &self.products);
         let guard = CaptureGuard::begin(&self.resident.stream)?;
         for &step in steps {
-            launcher.step(&model.model().plans[plan], &self.facts[plan].steps[step])?;
+            launcher.step(&model.model().plans[plan], &self.facts[plan].steps, step)?;
         }
         let owned =
             Owned { resident: Arc::clone(&self.resident), products: Arc::clone(&self.products) };

@@ -1,7 +1,7 @@
 //! Launches of `attention.cu`.
 
 use ampoule_backend::BackendError;
-use ampoule_plan::{Attention, BufferTable, DType, Phase, Plan, SigmoidGate};
+use ampoule_plan::{Access, Attention, BufferTable, DType, Op, Phase, Plan, SigmoidGate};
 
 use super::arguments::{AttentionArgs, dtype_suffix};
 use super::{BLOCK, DECODE_ROWS, Launcher, args};
@@ -14,6 +14,9 @@ const SPLIT: usize = 64;
 const MOST_SPLITS: usize = 4096;
 /// Elements of a head that a block of the combining kernel takes.
 const COMBINED: usize = 64;
+
+/// Most splits that a block has under way: `wait_copies` in `attention.cu`.
+const MOST_STAGES: usize = 3;
 
 /// Keys of a part: `PART` in `attention.cu`.
 const PART: usize = 512;
@@ -56,7 +59,7 @@ fn splits(cache_rows: usize, context: usize) -> usize {
 /// Working memory for all attention ops of a plan.
 pub(crate) fn attention_workspace(table: &BufferTable, plan: &Plan, sizes: &mut WorkspaceSizes) {
     for op in &plan.ops {
-        let ampoule_plan::Op::Attention(o) = op else { continue };
+        let Op::Attention(o) = op else { continue };
         if takes_tiles(table, o) {
             let blocks = o.heads * o.query.height().div_ceil(TILE) * parts(o);
             sizes.attention_sums = sizes.attention_sums.max(blocks * 128 * 16);
@@ -78,7 +81,44 @@ fn aligned(table: &BufferTable, o: &Attention) -> bool {
         && table[o.value_cache.buffer].dtype == table[o.key_cache.buffer].dtype
 }
 
+/// Bytes of one split's keys and values in shared memory.
+fn stage_bytes(o: &Attention) -> usize {
+    SPLIT * o.head_dim * 2 * 2
+}
+
 impl Launcher<'_> {
+    /// Splits that a block of `attention_stream` can have under way; 0 where that kernel does not take the op.
+    fn stages(&self, o: &Attention, a: &AttentionArgs, name: &str) -> Result<usize, BackendError> {
+        let takes = a.vec == 1
+            && matches!(a.key.dtype, 1 | 2)
+            && matches!(o.head_dim, 64 | 128 | 256)
+            && a.query.at.is_multiple_of(16)
+            && (a.query.ld as u64 * a.query.element()).is_multiple_of(16)
+            && (o.key_cache.cols.start * 2).is_multiple_of(16)
+            && (o.value_cache.cols.start * 2).is_multiple_of(16);
+        if !takes {
+            return Ok(0);
+        }
+        let limit = self.resident.device.kernels.find(name)?.shared_limit as usize;
+        Ok((limit / stage_bytes(o)).min(MOST_STAGES))
+    }
+
+    /// Whether the cursor, and the rows of the caches below it, are until this op what they were when the replay began.
+    fn settled(&self, o: &Attention) -> bool {
+        let ops = &self.resident.model.model().plans[self.plan].ops;
+        let before = ops.iter().take_while(|op| !matches!(op, Op::Attention(a) if a == o));
+        before.into_iter().all(|op| {
+            let appends = matches!(op, Op::KvAppend(append) if append.cursor == o.cursor);
+            op.operands().iter().all(|p| {
+                let writes = !matches!(p.access, Access::Read | Access::ReadRows);
+                let cache =
+                    [o.key_cache.buffer, o.value_cache.buffer].contains(&p.view.buffer) && !appends;
+                let count = o.count.as_ref().is_some_and(|c| c.buffer == p.view.buffer);
+                !writes || !(cache || count || p.view.buffer == o.cursor.buffer)
+            })
+        })
+    }
+
     pub(super) fn attention(
         &self,
         o: &Attention,
@@ -118,15 +158,34 @@ impl Launcher<'_> {
             }
             let shared = o.heads / o.kv_heads;
             let group = [4, 2, 1].into_iter().find(|g| shared.is_multiple_of(*g)).unwrap_or(1);
-            let name = format!("attention_split_{}_{group}", dtype_suffix(a.key.dtype));
-            let grid = [splits as u32, (o.heads / group) as u32, rows as u32];
-            self.go(&name, self.early(grid, BLOCK), args![a])?;
+            let groups = o.heads / group;
+            let suffix = dtype_suffix(a.key.dtype);
+            a.ahead = self.idle_ahead(8 << 20);
+            let name = format!("attention_stream_{suffix}_{}_{group}", o.head_dim);
+            a.stages = self.stages(o, &a, &name)? as i32;
+            if a.stages > 0 {
+                a.early = i32::from(self.settled(o));
+                // One block a multiprocessor, shared out among the heads.
+                let most = self.resident.device.limits.multiprocessors as usize;
+                let across = (most / (groups * rows)).clamp(1, splits);
+                let how = Launch {
+                    shared: (a.stages as usize * stage_bytes(o)) as u32,
+                    ..self.early([across as u32, groups as u32, rows as u32], BLOCK)
+                };
+                self.go(&name, how, args![a])?;
+            } else {
+                let name = format!("attention_split_{suffix}_{group}");
+                let grid = [splits as u32, groups as u32, rows as u32];
+                self.go(&name, self.early(grid, BLOCK), args![a])?;
+            }
+            a.ahead = self.idle_ahead(12 << 20);
             let parts = o.head_dim.div_ceil(COMBINED) as u32;
             let how = self.early([o.heads as u32, parts, rows as u32], BLOCK);
             return self.go("attention_combine", how, args![a]);
         }
         if takes_tiles(table, o) {
             let parts = parts(o);
+            a.ahead = self.idle_ahead(12 << 20);
             a.parts = i32::from(parts > 1);
             let keys = if o.head_dim == 256 { 32 } else { 64 };
             let name = format!("attention_tiles_{}_{}", dtype_suffix(a.key.dtype), o.head_dim);
@@ -137,6 +196,7 @@ impl Launcher<'_> {
             self.go(&name, how, args![a])?;
             if parts > 1 {
                 let grid = [o.heads as u32, rows.div_ceil(TILE) as u32, (o.head_dim / 32) as u32];
+                a.ahead = self.idle_ahead(8 << 20);
                 self.go("attention_parts", self.early(grid, 128), args![a])?;
             }
         } else {

@@ -14,6 +14,9 @@ use crate::memory::resident_dtype;
 /// Shared memory for x that leaves room for two blocks on a multiprocessor.
 const GEMV_SHARED: usize = 100 << 10;
 
+/// Bytes of the next weights that matrix-vector kernels bring as they end.
+const GEMV_AHEAD: usize = 12 << 20;
+
 /// Whether the matrix-vector kernel can take rows of this width with weights of this type.
 pub(crate) fn gemv_fits(rows: usize, k: usize, dtype: DType) -> bool {
     let lane = if dtype == DType::F32 { 4 } else { 8 };
@@ -235,6 +238,7 @@ impl Launcher<'_> {
         let limits = &self.resident.device.limits;
         let most = limits.multiprocessors * self.options.gemv_blocks;
         let blocks = (units as u32).div_ceil(BLOCK / 32).clamp(1, most);
+        gemv.ahead = self.some_ahead(GEMV_AHEAD, Some(self.gemv_warps()));
         let mut done = 0;
         while done < rows {
             let take = [8, 4, 2, 1]
