@@ -29,7 +29,6 @@ struct Attention {
     int parts;   // attention_tiles: 1 where each block takes one part of the keys
     int stages;  // attention_stream: splits in shared memory at a time
     int early;   // attention_stream: 1: rows below the cursor, and the cursor, are read before the wait
-    Ahead ahead;
 };
 
 template <int KV> struct Eight {
@@ -84,7 +83,6 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
     const i64 t = blockIdx.z;
     const i64 kv0 = (i64)kh * p.head_dim;
     const i64 start = (i64)split * SPLIT;
-    look_ahead(p.ahead);
     pdl_wait();
     pdl_launch();
     if ((u32)t >= valid_rows(p.count, p.rows)) return;
@@ -256,7 +254,6 @@ template <int KV, int D, int G> __device__ __forceinline__ void stream_body(cons
         reach();
         while (issued < stages && (i64)(split_of(issued) + 1) * SPLIT <= position) issue(issued++);
     }
-    look_ahead(p.ahead);
     pdl_wait();
     if (!p.early) reach();
     if (split_of(0) >= live) return;
@@ -414,7 +411,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_combine(const __gr
     __shared__ float weight[MOST_SPLITS];
     __shared__ float part[BLOCK / 32];
     __shared__ __align__(16) float sums[GROUPS][COMBINED];
-    look_ahead(p.ahead);
     pdl_wait();
     pdl_launch();
     const i64 t = blockIdx.z;
@@ -647,7 +643,6 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     u16* ks = qs + BM * LD;  // [BN][LD]
     u16* vs = ks + BN * LD;  // [BN][LD]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    look_ahead(p.ahead);
     pdl_wait();
     pdl_launch();
     const int h = blockIdx.x, kh = h / (p.heads / p.kv_heads);
@@ -830,7 +825,6 @@ TILES(attention_tiles_f16_256, F16, 256, 32)
 // Adds the parts that attention_tiles left, in rising order. Grid: that of attention_tiles, with D / 32 in place of parts: a
 // block takes four groups of eight columns.
 extern "C" __global__ void __launch_bounds__(128) attention_parts(const __grid_constant__ Attention p) {
-    look_ahead(p.ahead);
     pdl_wait();
     pdl_launch();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

@@ -181,26 +181,6 @@ __device__ __forceinline__ void pdl_launch() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-
-// Weights that a later launch reads first: the first `take` bytes of each of `rows` rows, `row` bytes apart. Kernels that
-// wait for latencies, and matrix-vector kernels that are done, bring them to the L2 cache, so that memory is not idle
-// between two products. Addresses and `take` are multiples of 16. It changes no result.
-struct Ahead {
-    const u8* at;
-    u32 row, rows, take, pad;
-};
-__device__ __forceinline__ void bring(const u8* at, u32 bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
-#else
-    for (u32 i = 0; i < bytes; i += 128) asm volatile("prefetch.global.L2 [%0];" ::"l"(at + i));
-#endif
-}
-__device__ __forceinline__ void look_ahead(const Ahead& a) {
-    const u32 blocks = gridDim.x * gridDim.y * gridDim.z;
-    const u32 block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
-    for (u32 r = block + blocks * threadIdx.x; r < a.rows; r += blocks * blockDim.x) bring(a.at + (u64)r * a.row, a.take);
-}
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ u32 valid_rows(const u32* count, u32 rows) {
     if (!count) return rows;

@@ -30,9 +30,8 @@ __device__ __forceinline__ float4 scale4(float4 q, float s, const float* weight,
 
 // One block per (row, group): N > WARP_ROWS.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-rms_norm_block(View x, const float* weight, View out, int n, float eps, int centered, Ahead ahead) {
+rms_norm_block(View x, const float* weight, View out, int n, float eps, int centered) {
     __shared__ float part[8];
-    look_ahead(ahead);
     pdl_wait();
     pdl_launch();
     i64 t = blockIdx.x, first = (i64)blockIdx.y * n;
@@ -43,8 +42,7 @@ rms_norm_block(View x, const float* weight, View out, int n, float eps, int cent
 
 // One warp per (row, group): N <= WARP_ROWS.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-rms_norm_warp(View x, const float* weight, View out, int n, int groups, i64 total, float eps, int centered, Ahead ahead) {
-    look_ahead(ahead);
+rms_norm_warp(View x, const float* weight, View out, int n, int groups, i64 total, float eps, int centered) {
     pdl_wait();
     pdl_launch();
     i64 g = (i64)blockIdx.x * (BLOCK / 32) + (threadIdx.x >> 5);
@@ -58,9 +56,8 @@ rms_norm_warp(View x, const float* weight, View out, int n, int groups, i64 tota
 
 // One block per (row, group).
 extern "C" __global__ void __launch_bounds__(BLOCK)
-gated_rms_norm_block(View x, View gate, const float* weight, View out, int n, float eps, Ahead ahead) {
+gated_rms_norm_block(View x, View gate, const float* weight, View out, int n, float eps) {
     __shared__ float part[8];
-    look_ahead(ahead);
     pdl_wait();
     pdl_launch();
     i64 t = blockIdx.x, first = (i64)blockIdx.y * n;
@@ -74,8 +71,7 @@ gated_rms_norm_block(View x, View gate, const float* weight, View out, int n, fl
 
 // One warp per (row, group): N <= WARP_ROWS.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-gated_rms_norm_warp(View x, View gate, const float* weight, View out, int n, int groups, i64 total, float eps, Ahead ahead) {
-    look_ahead(ahead);
+gated_rms_norm_warp(View x, View gate, const float* weight, View out, int n, int groups, i64 total, float eps) {
     pdl_wait();
     pdl_launch();
     i64 g = (i64)blockIdx.x * (BLOCK / 32) + (threadIdx.x >> 5);
@@ -90,8 +86,7 @@ gated_rms_norm_warp(View x, View gate, const float* weight, View out, int n, int
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) sigmoid_gate(View x, View gate, View out, int n, Ahead ahead) {
-    look_ahead(ahead);
+extern "C" __global__ void __launch_bounds__(BLOCK) sigmoid_gate(View x, View gate, View out, int n) {
     pdl_wait();
     pdl_launch();
     i64 t = blockIdx.x;
@@ -101,8 +96,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK) sigmoid_gate(View x, View ga
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) swiglu(View gate, View up, View out, int n, Ahead ahead) {
-    look_ahead(ahead);
+extern "C" __global__ void __launch_bounds__(BLOCK) swiglu(View gate, View up, View out, int n) {
     pdl_wait();
     pdl_launch();
     i64 t = blockIdx.x;
@@ -234,9 +228,8 @@ struct HeadNorm {
 };
 extern "C" __global__ void __launch_bounds__(BLOCK)
 norm_rope_append(HeadNorm query, HeadNorm key, View value, const u32* cursor, const u32* count, const float* frequencies,
-                 View key_cache, View value_cache, int rows, int head_dim, int pairs, int style, i64 rows_of_cache, Ahead ahead) {
+                 View key_cache, View value_cache, int rows, int head_dim, int pairs, int style, i64 rows_of_cache) {
     __shared__ float scratch[BLOCK / 32][512];
-    look_ahead(ahead);
     pdl_wait();
     pdl_launch();
     int lane = threadIdx.x & 31;

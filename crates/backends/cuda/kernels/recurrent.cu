@@ -12,8 +12,7 @@
 // which is the definition with S^T q taken before the update.
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-causal_conv(View x, const float* weight, const float* bias, const u32* count, float* state, View out, int rows, int channels, int taps, int span, Ahead ahead) {
-    look_ahead(ahead);
+causal_conv(View x, const float* weight, const float* bias, const u32* count, float* state, View out, int rows, int channels, int taps, int span) {
     pdl_wait();
     pdl_launch();
     int c = blockIdx.x * BLOCK + threadIdx.x;
@@ -75,7 +74,6 @@ struct Delta {
     const float* norm_weight;
     u32* done;  // per value head: blocks that have stored their columns; zero between launches
     float eps;
-    Ahead ahead;
     int early;  // 1: nothing before it in the plan writes the state, a_log or dt_bias: they are read before the wait
 };
 
@@ -125,7 +123,6 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
         }
     };
     pdl_launch();
-    look_ahead(p.ahead);
     if (p.early) read_state();
     pdl_wait();
     const bool norms = p.gate.p && gridDim.y == 1;

@@ -34,7 +34,6 @@ struct Sample {
     int biases;
     int slice;
     int pad;
-    Ahead ahead;
 };
 
 __device__ __forceinline__ u32 sort_key(float v) {
@@ -155,7 +154,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const __grid_consta
     __shared__ u64 bins[BINS];
     __shared__ u64 part[THREADS / 32];
     __shared__ Chosen result;
-    look_ahead(p.ahead);
     pdl_wait();
     pdl_launch();
     SampleWork* w = p.work;

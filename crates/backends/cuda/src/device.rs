@@ -41,9 +41,10 @@ pub struct CudaOptions {
     pub cublaslt: bool,
     /// Blocks of the matrix-vector kernel per multiprocessor. `AMPOULE_CUDA_GEMV_BLOCKS`.
     pub gemv_blocks: u32,
-    /// How much of the next product's weights launches before it bring to the cache, in percent of what is usual.
-    /// `AMPOULE_CUDA_AHEAD`; 0: nothing.
-    pub ahead: u32,
+    /// Most products of one row, following each other in decode, that become one launch: up to 4. `AMPOULE_CUDA_CHAIN`.
+    pub chain: u32,
+    /// Launches of several may begin early, too. `AMPOULE_CUDA_CHAIN_EARLY=1`.
+    pub chain_early: bool,
     /// Prints what each plan became, to standard error. `AMPOULE_CUDA_TRACE=1`.
     pub trace: bool,
     /// Slots whose graphs are captured at load; those of the others are captured when the slot is first created.
@@ -58,7 +59,8 @@ impl Default for CudaOptions {
             tune: true,
             cublaslt: true,
             gemv_blocks: 4,
-            ahead: 100,
+            chain: 4,
+            chain_early: false,
             trace: false,
             slots_at_load: 8,
         }
@@ -80,7 +82,8 @@ impl CudaOptions {
             tune: on("AMPOULE_CUDA_TUNE"),
             cublaslt: on("AMPOULE_CUDA_CUBLASLT"),
             gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks).max(1),
-            ahead: number("AMPOULE_CUDA_AHEAD", defaults.ahead).min(1000),
+            chain: number("AMPOULE_CUDA_CHAIN", defaults.chain),
+            chain_early: std::env::var("AMPOULE_CUDA_CHAIN_EARLY").is_ok_and(|v| v != "0"),
             trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),
             slots_at_load: defaults.slots_at_load,
         }

@@ -259,10 +259,26 @@ impl Products {
         let mut references: HashMap<(usize, usize, DType, DType), Option<Reference>> =
             HashMap::new();
         let mut chosen: HashMap<ProductShape, Option<Arc<Product>>> = HashMap::new();
+        let mut pools: HashMap<(usize, DType, DType), Vec<sys::cublasLtMatmulAlgo_t>> =
+            HashMap::new();
+        let mut asked = std::collections::HashSet::new();
+        for (shape, _, _, x, w, out) in &wanted {
+            if asked.insert(*shape) {
+                let pool = pools.entry((shape.rows, shape.operand, shape.out)).or_default();
+                for algorithm in chooser.candidates(shape, chooser.alignments(x, w, out))? {
+                    if pool.iter().all(|a| bytes_of_algorithm(a) != bytes_of_algorithm(&algorithm))
+                    {
+                        pool.push(algorithm);
+                    }
+                }
+            }
+        }
         for (shape, p, i, x, w, out) in &wanted {
             let family = (shape.n, shape.k, shape.operand, shape.out);
             if !chosen.contains_key(shape) {
-                let product = chooser.choose(shape, x, w, out, references.get(&family))?;
+                let others = pools.get(&(shape.rows, shape.operand, shape.out));
+                let others = others.map_or(&[][..], Vec::as_slice);
+                let product = chooser.choose(shape, x, w, out, references.get(&family), others)?;
                 let found = product.map(|(product, reference)| {
                     if let Some(reference) = reference {
                         references.insert(family, Some(reference));
@@ -294,6 +310,11 @@ struct Chooser<'a> {
 }
 
 impl Chooser<'_> {
+    /// To how many bytes the matrices are aligned, as the library asks: weights, x, out twice.
+    fn alignments(&self, x: &View, w: &View, out: &View) -> [u32; 4] {
+        [w, x, out, out].map(|v| 1_u32 << self.resident.view_address(v, 0).trailing_zeros().min(8))
+    }
+
     /// The fastest algorithm that qualifies; also the reference, if there is none of this weight's shape yet.
     fn choose(
         &self,
@@ -302,15 +323,18 @@ impl Chooser<'_> {
         w: &View,
         out: &View,
         reference: Option<&Option<Reference>>,
+        pool: &[sys::cublasLtMatmulAlgo_t],
     ) -> Result<Option<(Product, Option<Reference>)>, BackendError> {
         if let Some(None) = reference {
             return Ok(None);
         }
         let at = |v: &View| self.resident.view_address(v, 0);
         let (x_at, w_at, out_at) = (at(x), at(w), at(out));
-        let alignment = |a: u64| 1_u32 << a.trailing_zeros().min(8);
-        let aligned = [alignment(w_at), alignment(x_at), alignment(out_at), alignment(out_at)];
+        let aligned = self.alignments(x, w, out);
         let mut candidates = self.candidates(shape, aligned)?;
+        // The library's guesses are few; algorithms guessed for other shapes of as many rows are tried, too.
+        let own: Vec<_> = candidates.iter().map(bytes_of_algorithm).collect();
+        candidates.extend(pool.iter().filter(|a| !own.contains(&bytes_of_algorithm(a))));
         let period = match reference {
             Some(Some(reference)) => reference.period,
             _ => PERIOD.min(shape.rows),
@@ -501,6 +525,11 @@ impl Chooser<'_> {
         }
         Ok(best)
     }
+}
+
+/// What tells algorithms apart.
+fn bytes_of_algorithm(algorithm: &sys::cublasLtMatmulAlgo_t) -> [u64; 8] {
+    algorithm.data
 }
 
 /// Whether the algorithm sums each element in one piece.

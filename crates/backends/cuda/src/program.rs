@@ -175,8 +175,16 @@ impl CudaProgram {
         for (index, plan) in model.model().plans.iter().enumerate() {
             let launcher = Launcher::new(&self.resident, slot, index, self.options, &self.products);
             let guard = CaptureGuard::begin(&self.resident.stream)?;
-            for step in 0..self.facts[index].steps.len() {
-                launcher.step(plan, &self.facts[index].steps, step)?;
+            let steps = &self.facts[index].steps;
+            let mut at = 0;
+            while at < steps.len() {
+                let length = launcher.chain_length(plan, &steps[at..]);
+                if length > 0 {
+                    launcher.chain(plan, &steps[at..at + length])?;
+                } else {
+                    launcher.step(plan, &steps[at])?;
+                }
+                at += length.max(1);
             }
             let owned = Owned {
                 resident: Arc::clone(&self.resident),
@@ -210,7 +218,7 @@ impl CudaProgram {
         let launcher = Launcher::new(&self.resident, slot, plan, self.options, &self.products);
         let guard = CaptureGuard::begin(&self.resident.stream)?;
         for &step in steps {
-            launcher.step(&model.model().plans[plan], &self.facts[plan].steps, step)?;
+            launcher.step(&model.model().plans[plan], &self.facts[plan].steps[step])?;
         }
         let owned =
             Owned { resident: Arc::clone(&self.resident), products: Arc::clone(&self.products) };

@@ -58,17 +58,6 @@ pub(crate) struct WordView {
     pub(crate) ld: i64,
 }
 
-/// `Ahead` of `common.cuh`: the first `take` bytes of each of `rows` rows, `row` bytes apart. No rows: nothing.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Ahead {
-    pub(crate) at: u64,
-    pub(crate) row: u32,
-    pub(crate) rows: u32,
-    pub(crate) take: u32,
-    pub(crate) pad: u32,
-}
-
 /// Most linears in one launch of the matrix-vector kernel.
 pub(crate) const SEGMENTS: usize = 6;
 
@@ -114,8 +103,20 @@ pub(crate) struct Gemv {
     pub(crate) segments: i32,
     pub(crate) units: i32,
     pub(crate) pad: i32,
-    pub(crate) ahead: Ahead,
     pub(crate) segment: [Segment; SEGMENTS],
+}
+
+/// Most phases of a chain: `CHAIN` in `gemv.cu`.
+pub(crate) const CHAIN: usize = 4;
+
+/// `Chain` of `gemv.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Chain {
+    pub(crate) turn: u64,
+    pub(crate) phases: i32,
+    pub(crate) pad: i32,
+    pub(crate) phase: [Gemv; CHAIN],
 }
 
 /// `HeadNorm` of `elementwise.cu`.
@@ -156,7 +157,6 @@ pub(crate) struct AttentionArgs {
     pub(crate) parts: i32,
     pub(crate) stages: i32,
     pub(crate) early: i32,
-    pub(crate) ahead: Ahead,
 }
 
 /// `Delta` of `recurrent.cu`.
@@ -182,10 +182,7 @@ pub(crate) struct DeltaArgs {
     pub(crate) norm_weight: u64,
     pub(crate) done: u64,
     pub(crate) eps: f32,
-    pub(crate) pad: i32,
-    pub(crate) ahead: Ahead,
     pub(crate) early: i32,
-    pub(crate) pad2: i32,
 }
 
 /// `Sample` of `sample.cu`.
@@ -208,7 +205,6 @@ pub(crate) struct SampleArgs {
     pub(crate) biases: i32,
     pub(crate) slice: i32,
     pub(crate) pad: i32,
-    pub(crate) ahead: Ahead,
 }
 
 /// `Piece` of `memory.cu`.
@@ -228,12 +224,14 @@ mod tests {
     fn sizes_are_those_of_the_kernels() {
         assert_eq!(size_of::<MatrixView>(), 24);
         assert_eq!(size_of::<Segment>(), 4 * 8 + 3 * 24 + 3 * 8 + 16);
-        assert_eq!(size_of::<Gemv>(), 104 + SEGMENTS * size_of::<Segment>());
+        assert_eq!(size_of::<Gemv>(), 80 + SEGMENTS * size_of::<Segment>());
         assert_eq!(size_of::<HeadNorm>(), 72);
-        assert_eq!(size_of::<AttentionArgs>(), 6 * 24 + 5 * 8 + 10 * 4 + 24);
-        assert_eq!(size_of::<DeltaArgs>(), 4 * 24 + 4 * 8 + 6 * 4 + 2 * 24 + 2 * 8 + 8 + 24 + 8);
-        assert_eq!(size_of::<SampleArgs>(), 12 * 8 + 16 + 24);
+        assert_eq!(size_of::<AttentionArgs>(), 6 * 24 + 5 * 8 + 10 * 4);
+        assert_eq!(size_of::<DeltaArgs>(), 4 * 24 + 4 * 8 + 6 * 4 + 2 * 24 + 2 * 8 + 8);
+        assert_eq!(size_of::<SampleArgs>(), 12 * 8 + 16);
         assert!(size_of::<Gemv>() <= 4096);
+        assert_eq!(size_of::<Chain>(), 16 + CHAIN * size_of::<Gemv>());
+        assert!(size_of::<Chain>() <= 32764);
     }
 
     #[test]

@@ -160,7 +160,6 @@ impl Launcher<'_> {
             let group = [4, 2, 1].into_iter().find(|g| shared.is_multiple_of(*g)).unwrap_or(1);
             let groups = o.heads / group;
             let suffix = dtype_suffix(a.key.dtype);
-            a.ahead = self.idle_ahead(8 << 20);
             let name = format!("attention_stream_{suffix}_{}_{group}", o.head_dim);
             a.stages = self.stages(o, &a, &name)? as i32;
             if a.stages > 0 {
@@ -178,14 +177,12 @@ impl Launcher<'_> {
                 let grid = [splits as u32, groups as u32, rows as u32];
                 self.go(&name, self.early(grid, BLOCK), args![a])?;
             }
-            a.ahead = self.idle_ahead(12 << 20);
             let parts = o.head_dim.div_ceil(COMBINED) as u32;
             let how = self.early([o.heads as u32, parts, rows as u32], BLOCK);
             return self.go("attention_combine", how, args![a]);
         }
         if takes_tiles(table, o) {
             let parts = parts(o);
-            a.ahead = self.idle_ahead(12 << 20);
             a.parts = i32::from(parts > 1);
             let keys = if o.head_dim == 256 { 32 } else { 64 };
             let name = format!("attention_tiles_{}_{}", dtype_suffix(a.key.dtype), o.head_dim);
@@ -196,7 +193,6 @@ impl Launcher<'_> {
             self.go(&name, how, args![a])?;
             if parts > 1 {
                 let grid = [o.heads as u32, rows.div_ceil(TILE) as u32, (o.head_dim / 32) as u32];
-                a.ahead = self.idle_ahead(8 << 20);
                 self.go("attention_parts", self.early(grid, 128), args![a])?;
             }
         } else {

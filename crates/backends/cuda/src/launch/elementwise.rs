@@ -31,23 +31,13 @@ impl Launcher<'_> {
         let (n_arg, eps, centered) = (n as i32, o.eps, i32::from(o.centered));
         if n > WARP_ROWS {
             let how = self.early([rows as u32, groups as u32, 1], BLOCK);
-            let ahead = self.idle_ahead(12 << 20);
-            return self.go(
-                "rms_norm_block",
-                how,
-                args![x, weight, out, n_arg, eps, centered, ahead],
-            );
+            return self.go("rms_norm_block", how, args![x, weight, out, n_arg, eps, centered]);
         }
         let total = (rows * groups) as i64;
         let groups = groups as i32;
         let blocks = (total as usize).div_ceil(BLOCK as usize / 32) as u32;
         let how = self.early([blocks, 1, 1], BLOCK);
-        let ahead = self.idle_ahead(4 << 20);
-        self.go(
-            "rms_norm_warp",
-            how,
-            args![x, weight, out, n_arg, groups, total, eps, centered, ahead],
-        )
+        self.go("rms_norm_warp", how, args![x, weight, out, n_arg, groups, total, eps, centered])
     }
 
     pub(super) fn gated_rms_norm(&self, o: &GatedRmsNorm) -> Result<(), BackendError> {
@@ -58,23 +48,13 @@ impl Launcher<'_> {
         let (n_arg, eps) = (n as i32, o.eps);
         if n > WARP_ROWS {
             let how = self.early([rows as u32, groups as u32, 1], BLOCK);
-            let ahead = self.idle_ahead(8 << 20);
-            return self.go(
-                "gated_rms_norm_block",
-                how,
-                args![x, gate, weight, out, n_arg, eps, ahead],
-            );
+            return self.go("gated_rms_norm_block", how, args![x, gate, weight, out, n_arg, eps]);
         }
         let total = (rows * groups) as i64;
         let groups = groups as i32;
         let blocks = (total as usize).div_ceil(BLOCK as usize / 32) as u32;
         let how = self.early([blocks, 1, 1], BLOCK);
-        let ahead = self.idle_ahead(8 << 20);
-        self.go(
-            "gated_rms_norm_warp",
-            how,
-            args![x, gate, weight, out, n_arg, groups, total, eps, ahead],
-        )
+        self.go("gated_rms_norm_warp", how, args![x, gate, weight, out, n_arg, groups, total, eps])
     }
 
     pub(super) fn sigmoid_gate(&self, o: &SigmoidGate) -> Result<(), BackendError> {
@@ -89,8 +69,7 @@ impl Launcher<'_> {
         let n = out.width() as i32;
         let how = self.early(self.row_grid(out.height(), out.width()), BLOCK);
         let (a, b, out) = (self.matrix(a), self.matrix(b), self.matrix(out));
-        let ahead = self.idle_ahead(12 << 20);
-        self.go(name, how, args![a, b, out, n, ahead])
+        self.go(name, how, args![a, b, out, n])
     }
 
     pub(super) fn rope(&self, o: &Rope) -> Result<(), BackendError> {
@@ -162,7 +141,6 @@ impl Launcher<'_> {
         let pairs = query_rope.frequencies.width() as i32;
         let style = style_code(query_rope.style);
         let cache_rows = append.key_cache.height() as i64;
-        let ahead = self.idle_ahead(8 << 20);
         self.go(
             "norm_rope_append",
             how,
@@ -179,8 +157,7 @@ impl Launcher<'_> {
                 head_dim,
                 pairs,
                 style,
-                cache_rows,
-                ahead
+                cache_rows
             ],
         )
     }

@@ -18,7 +18,7 @@ use crate::driver::{self, Launch};
 use crate::fuse::Step;
 use crate::lt::Products;
 use crate::memory::Resident;
-use arguments::{Ahead, MatrixView, WordView};
+use arguments::{MatrixView, WordView};
 
 pub(crate) use attention::{attention_workspace, decodes_by_splits};
 pub(crate) use linear::{gemv_fits, product_shape};
@@ -28,11 +28,6 @@ macro_rules! args {
     ($($place:expr),* $(,)?) => { &mut [$( (&raw const $place).cast_mut().cast::<std::ffi::c_void>() ),*] };
 }
 pub(crate) use args;
-
-/// Most rows of a product whose time is that of reading its weights.
-const FEW_ROWS: usize = 128;
-/// Most bytes of upcoming weights that are brought to the cache.
-const MOST_AHEAD: usize = 32 << 20;
 
 /// Most token rows of the decode kernels.
 pub(crate) const DECODE_ROWS: usize = 8;
@@ -49,17 +44,6 @@ pub(crate) struct Launcher<'a> {
     products: Option<&'a Products>,
     /// Named in errors.
     op: Cell<&'static str>,
-    /// What the launches before the next product may bring to the cache.
-    ahead: Cell<Upcoming>,
-}
-
-/// The weights that the next product reads, and how much of each row earlier launches have been told to bring.
-#[derive(Clone, Copy, Default)]
-struct Upcoming {
-    at: u64,
-    row: usize,
-    rows: usize,
-    told: usize,
 }
 
 impl<'a> Launcher<'a> {
@@ -74,7 +58,6 @@ impl<'a> Launcher<'a> {
             options: CudaOptions { programmatic_launch: false, ..CudaOptions::default() },
             products: None,
             op: Cell::new(""),
-            ahead: Cell::default(),
         }
     }
 
@@ -96,14 +79,11 @@ impl<'a> Launcher<'a> {
             options,
             products: Some(products),
             op: Cell::new(""),
-            ahead: Cell::default(),
         }
     }
 
     /// Enqueues one of a plan's steps.
-    pub(crate) fn step(&self, plan: &Plan, steps: &[Step], at: usize) -> Result<(), BackendError> {
-        let step = &steps[at];
-        self.look_ahead(plan, &steps[at + 1..]);
+    pub(crate) fn step(&self, plan: &Plan, step: &Step) -> Result<(), BackendError> {
         let first = step.first_op();
         self.op.set(plan.ops[first].name());
         for index in step.ops() {
@@ -148,66 +128,6 @@ impl<'a> Launcher<'a> {
             },
             other => other,
         })
-    }
-
-    /// Finds the weights of the next product among the steps that follow.
-    fn look_ahead(&self, plan: &Plan, rest: &[Step]) {
-        let linear = rest.iter().find_map(|step| {
-            let index = match step {
-                Step::Op(index) => *index,
-                Step::Gemv(group) => group.parts.first()?.linear,
-                _ => return None,
-            };
-            match &plan.ops[index] {
-                Op::Linear(o) => Some((&o.x, &o.weight)),
-                Op::LinearAdd(o) => Some((&o.x, &o.weight)),
-                _ => None,
-            }
-        });
-        let old = self.ahead.get();
-        let new = match linear {
-            Some((x, weight)) if x.height() <= FEW_ROWS && self.is_weight(weight) => {
-                let dtype = self.resident.layout.place(weight.buffer).dtype;
-                let at = self.address(weight);
-                let row = weight.width() * dtype.block_bytes();
-                let told = if old.at == at { old.told } else { 0 };
-                Upcoming { at, row, rows: weight.height(), told }
-            }
-            _ => Upcoming::default(),
-        };
-        self.ahead.set(new);
-    }
-
-    /// About so many bytes of the next product's weights, for a launch to bring to the cache; `warps` is how many rows
-    /// the next launch takes at a time, if it is known: the others would come too early.
-    fn some_ahead(&self, bytes: usize, warps: Option<usize>) -> Ahead {
-        let mut next = self.ahead.get();
-        let bytes = bytes * self.options.ahead as usize / 100;
-        let rows = next.rows.min(warps.unwrap_or(usize::MAX)).min(1 << 16);
-        let even = next.at.is_multiple_of(16) && next.row.is_multiple_of(16);
-        if rows == 0 || bytes == 0 || !even {
-            return Ahead::default();
-        }
-        let left = next.row.min(MOST_AHEAD / rows).saturating_sub(next.told) & !127;
-        let take = (bytes / rows).next_multiple_of(128).min(left);
-        if take == 0 {
-            return Ahead::default();
-        }
-        let at = next.at + next.told as u64;
-        next.told += take;
-        self.ahead.set(next);
-        Ahead { at, row: next.row as u32, rows: rows as u32, take: take as u32, pad: 0 }
-    }
-
-    /// For a launch that mostly waits, before a product of decode or of a short prefill.
-    fn idle_ahead(&self, bytes: usize) -> Ahead {
-        self.some_ahead(bytes, (self.phase == Phase::Decode).then(|| self.gemv_warps()))
-    }
-
-    /// Warps of the matrix-vector kernel that are on the device at a time.
-    fn gemv_warps(&self) -> usize {
-        let blocks = self.resident.device.limits.multiprocessors * self.options.gemv_blocks;
-        blocks as usize * (BLOCK as usize / 32)
     }
 
     fn op(&self, index: usize, op: &Op) -> Result<(), BackendError> {

@@ -21,12 +21,11 @@ impl Launcher<'_> {
         let (rows, channels) = (o.x.height(), o.x.width());
         let grid = [channels.div_ceil(BLOCK as usize) as u32, rows.div_ceil(span) as u32, 1];
         let how = self.early(grid, BLOCK);
-        let ahead = self.idle_ahead(8 << 20);
         let (rows, channels, taps, span) = (rows as i32, channels as i32, taps as i32, span as i32);
         self.go(
             "causal_conv",
             how,
-            args![x, weight, bias, count, state, out, rows, channels, taps, span, ahead],
+            args![x, weight, bias, count, state, out, rows, channels, taps, span],
         )
     }
 
@@ -70,7 +69,6 @@ impl Launcher<'_> {
             ),
             ..DeltaArgs::default()
         };
-        p.ahead = self.idle_ahead(20 << 20);
         if let Some(norm) = norm {
             p.gate = self.matrix(&norm.gate);
             p.normed = self.matrix(&norm.out);

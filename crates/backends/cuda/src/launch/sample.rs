@@ -34,7 +34,6 @@ impl Launcher<'_> {
             biases: o.bias_tokens.width() as i32,
             slice: slice as i32,
             pad: 0,
-            ahead: self.idle_ahead(24 << 20),
         };
         let how = Launch {
             shared: (slice * 4) as u32,
