@@ -117,14 +117,16 @@ impl Case {
     /// so. `None` if no weight is quantised.
     pub(crate) fn with_bf16_weights(&self) -> Option<(Arc<Sealed>, Weights)> {
         let model = self.model.model();
-        if !model.buffers.iter().any(|(_, b)| b.dtype.is_quantized()) {
+        // Blocks that are no weights stay what they are: only copies touch them.
+        let held = |b: &Buffer| b.dtype.is_quantized() && b.role == Role::Weight;
+        if !model.buffers.iter().any(|(_, b)| held(b)) {
             return None;
         }
         let mut buffers = BufferTable::default();
         let mut weights = self.weights.clone();
         for (id, buffer) in model.buffers.iter() {
             let mut buffer = buffer.clone();
-            if buffer.dtype.is_quantized() {
+            if held(&buffer) {
                 let Some(Weight::Stored(blocks)) = self.weights.0.get(&id) else {
                     panic!("quantised weights of cases are stored");
                 };

@@ -67,6 +67,17 @@ __device__ __forceinline__ float cooked(u32 raw, int dtype) {
     if (dtype == F32) return __uint_as_float(raw);
     return dtype == BF16 ? __uint_as_float(raw << 16) : f16_to_f32((u16)raw);
 }
+// Four columns that are there and aligned; 16-bit ones in x and y.
+__device__ __forceinline__ uint4 raw4(const View& v, i64 row, i64 col) {
+    const i64 i = row * v.ld + col;
+    if (v.dtype == F32) return *(const uint4*)((const float*)v.p + i);
+    const uint2 raw = *(const uint2*)((const u16*)v.p + i);
+    return make_uint4(raw.x, raw.y, 0, 0);
+}
+__device__ __forceinline__ float4 cooked4(uint4 raw, int dtype) {
+    if (dtype == F32) return make_float4(__uint_as_float(raw.x), __uint_as_float(raw.y), __uint_as_float(raw.z), __uint_as_float(raw.w));
+    return make_float4(cooked(raw.x & 0xffffu, dtype), cooked(raw.x >> 16, dtype), cooked(raw.y & 0xffffu, dtype), cooked(raw.y >> 16, dtype));
+}
 // What a value becomes when it is stored as `dtype` and loaded again.
 __device__ __forceinline__ float rounded(float x, int dtype) {
     if (dtype == F32) return x;

@@ -35,9 +35,46 @@ rms_norm_block(View x, const float* weight, View out, int n, float eps, int cent
     pdl_wait();
     pdl_launch();
     i64 t = blockIdx.x, first = (i64)blockIdx.y * n;
-    float s = rms_scale(block_squares(x, t, first, n, part), n, eps);
-    for (int c = threadIdx.x * 4; c < n; c += BLOCK * 4)
-        store4(out, t, first + c, first + n, scale4(load4(x, t, first + c, first + n), s, weight, c, n, centered));
+    const int HELD = 4;
+    if (n > HELD * BLOCK * 4 || !x.vec || (first & 3) || ((u64)weight & 15)) {
+        float s = rms_scale(block_squares(x, t, first, n, part), n, eps);
+        for (int c = threadIdx.x * 4; c < n; c += BLOCK * 4)
+            store4(out, t, first + c, first + n, scale4(load4(x, t, first + c, first + n), s, weight, c, n, centered));
+        return;
+    }
+    // All of the row at once, in registers; the sums are those of block_squares, in its order.
+    uint4 raw[HELD];
+    float4 w[HELD];
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+        const int c = (i * BLOCK + threadIdx.x) * 4;
+        raw[i] = c + 4 <= n ? raw4(x, t, first + c) : make_uint4(0, 0, 0, 0);
+        w[i] = c + 4 <= n ? *(const float4*)(weight + c) : make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+    float4 q[HELD];
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+        const int c = (i * BLOCK + threadIdx.x) * 4;
+        q[i] = c + 4 <= n ? cooked4(raw[i], x.dtype) : c < n ? load4(x, t, first + c, first + n) : make_float4(0.f, 0.f, 0.f, 0.f);
+        if (c < n) sum = add_squares(sum, q[i]);
+    }
+    sum = warp_sum(sum);
+    if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = sum;
+    __syncthreads();
+    sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < BLOCK / 32; ++i) sum += part[i];
+    const float s = rms_scale(sum, n, eps), base = centered ? 1.f : 0.f;
+#pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+        const int c = (i * BLOCK + threadIdx.x) * 4;
+        if (c + 4 <= n)
+            store4(out, t, first + c, first + n, make_float4(q[i].x * s * (w[i].x + base), q[i].y * s * (w[i].y + base),
+                                                             q[i].z * s * (w[i].z + base), q[i].w * s * (w[i].w + base)));
+        else if (c < n)
+            store4(out, t, first + c, first + n, scale4(q[i], s, weight, c, n, centered));
+    }
 }
 
 // One warp per (row, group): N <= WARP_ROWS.

@@ -3,9 +3,8 @@
 // x [M, K] any float type, weights [N, K] row-major of type W, out [M, N]. Floor: N*K weight bytes over memory
 // bandwidth (2 FLOP a weight and row are far below the arithmetic limit).
 //
-// One launch serves up to SEGMENTS linears of one x. A warp owns a row of weights, which it takes in steps of four 16-byte
-// loads a lane; the loads of the next two steps, of the next row where this one ends, are always on their way, also while
-// the row's sum is finished, and while the launch waits for its x. Lane l sums the elements l*E..l*E+E of every chunk of 32*E in rising
+// One launch serves up to SEGMENTS linears of one x. A warp owns a row of weights; each lane holds four 16-byte loads
+// in flight while it multiplies the four before. Lane l sums the elements l*E..l*E+E of every chunk of 32*E in rising
 // order, then a butterfly: the order depends on K alone, so neither M, nor fusion, nor the grid changes a bit.
 //
 // Prologue: x may be the RMS norm of another row (norm_weight != null); block 0 also writes it where the plan has it.
@@ -104,7 +103,7 @@ template <int T> __device__ __forceinline__ float4 quad(const void* row, int c) 
                        f16_to_f32((u16)raw.y), f16_to_f32((u16)(raw.y >> 16)));
 }
 
-#define HELD 2  // groups of four columns that a thread loads before it uses the first
+#define HELD 4  // groups of four columns that a thread loads before it uses the first
 
 // Row m of x, normed if the plan says so, to shared memory. T: type of x, whose rows are aligned.
 template <int T, int E>
@@ -207,7 +206,7 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
         const Segment& p = g.segment[seg];
         return (const T*)(half ? p.w2 : p.w) + (i64)(u - p.first_unit) * g.k;
     };
-    uint4 even[UNROLL], odd[UNROLL];
+    uint4 now[UNROLL], next[UNROLL];
     auto fetch = [&](uint4* into, const T* row, int step) {
 #pragma unroll
         for (int j = 0; j < UNROLL; ++j) {
@@ -219,8 +218,7 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
     const T* row = 0;
     if (unit < g.units) {
         row = row_of(unit, s, 0);
-        fetch(even, row, 0);  // weights are nobody's output: no need to wait
-        fetch(odd, row, 1);
+        fetch(now, row, 0);  // weights are nobody's output: no need to wait
     }
     if (g.norm_weight)
         for (int c = threadIdx.x * 32; c < g.k; c += BLOCK * 32) prefetch(g.norm_weight + c);
@@ -254,47 +252,44 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
             if (lane < p.taps) tap = p.conv_weight[(i64)n * p.taps + lane];
             if (lane + 1 < p.taps) old = p.conv_state[(i64)lane * p.rows + n];
         }
-#pragma unroll 1
         for (int half = 0; half < halves; ++half) {
             const float* bias = half ? p.bias2 : p.bias;
             const float b = bias ? bias[n] : 0.f;
             float acc[M];
 #pragma unroll
             for (int m = 0; m < M; ++m) acc[m] = 0.f;
-            auto multiply = [&](const uint4* w, int step) {
+            for (int step = 0; step < steps; ++step) {
+                if (step + 1 < steps) {
+                    fetch(next, row, step + 1);
+                } else if (half + 1 < halves) {
+                    row = row_of(unit, s, 1);
+                    fetch(next, row, 0);
+                } else if (unit2 < g.units) {
+                    row = row_of(unit2, s2, 0);
+                    fetch(next, row, 0);
+                }
 #pragma unroll
                 for (int j = 0; j < UNROLL; ++j) {
-                    const int chunk = step * STEP + j * CHUNK;
+                    int chunk = step * STEP + j * CHUNK;
                     if (chunk < g.k) {
-                        float f[E];
-                        unpack<W>(w[j], f);
+                        float w[E];
+                        unpack<W>(now[j], w);
 #pragma unroll
                         for (int m = 0; m < M; ++m) {
                             const float* xm = xs + m * padded + chunk + lane * 4;
 #pragma unroll
                             for (int q = 0; q < E / 4; ++q) {
-                                const float4 x = *(const float4*)(xm + q * 128);
-                                acc[m] = fmaf(f[4 * q], x.x, acc[m]);
-                                acc[m] = fmaf(f[4 * q + 1], x.y, acc[m]);
-                                acc[m] = fmaf(f[4 * q + 2], x.z, acc[m]);
-                                acc[m] = fmaf(f[4 * q + 3], x.w, acc[m]);
+                                float4 x = *(const float4*)(xm + q * 128);
+                                acc[m] = fmaf(w[4 * q], x.x, acc[m]);
+                                acc[m] = fmaf(w[4 * q + 1], x.y, acc[m]);
+                                acc[m] = fmaf(w[4 * q + 2], x.z, acc[m]);
+                                acc[m] = fmaf(w[4 * q + 3], x.w, acc[m]);
                             }
                         }
                     }
                 }
-            };
-#pragma unroll 1
-            for (int step = 0; step < steps; step += 2) {
-                int then = step + 2;
-                if (then >= steps) {
-                    then = 0;
-                    if (half + 1 < halves) row = row_of(unit, s, 1);
-                    else row = unit2 < g.units ? row_of(unit2, s2, 0) : (const T*)0;
-                }
-                multiply(even, step);
-                if (row) fetch(even, row, then);
-                multiply(odd, step + 1);
-                if (row) fetch(odd, row, then + 1);
+#pragma unroll
+                for (int j = 0; j < UNROLL; ++j) now[j] = next[j];
             }
             float v = 0.f;  // of row `lane`; with one row, every lane's
 #pragma unroll
@@ -334,240 +329,6 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
         s = s2;
     }
 }
-
-// Several products of one row after another in one launch, one block of CHAIN_BLOCK threads a multiprocessor: between two
-// of them all blocks meet, and while they do, the first weights of the next one are on their way. What one phase writes the
-// next reads past the L1 caches, which do not know of each other.
-#define CHAIN 4
-#define CHAIN_BLOCK 1024
-struct Chain {
-    u32* turn;   // of the meeting: its highest bit changes when all have arrived
-    int phases;
-    int pad;
-    Gemv phase[CHAIN];
-};
-
-// All blocks meet. The first block adds what the others leave of 2^31, so that the top bit changes once a meeting and the
-// word needs no reset.
-__device__ __forceinline__ void meet(u32* turn) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        const u32 add = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1u;
-        u32 before, now;
-        asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(turn), "r"(add) : "memory");
-        do {
-            asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
-        } while (((before ^ now) & 0x80000000u) == 0);
-    }
-    __syncthreads();
-}
-
-__device__ __forceinline__ float4 quad_shared_out(const View& v, int c) {
-    if (v.dtype == F32) return __ldcg((const float4*)((const float*)v.p + c));
-    const uint2 raw = __ldcg((const uint2*)((const u16*)v.p + c));
-    if (v.dtype == BF16)
-        return make_float4(__uint_as_float(raw.x << 16), __uint_as_float(raw.x & 0xffff0000u),
-                           __uint_as_float(raw.y << 16), __uint_as_float(raw.y & 0xffff0000u));
-    return make_float4(f16_to_f32((u16)raw.x), f16_to_f32((u16)(raw.x >> 16)),
-                       f16_to_f32((u16)raw.y), f16_to_f32((u16)(raw.y >> 16)));
-}
-
-template <int W>
-__device__ __forceinline__ void chain_body(const Chain& chain) {
-    const int E = Weights<W>::E;
-    const int CHUNK = 32 * E, STEP = CHUNK * UNROLL;
-    typedef typename Weights<W>::T T;
-    extern __shared__ float4 shared[];
-    float* xs = (float*)shared;
-    __shared__ float part[BLOCK / 32];
-    const int lane = threadIdx.x & 31;
-    const int stride = gridDim.x * (CHAIN_BLOCK / 32);
-    const int first_unit = (threadIdx.x >> 5) * gridDim.x + blockIdx.x;
-    uint4 even[UNROLL], odd[UNROLL];
-    auto locate = [&](const Gemv& g, int u, int from) {
-        while (from + 1 < g.segments && u >= g.segment[from + 1].first_unit) ++from;
-        return from;
-    };
-    auto row_of = [&](const Gemv& g, int u, int seg, int half) {
-        const Segment& p = g.segment[seg];
-        return (const T*)(half ? p.w2 : p.w) + (i64)(u - p.first_unit) * g.k;
-    };
-    auto fetch = [&](uint4* into, const T* row, int step, int k) {
-#pragma unroll
-        for (int j = 0; j < UNROLL; ++j) {
-            const int e = step * STEP + j * CHUNK + lane * E;
-            into[j] = e < k ? stream_load(row + e) : make_uint4(0, 0, 0, 0);
-        }
-    };
-    const T* row = 0;
-    int s = 0;
-    if (first_unit < chain.phase[0].units) {
-        s = locate(chain.phase[0], first_unit, 0);
-        row = row_of(chain.phase[0], first_unit, s, 0);
-        fetch(even, row, 0, chain.phase[0].k);
-        fetch(odd, row, 1, chain.phase[0].k);
-    }
-    for (int ph = 0; ph < chain.phases; ++ph) {
-        const Gemv& g = chain.phase[ph];
-        const int k = g.k, padded = (k + CHUNK - 1) / CHUNK * CHUNK, steps = (k + STEP - 1) / STEP;
-        float4 w = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (g.norm_weight && (int)threadIdx.x * 4 < k) w = *(const float4*)(g.norm_weight + threadIdx.x * 4);
-        if (ph == 0) pdl_wait();
-        else meet(chain.turn);
-        float scale = 1.f;
-        if (g.norm_weight) {
-            // As block_squares: the same 256 threads, the same order.
-            float sum = 0.f;
-            if (threadIdx.x < BLOCK) {
-                if (k > WARP_ROWS) {
-#pragma unroll 4
-                    for (int c = threadIdx.x * 4; c < k; c += BLOCK * 4) sum = add_squares(sum, quad_shared_out(g.x, c));
-                } else if (threadIdx.x < 32) {
-                    for (int c = lane * 4; c < k; c += 128) sum = add_squares(sum, quad_shared_out(g.x, c));
-                }
-                sum = warp_sum(sum);
-                if (lane == 0) part[threadIdx.x >> 5] = sum;
-            }
-        }
-        float4 q = make_float4(0.f, 0.f, 0.f, 0.f);
-        if ((int)threadIdx.x * 4 < k) q = quad_shared_out(g.x, threadIdx.x * 4);
-        if (g.norm_weight) {
-            __syncthreads();
-            float sum = 0.f;
-#pragma unroll
-            for (int i = 0; i < BLOCK / 32; ++i) sum += part[i];
-            scale = rms_scale(k > WARP_ROWS ? sum : part[0], k, g.eps);
-        }
-        const float add = g.centered ? 1.f : 0.f;
-        for (int c = threadIdx.x * 4; c < padded; c += CHAIN_BLOCK * 4) {
-            if (c >= CHAIN_BLOCK * 4) {
-                q = c < k ? quad_shared_out(g.x, c) : make_float4(0.f, 0.f, 0.f, 0.f);
-                if (g.norm_weight && c < k) w = *(const float4*)(g.norm_weight + c);
-            }
-            if (g.norm_weight && c < k) {
-                q.x = rounded(q.x * scale * (w.x + add), g.normed.dtype);
-                q.y = rounded(q.y * scale * (w.y + add), g.normed.dtype);
-                q.z = rounded(q.z * scale * (w.z + add), g.normed.dtype);
-                q.w = rounded(q.w * scale * (w.w + add), g.normed.dtype);
-                if (blockIdx.x == 0) store4(g.normed, 0, c, k, q);
-            }
-            *(float4*)(xs + place<E>(c)) = q;
-        }
-        __syncthreads();
-
-        int unit = first_unit;
-        const bool last_phase = ph + 1 == chain.phases;
-        // Of the next phase: k, and where this warp begins in it.
-        const int k_next = last_phase ? 0 : chain.phase[ph + 1].k;
-        const int s_next = last_phase ? 0 : locate(chain.phase[ph + 1], first_unit, 0);
-        const T* row_next = 0;
-        if (!last_phase && first_unit < chain.phase[ph + 1].units) row_next = row_of(chain.phase[ph + 1], first_unit, s_next, 0);
-        if (unit >= g.units) {
-            s = s_next;
-            row = row_next;
-            if (row) {
-                fetch(even, row, 0, k_next);
-                fetch(odd, row, 1, k_next);
-            }
-        }
-        if (last_phase && unit + stride >= g.units) pdl_launch();
-        while (unit < g.units) {
-            const Segment& p = g.segment[s];
-            const int n = unit - p.first_unit;
-            const int halves = p.mode == PAIR ? 2 : 1;
-            float first = 0.f;
-            const int unit2 = unit + stride;
-            if (last_phase && unit2 < g.units && unit2 + stride >= g.units) pdl_launch();
-            float old = 0.f, tap = 0.f;
-            if (p.mode == ADD) {
-                old = p.out.dtype == F32 ? __ldcg((const float*)p.out.p + n) : cooked(__ldcg((const u16*)p.out.p + n), p.out.dtype);
-            } else if (p.mode == CONV) {
-                if (lane < p.taps) tap = p.conv_weight[(i64)n * p.taps + lane];
-                if (lane + 1 < p.taps) old = p.conv_state[(i64)lane * p.rows + n];
-            }
-            const int s2 = unit2 < g.units ? locate(g, unit2, s) : s_next;
-#pragma unroll 1
-            for (int half = 0; half < halves; ++half) {
-                const float* bias = half ? p.bias2 : p.bias;
-                const float b = bias ? bias[n] : 0.f;
-                float acc = 0.f;
-                auto multiply = [&](const uint4* w, int step) {
-#pragma unroll
-                    for (int j = 0; j < UNROLL; ++j) {
-                        const int chunk = step * STEP + j * CHUNK;
-                        if (chunk < k) {
-                            float f[E];
-                            unpack<W>(w[j], f);
-                            const float* xm = xs + chunk + lane * 4;
-#pragma unroll
-                            for (int i = 0; i < E / 4; ++i) {
-                                const float4 x = *(const float4*)(xm + i * 128);
-                                acc = fmaf(f[4 * i], x.x, acc);
-                                acc = fmaf(f[4 * i + 1], x.y, acc);
-                                acc = fmaf(f[4 * i + 2], x.z, acc);
-                                acc = fmaf(f[4 * i + 3], x.w, acc);
-                            }
-                        }
-                    }
-                };
-                int width = k;
-#pragma unroll 1
-                for (int step = 0; step < steps; step += 2) {
-                    int then = step + 2;
-                    if (then >= steps) {
-                        then = 0;
-                        if (half + 1 < halves) {
-                            row = row_of(g, unit, s, 1);
-                        } else if (unit2 < g.units) {
-                            row = row_of(g, unit2, s2, 0);
-                        } else {
-                            row = row_next;
-                            width = k_next;
-                        }
-                    }
-                    multiply(even, step);
-                    if (row) fetch(even, row, then, width);
-                    multiply(odd, step + 1);
-                    if (row) fetch(odd, row, then + 1, width);
-                }
-                float v = warp_sum(acc) + b;
-                if (p.mode == CONV) {
-                    v = rounded(v, p.out.dtype);
-                    float sum = 0.f;
-                    for (int j = 0; j + 1 < p.taps; ++j)
-                        sum = fmaf(__shfl_sync(FULL, tap, j), __shfl_sync(FULL, old, j), sum);
-                    sum = fmaf(__shfl_sync(FULL, tap, p.taps - 1), v, sum);
-                    if (lane > 0 && lane + 1 < p.taps) p.conv_state[(i64)(lane - 1) * p.rows + n] = old;
-                    if (lane == 0) {
-                        store1(p.out, 0, n, v);
-                        if (p.taps > 1) p.conv_state[(i64)(p.taps - 2) * p.rows + n] = v;
-                        if (p.conv_bias) sum += p.conv_bias[n];
-                        store1(p.out2, 0, n, silu(sum));
-                    }
-                } else if (lane == 0) {
-                    if (p.mode == ADD) {
-                        store1(p.out, 0, n, old + v);
-                    } else if (p.mode == STORE) {
-                        store1(p.out, 0, n, v);
-                    } else {
-                        const View& o = half ? p.out2 : p.out;
-                        v = rounded(v, o.dtype);
-                        store1(o, 0, n, v);
-                        if (half) store1(p.out3, 0, n, silu(first) * v);
-                        else first = v;
-                    }
-                }
-            }
-            unit = unit2;
-            s = s2;
-        }
-    }
-}
-#define CHAINS(name, W)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(CHAIN_BLOCK, 1) name(const __grid_constant__ Chain chain) { chain_body<W>(chain); }
-CHAINS(gemv_chain_f32, F32)
-CHAINS(gemv_chain_bf16, BF16)
-CHAINS(gemv_chain_f16, F16)
 
 #define GEMV(name, W, M, PER_SM)                                                                  \
     extern "C" __global__ void __launch_bounds__(BLOCK, PER_SM) name(const __grid_constant__ Gemv g) { \

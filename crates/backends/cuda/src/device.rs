@@ -41,10 +41,9 @@ pub struct CudaOptions {
     pub cublaslt: bool,
     /// Blocks of the matrix-vector kernel per multiprocessor. `AMPOULE_CUDA_GEMV_BLOCKS`.
     pub gemv_blocks: u32,
-    /// Most products of one row, following each other in decode, that become one launch: up to 4. `AMPOULE_CUDA_CHAIN`.
-    pub chain: u32,
-    /// Launches of several may begin early, too. `AMPOULE_CUDA_CHAIN_EARLY=1`.
-    pub chain_early: bool,
+    /// Percent of a multiprocessor's memory that is asked for as shared memory, for every kernel alike; 0 leaves it to the
+    /// driver. `AMPOULE_CUDA_CARVEOUT`.
+    pub carveout: u32,
     /// Prints what each plan became, to standard error. `AMPOULE_CUDA_TRACE=1`.
     pub trace: bool,
     /// Slots whose graphs are captured at load; those of the others are captured when the slot is first created.
@@ -59,8 +58,7 @@ impl Default for CudaOptions {
             tune: true,
             cublaslt: true,
             gemv_blocks: 4,
-            chain: 4,
-            chain_early: false,
+            carveout: 0,
             trace: false,
             slots_at_load: 8,
         }
@@ -82,8 +80,7 @@ impl CudaOptions {
             tune: on("AMPOULE_CUDA_TUNE"),
             cublaslt: on("AMPOULE_CUDA_CUBLASLT"),
             gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks).max(1),
-            chain: number("AMPOULE_CUDA_CHAIN", defaults.chain),
-            chain_early: std::env::var("AMPOULE_CUDA_CHAIN_EARLY").is_ok_and(|v| v != "0"),
+            carveout: number("AMPOULE_CUDA_CARVEOUT", defaults.carveout).min(100),
             trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),
             slots_at_load: defaults.slots_at_load,
         }
@@ -167,8 +164,9 @@ impl CudaBackend {
             programmatic: options.programmatic_launch && gpu.capability.0 >= 9,
         };
         let (major, minor) = gpu.capability;
+        let architecture = compile::architecture(major, minor);
         let kernels =
-            Kernels::load(&context, &compile::architecture(major, minor), limits.shared_per_block)?;
+            Kernels::load(&context, &architecture, limits.shared_per_block, options.carveout)?;
         let (lt, lt_missing) = if options.cublaslt {
             match Lt::new(&context) {
                 Ok(lt) => (Some(lt), None),

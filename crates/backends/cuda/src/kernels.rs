@@ -41,9 +41,6 @@ const NAMES: &[(&str, &[&str])] = &[
             "gemv_f32_2",
             "gemv_f32_4",
             "gemv_f32_8",
-            "gemv_chain_f32",
-            "gemv_chain_bf16",
-            "gemv_chain_f16",
             "gemv_bf16_1",
             "gemv_bf16_2",
             "gemv_bf16_4",
@@ -154,6 +151,7 @@ impl Kernels {
         context: &Arc<Context>,
         architecture: &str,
         shared_per_block: u32,
+        carveout: u32,
     ) -> Result<Self, BackendError> {
         let cache = Cache::of_user();
         let compiled: Vec<_> = std::thread::scope(|scope| {
@@ -175,6 +173,9 @@ impl Kernels {
                 if DYNAMIC.iter().any(|d| name.starts_with(d)) {
                     shared_limit = raise_shared_limit(function, name, shared_per_block)?;
                 }
+                if carveout > 0 {
+                    prefer_shared(function, name, carveout)?;
+                }
                 by_name.insert(*name, Kernel { function, shared_limit });
             }
             modules.push(module);
@@ -189,6 +190,18 @@ impl Kernels {
             .copied()
             .ok_or_else(|| device_error(format!("there is no kernel '{name}'")))
     }
+}
+
+fn prefer_shared(function: CUfunction, name: &str, percent: u32) -> Result<(), BackendError> {
+    // SAFETY: the function is loaded.
+    let status = unsafe {
+        sys::cuFuncSetAttribute(
+            function,
+            Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+            percent as i32,
+        )
+    };
+    check(status, &format!("asking for shared memory for '{name}'"))
 }
 
 fn raise_shared_limit(

@@ -175,16 +175,8 @@ impl CudaProgram {
         for (index, plan) in model.model().plans.iter().enumerate() {
             let launcher = Launcher::new(&self.resident, slot, index, self.options, &self.products);
             let guard = CaptureGuard::begin(&self.resident.stream)?;
-            let steps = &self.facts[index].steps;
-            let mut at = 0;
-            while at < steps.len() {
-                let length = launcher.chain_length(plan, &steps[at..]);
-                if length > 0 {
-                    launcher.chain(plan, &steps[at..at + length])?;
-                } else {
-                    launcher.step(plan, &steps[at])?;
-                }
-                at += length.max(1);
+            for step in &self.facts[index].steps {
+                launcher.step(plan, step)?;
             }
             let owned = Owned {
                 resident: Arc::clone(&self.resident),

@@ -164,9 +164,6 @@ fn fusion_and_early_launch_change_no_bit() {
         on,
         CudaOptions { fusion: false, ..on },
         CudaOptions { programmatic_launch: false, ..on },
-        CudaOptions { chain: 0, ..on },
-        CudaOptions { chain: 1, ..on },
-        CudaOptions { chain_early: !on.chain_early, ..on },
         CudaOptions { fusion: false, programmatic_launch: false, gemv_blocks: 1, ..on },
     ];
     for dtype in [DType::F32, DType::BF16] {

@@ -106,19 +106,6 @@ pub(crate) struct Gemv {
     pub(crate) segment: [Segment; SEGMENTS],
 }
 
-/// Most phases of a chain: `CHAIN` in `gemv.cu`.
-pub(crate) const CHAIN: usize = 4;
-
-/// `Chain` of `gemv.cu`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Chain {
-    pub(crate) turn: u64,
-    pub(crate) phases: i32,
-    pub(crate) pad: i32,
-    pub(crate) phase: [Gemv; CHAIN],
-}
-
 /// `HeadNorm` of `elementwise.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -230,8 +217,6 @@ mod tests {
         assert_eq!(size_of::<DeltaArgs>(), 4 * 24 + 4 * 8 + 6 * 4 + 2 * 24 + 2 * 8 + 8);
         assert_eq!(size_of::<SampleArgs>(), 12 * 8 + 16);
         assert!(size_of::<Gemv>() <= 4096);
-        assert_eq!(size_of::<Chain>(), 16 + CHAIN * size_of::<Gemv>());
-        assert!(size_of::<Chain>() <= 32764);
     }
 
     #[test]

@@ -5,11 +5,11 @@ use std::ops::Range;
 use ampoule_backend::BackendError;
 use ampoule_plan::{BufferTable, CausalConv, DType, Op, Phase, Plan, Role, View};
 
-use super::arguments::{CHAIN, Chain, Gemv, MatrixView, Mode, Segment, dtype_suffix};
+use super::arguments::{Gemv, MatrixView, Mode, Segment, dtype_suffix};
 use super::{BLOCK, DECODE_ROWS, Launcher, args};
-use crate::fuse::{GemvGroup, Step, Then};
+use crate::fuse::{GemvGroup, Then};
 use crate::lt::ProductShape;
-use crate::memory::{CHAIN_TURN, resident_dtype};
+use crate::memory::resident_dtype;
 
 /// Shared memory for x that leaves room for two blocks on a multiprocessor.
 const GEMV_SHARED: usize = 100 << 10;
@@ -67,19 +67,6 @@ pub(crate) fn product_shape(
     fits.then(|| (shape, x.clone(), weight.clone(), out.clone()))
 }
 
-/// A matrix-vector product with its operands.
-#[derive(Clone, Copy)]
-struct Ready {
-    gemv: Gemv,
-    rows: usize,
-    dtype: DType,
-    /// Whether no op writes its matrices.
-    weights_only: bool,
-}
-
-/// Threads of a block of a chain: `CHAIN_BLOCK` in `gemv.cu`.
-const CHAIN_BLOCK: u32 = 1024;
-
 impl Launcher<'_> {
     pub(super) fn linear(
         &self,
@@ -92,7 +79,12 @@ impl Launcher<'_> {
     ) -> Result<(), BackendError> {
         let dtype = self.resident.layout.place(weight.buffer).dtype;
         if self.phase == Phase::Decode && gemv_fits(x.height(), x.width(), dtype) {
-            return self.gemv(&self.single(x, weight, bias, out, add));
+            let part = if add { Mode::Add } else { Mode::Store };
+            let segment = self.segment(weight, bias, out, &(0..weight.height()), part);
+            let mut gemv = Gemv { x: self.matrix(x), k: x.width() as i32, ..Gemv::default() };
+            gemv.segment[0] = segment;
+            gemv.segments = 1;
+            return self.gemv(&gemv, x.height(), dtype, self.is_weight(weight));
         }
         if let Some(product) = self.products.and_then(|p| p.find(self.plan, index)) {
             let device = &self.resident.device;
@@ -109,21 +101,6 @@ impl Launcher<'_> {
             return Ok(());
         }
         self.gemm(x, weight, bias, out, add)
-    }
-
-    /// One linear as a matrix-vector product.
-    fn single(&self, x: &View, weight: &View, bias: Option<&View>, out: &View, add: bool) -> Ready {
-        let part = if add { Mode::Add } else { Mode::Store };
-        let segment = self.segment(weight, bias, out, &(0..weight.height()), part);
-        let mut gemv = Gemv { x: self.matrix(x), k: x.width() as i32, ..Gemv::default() };
-        gemv.segment[0] = segment;
-        gemv.segments = 1;
-        Ready {
-            gemv,
-            rows: x.height(),
-            dtype: self.resident.layout.place(weight.buffer).dtype,
-            weights_only: self.is_weight(weight),
-        }
     }
 
     fn gemm(
@@ -168,82 +145,6 @@ impl Launcher<'_> {
 
     /// Several linears of one x in one launch.
     pub(super) fn gemv_group(&self, plan: &Plan, group: &GemvGroup) -> Result<(), BackendError> {
-        self.gemv(&self.group(plan, group)?)
-    }
-
-    /// How many of the steps, from the first on, are products of one row that one launch can do.
-    pub(crate) fn chain_length(&self, plan: &Plan, steps: &[Step]) -> usize {
-        if self.phase != Phase::Decode {
-            return 0;
-        }
-        let mut length = 0;
-        let mut kind = None;
-        for step in steps.iter().take(CHAIN.min(self.options.chain as usize)) {
-            let Ok(Some(ready)) = self.product(plan, step) else { break };
-            let g = &ready.gemv;
-            let aligned = g.x.vec == 1
-                && g.x.at.is_multiple_of(16)
-                && g.norm_weight.is_multiple_of(16)
-                && g.k % 4 == 0
-                && shared_bytes(1, g.k as usize, ready.dtype) <= GEMV_SHARED;
-            let fits = ready.rows == 1 && ready.weights_only && aligned;
-            if !fits || *kind.get_or_insert(ready.dtype) != ready.dtype {
-                break;
-            }
-            length += 1;
-        }
-        length
-    }
-
-    /// The step as a matrix-vector product, if it is one.
-    fn product(&self, plan: &Plan, step: &Step) -> Result<Option<Ready>, BackendError> {
-        let single = |x: &View, weight: &View, bias: Option<&View>, out: &View, add| {
-            let dtype = self.resident.layout.place(weight.buffer).dtype;
-            gemv_fits(x.height(), x.width(), dtype).then(|| self.single(x, weight, bias, out, add))
-        };
-        Ok(match step {
-            Step::Gemv(group) => Some(self.group(plan, group)?),
-            Step::Op(index) => match &plan.ops[*index] {
-                Op::Linear(o) => single(&o.x, &o.weight, o.bias.as_ref(), &o.out, false),
-                Op::LinearAdd(o) => single(&o.x, &o.weight, o.bias.as_ref(), &o.out, true),
-                _ => None,
-            },
-            _ => None,
-        })
-    }
-
-    /// Steps that `chain_length` has counted, in one launch.
-    pub(crate) fn chain(&self, plan: &Plan, steps: &[Step]) -> Result<(), BackendError> {
-        let mut chain = Chain {
-            turn: self.resident.sample_work.at() + CHAIN_TURN as u64,
-            phases: steps.len() as i32,
-            ..Chain::default()
-        };
-        let mut dtype = DType::F32;
-        let mut shared = 0;
-        for (phase, step) in chain.phase.iter_mut().zip(steps) {
-            let Some(ready) = self.product(plan, step)? else {
-                return Err(self.unsupported("the chain does not fit the plan".to_owned()));
-            };
-            *phase = ready.gemv;
-            phase.units = 0;
-            for segment in &mut phase.segment[..ready.gemv.segments as usize] {
-                segment.first_unit = phase.units;
-                phase.units += segment.rows;
-            }
-            dtype = ready.dtype;
-            shared = shared.max(shared_bytes(1, ready.gemv.k as usize, dtype));
-        }
-        let blocks = self.resident.device.limits.multiprocessors;
-        let name = format!("gemv_chain_{}", dtype_suffix(super::arguments::dtype_code(dtype)));
-        let mut how = self.early([blocks, 1, 1], CHAIN_BLOCK);
-        how.shared = shared as u32;
-        how.cooperative = steps.len() > 1 && !self.options.chain_early;
-        self.op.set("linear");
-        self.go(&name, how, args![chain])
-    }
-
-    fn group(&self, plan: &Plan, group: &GemvGroup) -> Result<Ready, BackendError> {
         let wrong = || self.unsupported("the fusion does not fit the plan".to_owned());
         let mut gemv = Gemv::default();
         let mut first: Option<View> = None;
@@ -300,7 +201,7 @@ impl Launcher<'_> {
             gemv.eps = norm.eps;
             gemv.centered = i32::from(norm.centered);
         }
-        Ok(Ready { gemv, rows: x.height(), dtype, weights_only })
+        self.gemv(&gemv, x.height(), dtype, weights_only)
     }
 
     fn conv_segment(&self, linear: Segment, conv: &CausalConv) -> Segment {
@@ -316,9 +217,15 @@ impl Launcher<'_> {
     }
 
     /// Launches for 1, 2, 4 or 8 rows at a time; a row's bits do not depend on how they are grouped.
-    fn gemv(&self, ready: &Ready) -> Result<(), BackendError> {
-        let Ready { mut gemv, rows, dtype, weights_only } = *ready;
+    fn gemv(
+        &self,
+        gemv: &Gemv,
+        rows: usize,
+        dtype: DType,
+        weights_only: bool,
+    ) -> Result<(), BackendError> {
         let mut units = 0;
+        let mut gemv = *gemv;
         for segment in &mut gemv.segment[..gemv.segments as usize] {
             segment.first_unit = units;
             units += segment.rows;

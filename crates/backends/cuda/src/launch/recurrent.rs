@@ -17,8 +17,8 @@ impl Launcher<'_> {
         let (count, state) = (self.optional(o.count.as_ref()), self.address(&o.state));
         let taps = o.weight.width();
         // A span must hold the whole state, so that only the first one reads it.
-        let span = taps.max(64);
         let (rows, channels) = (o.x.height(), o.x.width());
+        let span = taps.max(if rows <= 128 { 8 } else { 64 });
         let grid = [channels.div_ceil(BLOCK as usize) as u32, rows.div_ceil(span) as u32, 1];
         let how = self.early(grid, BLOCK);
         let (rows, channels, taps, span) = (rows as i32, channels as i32, taps as i32, span as i32);
