@@ -27,6 +27,7 @@ mod load;
 mod reply;
 mod stores;
 mod texts;
+mod turns;
 mod verify;
 
 pub use ablate::{Ablation, AblationReport};
@@ -36,6 +37,7 @@ pub use load::{Ampoule, Device, LoadOptions};
 pub use reply::{Reply, ReplyOptions, ReplyStep};
 pub use stores::{CapsuleStore, StoreError, StoreOptions};
 pub use texts::{TEXTS, sample_tokens};
+pub use turns::{Turn, TurnsOptions, TurnsReport, turns};
 pub use verify::{LevelReport, VerifyOptions, VerifyReport};
 
 pub use ampoule_backend::{Backend, BackendError, Region, fixed_regions, row_regions};
