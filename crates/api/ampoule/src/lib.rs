@@ -21,6 +21,7 @@
 #![forbid(unsafe_code)]
 
 mod ablate;
+mod cache;
 mod error;
 mod files;
 mod load;
@@ -31,6 +32,9 @@ mod turns;
 mod verify;
 
 pub use ablate::{Ablation, AblationReport};
+pub use cache::{
+    CacheError, CacheEvent, CacheOptions, CachedCapsule, CapsuleCache, CapsuleKey, TierBytes,
+};
 pub use error::{Error, UnknownDevice};
 pub use files::{CapsuleReader, check_writable, write_atomically, write_privately};
 pub use load::{Ampoule, Device, LoadOptions};
@@ -47,8 +51,8 @@ pub use ampoule_capsule::{
 pub use ampoule_cuda::GpuInfo;
 pub use ampoule_engine::{
     Capsule, Control, Counters, DeviceInfo, Digest, Engine, EngineError, EngineOptions,
-    Fingerprint, FinishReason, History, Identity, LineageId, Origin, PrefillProgress,
-    SamplingParams, Segment, SlotId,
+    Fingerprint, FinishReason, History, Identity, LineageId, Origin, PieceKind, PrefillProgress,
+    Residence, SamplingParams, Segment, SlotId, StatePiece,
 };
 pub use ampoule_models::chat::{ChatError, ChatTemplate};
 pub use ampoule_models::decoder::BuildError;
