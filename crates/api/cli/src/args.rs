@@ -667,6 +667,10 @@ pub(crate) enum BenchCommand {
         after_help = "Example:\n  ampoule bench rollback --model random:qwen3.5-tiny --out rollback.json"
     )]
     Rollback(BenchArgs),
+    /// Restoring from each memory that a capsule can lie in: the device's, the host's, a store on disk (in the folder for
+    /// temporary files).
+    #[command(after_help = "Example:\n  ampoule bench tiers --model smollm2 --prefix 512,2048")]
+    Tiers(BenchArgs),
     /// What a conversation costs with a boundary after each turn, against full copies; restores each and compares.
     #[command(after_help = "Example:\n  \
         ampoule bench turns --model smollm2 --turns 40 --out turns.json --svg turns.svg\n\n\

@@ -4,6 +4,7 @@ mod capsule;
 mod chart;
 mod decode;
 mod rollback;
+mod tiers;
 mod ttft;
 mod turns;
 
@@ -80,6 +81,7 @@ pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<
         BenchCommand::Decode(args) => ("decode", args, decode::TOKENS, decode::run),
         BenchCommand::Capsule(args) => ("capsule", args, capsule::TOKENS, capsule::run),
         BenchCommand::Rollback(args) => ("rollback", args, rollback::TURN.0, rollback::run),
+        BenchCommand::Tiers(args) => ("tiers", args, 0, tiers::run),
         BenchCommand::Turns(args) => return run_turns(&args, global),
     };
     let progress = Progress::new(args.json);
