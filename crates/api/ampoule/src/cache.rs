@@ -297,29 +297,7 @@ impl<P: Policy<u64>> CapsuleCache<P> {
         }
         let key = CapsuleKey(self.next);
         self.next += 1;
-        let ids: Vec<Option<u64>> = rows.iter().map(|r| r.as_ref().map(StatePiece::id)).collect();
-        let mut admitted = Vec::new();
-        for piece in rows.into_iter().flatten().chain([fixed.clone()]) {
-            if self.pieces.contains_key(&piece.id()) {
-                continue;
-            }
-            let result = self.admit(model, &piece).and_then(|()| {
-                // It stays while room is made for the others.
-                Ok(self.tiers.pin(&piece.id()).map_err(CacheError::Tier)?)
-            });
-            if let Err(error) = result {
-                for id in admitted {
-                    let _ = self.tiers.remove(&id);
-                    self.pieces.remove(&id);
-                }
-                return Err(error);
-            }
-            admitted.push(piece.id());
-            self.pieces.insert(piece.id(), Held { piece, users: BTreeSet::new() });
-        }
-        for id in admitted {
-            self.tiers.unpin(&id).map_err(CacheError::Tier)?;
-        }
+        let ids = rows.iter().map(|r| r.as_ref().map(StatePiece::id)).collect();
         self.clock += 1;
         let entry = Entry {
             capsule: capsule.clone(),
@@ -330,17 +308,65 @@ impl<P: Policy<u64>> CapsuleCache<P> {
             pinned: false,
             last_used: self.clock,
         };
-        for id in entry.pieces() {
-            if let Some(held) = self.pieces.get_mut(&id) {
-                held.users.insert(key);
-            }
-        }
+        // It is a user of its pieces from now on: making room for some of them must not lose others.
         self.entries.insert(key, entry);
-        if pinned && let Err(error) = self.pin(model, key) {
+        let pieces: Vec<StatePiece> = rows.into_iter().flatten().chain([fixed]).collect();
+        let taken = self.take_up(model, key, &pieces);
+        if let Err(error) = taken.and_then(|()| if pinned { self.pin(model, key) } else { Ok(()) })
+        {
             self.remove(model, key)?;
             return Err(error);
         }
         Ok(key)
+    }
+
+    /// Counts the pieces of a capsule that is in memory, those of them that are new.
+    fn take_up(
+        &mut self,
+        model: &mut Ampoule,
+        key: CapsuleKey,
+        pieces: &[StatePiece],
+    ) -> Result<(), Error> {
+        let mut fresh = Vec::new();
+        for piece in pieces {
+            let users = BTreeSet::new();
+            let held = Held { piece: piece.clone(), users };
+            let held = self.pieces.entry(piece.id()).or_insert(held);
+            if held.users.is_empty() {
+                fresh.push(piece);
+            }
+            held.users.insert(key);
+        }
+        let mut pinned = Vec::new();
+        let mut result = Ok(());
+        for piece in pieces {
+            let id = piece.id();
+            if fresh.iter().any(|new| new.id() == id) {
+                let (kind, bytes) = (kind_of(piece), piece.bytes() as u64);
+                let tier = piece.residence().map_or(Tier::Disk, tier_of);
+                result = self
+                    .attempt(model, Some(key), &mut |tiers| tiers.admit(&id, kind, bytes, tier));
+                if result.is_err() {
+                    break;
+                }
+                // It stays while room is made for the others.
+                self.tiers.pin(&id).map_err(CacheError::Tier)?;
+                pinned.push(id);
+            } else if let (Some(Tier::Disk), Some(at)) =
+                (self.tiers.tier_of(&id), piece.residence())
+            {
+                // It came back by another way, such as a load: it is counted, or leaves again.
+                let to = tier_of(at);
+                let counted = self.attempt(model, Some(key), &mut |tiers| tiers.place(&id, to));
+                if counted.is_err() {
+                    piece.give_up();
+                }
+            }
+        }
+        for id in pinned {
+            self.tiers.unpin(&id).map_err(CacheError::Tier)?;
+        }
+        result
     }
 
     /// Takes a capsule up from the store, by name or id, checked byte by byte.
@@ -518,7 +544,11 @@ impl<P: Policy<u64>> CapsuleCache<P> {
             let Some(held) = self.pieces.get_mut(&id) else { continue };
             held.users.remove(&key);
             if held.users.is_empty() {
-                self.tiers.remove(&id).map_err(CacheError::Tier)?;
+                match self.tiers.remove(&id) {
+                    // Never admitted, for want of room.
+                    Ok(()) | Err(TierError::Unknown) => {}
+                    Err(error) => return Err(CacheError::Tier(error).into()),
+                }
                 self.pieces.remove(&id);
             }
         }
@@ -601,13 +631,6 @@ impl<P: Policy<u64>> CapsuleCache<P> {
     fn reserve(&mut self, model: &mut Ampoule, bytes: u64) -> Result<(), Error> {
         let base = self.base;
         self.attempt(model, None, &mut |tiers| tiers.make_way(base, bytes))
-    }
-
-    /// Takes up a piece that lies in memory.
-    fn admit(&mut self, model: &mut Ampoule, piece: &StatePiece) -> Result<(), Error> {
-        let tier = piece.residence().map_or(Tier::Disk, tier_of);
-        let (id, kind, bytes) = (piece.id(), kind_of(piece), piece.bytes() as u64);
-        self.attempt(model, None, &mut |tiers| tiers.admit(&id, kind, bytes, tier))
     }
 
     /// Plans and makes moves; where there is no room, forgets capsules if that is allowed, but never `used`.

@@ -77,6 +77,13 @@ fn check_books(model: &Ampoule, cache: &CapsuleCache<impl Policy<u64>>) {
 }
 
 #[test]
+fn a_cache_can_go_to_another_thread() {
+    fn send<T: Send>() {}
+    send::<CapsuleCache>();
+    send::<Ampoule>();
+}
+
+#[test]
 fn what_left_memory_comes_back_with_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     let mut model = model();
@@ -212,6 +219,57 @@ fn over_budget_is_an_error_with_a_type() {
     assert_eq!(model.engine.position(slot).unwrap(), 3);
     cache.unpin(pinned).unwrap();
     cache.remove(&mut model, pinned).unwrap();
+}
+
+#[test]
+fn what_is_forgotten_takes_no_rows_of_others_along() {
+    let mut model = model();
+    let fixed = fixed_bytes(&mut model);
+    // Room for one fixed state and the rows of the whole session, not for two.
+    let forget = CacheOptions { forget: true, ..options(fixed + fixed / 2, 0) };
+    let mut cache = CapsuleCache::new(&model, None, forget);
+    let slot = model.engine.create_slot().unwrap();
+    model.append(slot, &[7; 8]).unwrap();
+    let parent = model.engine.snapshot(slot).unwrap();
+    model.append(slot, &[9; 2]).unwrap();
+    let child = model.engine.snapshot(slot).unwrap();
+    let state = model.engine.state_bytes(slot).unwrap();
+    let first = cache.insert(&mut model, &parent, false).unwrap();
+    let second = cache.insert(&mut model, &child, false).unwrap();
+    assert_eq!(cache.take_events(), [CacheEvent::Forgotten { key: first }]);
+    assert_eq!(cache.len(), 1);
+    let rows = (child.row_bytes(), child.fixed_bytes());
+    assert_eq!(cache.usage(Tier::Host), Usage { rows: rows.0 as u64, fixed: rows.1 as u64 });
+    drop((parent, child));
+    all_the_same(&mut model, &mut cache, slot, &[(second, state)]);
+    // One that does not fit at all changes nothing.
+    let mut small = CapsuleCache::new(&model, None, options(fixed / 2, 0));
+    let error = small.snapshot(&mut model, slot, false).unwrap_err();
+    assert!(matches!(error, Error::Cache(CacheError::Tier(TierError::Full { .. }))), "{error}");
+    let capsule = cache.get(&mut model, second).unwrap();
+    assert!(small.insert(&mut model, &capsule, false).is_err());
+    assert!(small.is_empty() && small.usage(Tier::Host) == Usage::default());
+}
+
+#[test]
+fn rows_that_a_load_brought_back_are_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut model = model();
+    let shared = store(&folder);
+    let mut cache = CapsuleCache::new(&model, Some(Arc::clone(&shared)), options(1 << 30, 1 << 30));
+    let slot = model.engine.create_slot().unwrap();
+    let known = session(&mut model, &mut cache, slot, 3, 21);
+    // The last is in the store by name, and not in the cache any more; the others are on disk.
+    cache.save(&mut model, known[2].0, "last").unwrap();
+    cache.remove(&mut model, known[2].0).unwrap();
+    for (key, _) in &known[..2] {
+        cache.place(&mut model, *key, Tier::Disk).unwrap();
+    }
+    model.engine.reset(slot).unwrap();
+    let again = cache.load(&mut model, "last", false).unwrap();
+    check_books(&model, &cache);
+    all_the_same(&mut model, &mut cache, slot, &[(again, known[2].1.clone())]);
+    all_the_same(&mut model, &mut cache, slot, &known[..2]);
 }
 
 #[test]

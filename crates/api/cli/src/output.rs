@@ -126,10 +126,11 @@ impl Progress {
         if !self.shown {
             return work();
         }
+        let done = &done;
         let before = done();
         let (finished, wait) = std::sync::mpsc::channel::<()>();
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            scope.spawn(move || {
                 let mut bar = None;
                 while wait.recv_timeout(WATCH) == Err(RecvTimeoutError::Timeout) {
                     let bar = bar.get_or_insert_with(|| self.bytes(what));
