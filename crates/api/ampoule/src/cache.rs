@@ -177,6 +177,9 @@ struct Held {
     users: BTreeSet<CapsuleKey>,
 }
 
+/// Asks for moves; asked again after something was forgotten.
+type Plan<'a, P> = &'a mut dyn FnMut(&mut Tiers<u64, P>) -> Result<Vec<Move<u64>>, TierError>;
+
 /// Events kept until somebody takes them; older ones go.
 const EVENTS: usize = 4096;
 
@@ -638,7 +641,7 @@ impl<P: Policy<u64>> CapsuleCache<P> {
         &mut self,
         model: &mut Ampoule,
         used: Option<CapsuleKey>,
-        plan: &mut dyn FnMut(&mut Tiers<u64, P>) -> Result<Vec<Move<u64>>, TierError>,
+        plan: Plan<'_, P>,
     ) -> Result<(), Error> {
         loop {
             match plan(&mut self.tiers) {
