@@ -387,6 +387,55 @@ fn the_policy_can_be_replaced() {
     all_the_same(&mut model, &mut cache, slot, &known);
 }
 
+/// Demotes rows alone, those that are there longest, and never promotes.
+struct OldestRows;
+
+impl Policy<u64> for OldestRows {
+    fn victim(
+        &mut self,
+        _: Tier,
+        _: u64,
+        candidates: &mut dyn Iterator<Item = Candidate<'_, u64>>,
+    ) -> Option<u64> {
+        candidates.filter(|c| c.kind == StateKind::Rows).map(|c| *c.key).min()
+    }
+
+    fn promotion(&mut self, _: Candidate<'_, u64>, at: Tier, _: Tier) -> Tier {
+        at
+    }
+}
+
+#[test]
+fn rows_on_disk_outlive_the_capsule_that_was_saved_for_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut model = model();
+    let fixed = fixed_bytes(&mut model);
+    let mut now = StoreOptions::default();
+    now.grace = Some(std::time::Duration::ZERO);
+    let place = folder.path().join("store");
+    let shared = Arc::new(CapsuleStore::open(place.to_str().unwrap(), now).unwrap());
+    // The rows of one node do not fit.
+    let host = options(6 * fixed + 26_000, 1 << 30);
+    let mut cache = CapsuleCache::with_policy(&model, Some(Arc::clone(&shared)), host, OldestRows);
+    let slot = model.engine.create_slot().unwrap();
+    let known = session(&mut model, &mut cache, slot, 3, 31);
+    session(&mut model, &mut cache, slot, 3, 32);
+    let saved: Vec<bool> = known
+        .iter()
+        .map(|(key, _)| cache.describe(*key).unwrap())
+        .map(|capsule| {
+            assert_eq!(capsule.bytes.disk.fixed, 0);
+            capsule.stored.is_some()
+        })
+        .collect();
+    assert_eq!(saved, [true, false, false], "the first was saved for its rows, which all need");
+    cache.remove(&mut model, known[0].0).unwrap();
+    assert!(cache.describe(known[1].0).unwrap().stored.is_some(), "now the second keeps them");
+    cache.remove(&mut model, known[1].0).unwrap();
+    shared.gc().unwrap();
+    all_the_same(&mut model, &mut cache, slot, &known[2..]);
+}
+
 #[test]
 fn random_use_keeps_bits_and_books() {
     let folder = tempfile::tempdir().unwrap();
