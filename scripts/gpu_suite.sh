@@ -23,6 +23,9 @@ nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 step gpu_tests "$bin/gpu_tests" --test-threads=1
 step goldens "$bin/goldens" --backend cuda --folder "$root/conformance/golden/qwen35"
 step verify_tiny "$bin/ampoule" verify --model random:qwen3.5-tiny --device cuda --trials 200 --json
+step turns "$bin/ampoule" bench turns --model random:qwen3.5-tiny --device cuda --json
+step rollback "$bin/ampoule" bench rollback --model random:qwen3.5-tiny --device cuda --json
+step tiers "$bin/ampoule" bench tiers --model random:qwen3.5-tiny --device cuda --prefix 128,2048 --reps 5 --json
 step ops "$bin/conformance" ops --backend cuda
 if [ "$mode" = full ]; then
     step ops_unfused env AMPOULE_CUDA_FUSION=0 AMPOULE_CUDA_PDL=0 "$bin/conformance" ops --backend cuda

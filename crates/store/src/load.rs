@@ -330,7 +330,9 @@ impl Store {
             parallel(self.options.threads, segments.len(), |index| {
                 let mut target =
                     targets[index].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                opened[index].segment(self.key.as_ref(), segments[index].id.0, &mut target)
+                opened[index].segment(self.key.as_ref(), segments[index].id.0, &mut target)?;
+                self.count_moved(segments[index].bytes);
+                Ok(())
             })
             .map_err(|e| load_error(id, e))?;
             drop(targets);

@@ -326,7 +326,10 @@ impl Store {
                 return Ok(Checked::Foreign);
             };
             match self.check_segment(name, segment) {
-                Ok(bytes) => Ok(Checked::Sound(bytes)),
+                Ok(bytes) => {
+                    self.count_moved(bytes);
+                    Ok(Checked::Sound(bytes))
+                }
                 Err(ReadError::Damaged(error)) => Ok(Checked::Damaged(error)),
                 Err(ReadError::Storage(error)) => Err(error),
             }

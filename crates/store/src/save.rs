@@ -219,8 +219,10 @@ impl Store {
     ) -> Result<NodeId, SaveError> {
         let (mut parent, mut first) = self.known_prefix(capsule.links, condemned)?;
         let mut start: u32 = capsule.links[..first].iter().map(|l| l.tokens.len() as u32).sum();
-        tally.shared +=
-            capsule.scope.row_parts(start as usize).iter().map(|p| p.bytes as u64).sum::<u64>();
+        let known = capsule.scope.row_parts(start as usize);
+        let known = known.iter().map(|p| p.bytes as u64).sum::<u64>();
+        tally.shared += known;
+        self.count_moved(known);
         while let Some(link) = capsule.links.get(first) {
             let pieces = capsule.scope.row_parts(link.tokens.len());
             let rows = self.put_part(capsule.scope, &pieces, link.rows, condemned, tally)?;
@@ -316,7 +318,9 @@ impl Store {
                 bytes.push(piece);
             }
             let slices: Vec<&[u8]> = bytes.iter().map(|piece| &**piece).collect();
-            self.put_segment(&slices, *width, condemned)
+            let put = self.put_segment(&slices, *width, condemned)?;
+            self.count_moved(put.0.bytes);
+            Ok(put)
         })?;
         Ok(results
             .into_iter()

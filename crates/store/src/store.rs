@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -74,6 +75,7 @@ pub struct Store {
     nodes: Mutex<HashMap<NodeKey, NodeId>>,
     scopes: Mutex<HashMap<ScopeId, Arc<Scope>>>,
     used: Mutex<Option<u64>>,
+    moved: AtomicU64,
 }
 
 impl std::fmt::Debug for Store {
@@ -201,6 +203,7 @@ impl Store {
             nodes: Mutex::default(),
             scopes: Mutex::default(),
             used: Mutex::default(),
+            moved: AtomicU64::new(0),
         })
     }
 
@@ -268,6 +271,16 @@ impl Store {
     /// How long garbage is kept for those who may still be using it.
     pub const fn grace(&self) -> Duration {
         self.grace
+    }
+
+    /// Bytes of state that were read and checked, or written, or found to be there already, since the store was opened:
+    /// another thread can ask how far a long call is.
+    pub fn moved_bytes(&self) -> u64 {
+        self.moved.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_moved(&self, bytes: u64) {
+        self.moved.fetch_add(bytes, Ordering::Relaxed);
     }
 
     /// Whether this process may write.

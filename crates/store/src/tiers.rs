@@ -313,6 +313,17 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
         })
     }
 
+    /// Makes room for `bytes` in `tier`, for what is admitted next: the moves that do it.
+    ///
+    /// # Errors
+    /// [`TierError::Full`].
+    pub fn make_way(&mut self, tier: Tier, bytes: u64) -> Result<Vec<Move<K>>, TierError> {
+        let settled = self.settled;
+        let mut moves = Vec::new();
+        let result = self.make_room(tier, bytes, &mut moves);
+        self.keep_plan(result, moves, settled)
+    }
+
     /// Uses items at `tier`, as a restore does: the moves that bring there all that the policy promotes, after those that
     /// make room. None of the items leaves for another of them.
     ///
@@ -379,6 +390,16 @@ impl<K: Ord + Clone, P: Policy<K>> Tiers<K, P> {
             Ok(())
         });
         wanted.iter().try_for_each(|(key, _)| self.unpin(key))?;
+        self.keep_plan(result, moves, settled)
+    }
+
+    /// The moves of a plan; if it failed, none of them.
+    fn keep_plan(
+        &mut self,
+        result: Result<(), TierError>,
+        moves: Vec<Move<K>>,
+        settled: [Usage; 3],
+    ) -> Result<Vec<Move<K>>, TierError> {
         if let Err(error) = result {
             self.settled = settled;
             for step in moves {

@@ -55,6 +55,9 @@ pub enum Error {
     /// Something about a store of capsules went wrong.
     #[error(transparent)]
     Store(Box<crate::StoreError>),
+    /// A cache of capsules refused.
+    #[error(transparent)]
+    Cache(#[from] crate::CacheError),
     /// The machine has not the memory for it.
     #[error(
         "{slots} slots of {context} tokens and the weights need {} MiB, and {} MiB of memory are free; ask for fewer \

@@ -21,21 +21,27 @@
 #![forbid(unsafe_code)]
 
 mod ablate;
+mod cache;
 mod error;
 mod files;
 mod load;
 mod reply;
 mod stores;
 mod texts;
+mod turns;
 mod verify;
 
 pub use ablate::{Ablation, AblationReport};
+pub use cache::{
+    CacheError, CacheEvent, CacheOptions, CachedCapsule, CapsuleCache, CapsuleKey, TierBytes,
+};
 pub use error::{Error, UnknownDevice};
 pub use files::{CapsuleReader, check_writable, write_atomically, write_privately};
 pub use load::{Ampoule, DecodeTimes, Device, LoadOptions};
 pub use reply::{Reply, ReplyOptions, ReplyStep};
 pub use stores::{CapsuleStore, StoreError, StoreOptions};
 pub use texts::{TEXTS, sample_tokens};
+pub use turns::{Turn, TurnsOptions, TurnsReport, turns};
 pub use verify::{LevelReport, VerifyOptions, VerifyReport};
 
 pub use ampoule_backend::{Backend, BackendError, Region, StepTime, fixed_regions, row_regions};
@@ -46,8 +52,8 @@ pub use ampoule_cuda::GpuInfo;
 pub use ampoule_cuda::bench::GpuBandwidth;
 pub use ampoule_engine::{
     Capsule, Control, Counters, DeviceInfo, Digest, Engine, EngineError, EngineOptions,
-    Fingerprint, FinishReason, History, Identity, LineageId, Origin, PrefillProgress,
-    SamplingParams, Segment, SlotId,
+    Fingerprint, FinishReason, History, Identity, LineageId, Origin, PieceKind, PrefillProgress,
+    Residence, SamplingParams, Segment, SlotId, StatePiece,
 };
 pub use ampoule_models::chat::{ChatError, ChatTemplate};
 pub use ampoule_models::decoder::BuildError;

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use ampoule_engine::{Capsule, ChainScope, EngineError, NewLink, StatePart, TensorBytes};
+use ampoule_engine::{Capsule, ChainScope, NewLink, StatePart, TensorBytes};
 use ampoule_store::{
     CapsuleId, Expected, FsckReport, GcReport, HeadError, Link, LoadError, MaintenanceError,
     NewCapsule, OpenError, PartBytes, ReadError, SaveError, Saved, Scope, SourceError, StateBytes,
@@ -331,14 +331,14 @@ impl StateBytes for Part<'_> {
         tensor: usize,
         range: std::ops::Range<usize>,
     ) -> Result<std::borrow::Cow<'_, [u8]>, SourceError> {
-        let bytes = self.0.tensor(tensor).map_err(EngineError::from)?;
+        let bytes = self.0.tensor(tensor)?;
         let slice = bytes.get(range.clone());
         slice.map(Into::into).ok_or_else(|| format!("there are no bytes {range:?}").into())
     }
 }
 
 /// Bytes of the store, for the engine.
-struct Verified(PartBytes);
+pub(crate) struct Verified(pub(crate) PartBytes);
 
 impl TensorBytes for Verified {
     fn tensor(&self, index: usize) -> &[u8] {

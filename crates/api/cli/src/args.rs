@@ -61,7 +61,7 @@ pub(crate) enum Command {
     Plan(PlanCommand),
     /// Describe this machine: CPU, memory, bandwidth, devices, model folders.
     Doctor(DoctorArgs),
-    /// Measure time to first token, decode, or the capsule verbs.
+    /// Measure time to first token, decode, the capsule verbs, rollback, or what a conversation costs.
     #[command(subcommand)]
     Bench(BenchCommand),
     /// The tour: every claim is checked as it is shown.
@@ -660,6 +660,42 @@ pub(crate) enum BenchCommand {
         after_help = "Example:\n  ampoule bench capsule --model smollm2 --prefix 512,2048 --out capsule.json"
     )]
     Capsule(BenchArgs),
+    /// Taking back one turn, at several lengths of context: it should take the same time at each.
+    #[command(
+        mut_arg("prefix", |arg| arg.default_value("1024,4096,16384")),
+        mut_arg("reps", |arg| arg.default_value("101")),
+        after_help = "Example:\n  ampoule bench rollback --model random:qwen3.5-tiny --out rollback.json"
+    )]
+    Rollback(BenchArgs),
+    /// Restoring from each memory that a capsule can lie in: the device's, the host's, a store on disk (in the folder for
+    /// temporary files).
+    #[command(after_help = "Example:\n  ampoule bench tiers --model smollm2 --prefix 512,2048")]
+    Tiers(BenchArgs),
+    /// What a conversation costs with a boundary after each turn, against full copies; restores each and compares.
+    #[command(after_help = "Example:\n  \
+        ampoule bench turns --model smollm2 --turns 40 --out turns.json --svg turns.svg\n\n\
+        With --store every turn is also saved there, and the bytes written are reported.")]
+    Turns(TurnsArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TurnsArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArg,
+    /// Turns.
+    #[arg(long, default_value_t = 40, value_name = "N", value_parser = above_zero)]
+    pub(crate) turns: usize,
+    /// Write everything measured to this JSON file.
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Draw what the turns cost to this SVG file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
 }
 
 #[derive(Debug, Args)]

@@ -2,6 +2,7 @@
 
 use std::fmt::{self, Write as _};
 use std::io::{self, IsTerminal, Write};
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -83,6 +84,9 @@ pub(crate) fn read_text(path: &std::path::Path) -> anyhow::Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))
 }
 
+/// How often a bar of long work moves.
+const WATCH: Duration = Duration::from_millis(150);
+
 /// Progress on standard error; nothing where that is no terminal, or where JSON was asked for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Progress {
@@ -109,6 +113,39 @@ impl Progress {
     /// Of bytes.
     pub(crate) fn bytes(self, what: &str) -> ProgressBar {
         self.bar(1, what, "{msg:<12} [{bar:32}] {bytes}/{total_bytes} {bytes_per_sec}")
+    }
+
+    /// Runs long work that `done` can be asked about meanwhile, from this thread's side; nothing is shown of short work.
+    pub(crate) fn watch<T>(
+        self,
+        what: &str,
+        total: u64,
+        done: impl Fn() -> u64 + Sync,
+        work: impl FnOnce() -> T,
+    ) -> T {
+        if !self.shown {
+            return work();
+        }
+        let done = &done;
+        let before = done();
+        let (finished, wait) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut bar = None;
+                while wait.recv_timeout(WATCH) == Err(RecvTimeoutError::Timeout) {
+                    let bar = bar.get_or_insert_with(|| self.bytes(what));
+                    let at = done().saturating_sub(before);
+                    bar.set_length(total.max(at));
+                    bar.set_position(at);
+                }
+                if let Some(bar) = bar {
+                    bar.finish_and_clear();
+                }
+            });
+            let result = work();
+            drop(finished);
+            result
+        })
     }
 
     /// Of things that are counted.

@@ -32,7 +32,16 @@ fn a_named_state_goes_on_in_another_process() {
     assert_eq!(capsules[1]["shared_bytes"], capsules[0]["row_bytes"]);
     let rows = list["row_bytes"].as_u64().expect("bytes");
     assert_eq!(Some(rows), capsules[1]["row_bytes"].as_u64(), "rows are kept once");
+    let fixed = capsules[1]["fixed_bytes"].as_u64().expect("bytes");
+    let own = |key: &str| capsules[1][key].as_u64().expect("bytes");
+    assert_eq!(own("own_bytes"), fixed + own("own_row_bytes"), "accounted apart");
+    assert_eq!(list["fixed_bytes"].as_u64(), Some(2 * fixed));
+    assert_eq!(capsules[1]["tier"], "disk");
+    let table = stdout(&format!("capsule list --store {store}"), &[]);
+    assert!(table.contains("own rows") && table.contains("fixed state"), "{table}");
     let tree = stdout(&format!("capsule tree --store {store}"), &[]);
+    assert!(tree.contains("position 45, own ") && tree.contains(" fixed, shared "), "{tree}");
+    assert!(!tree.contains('"'), "no text of users unless it is asked for: {tree}");
     assert!(tree.contains("└─ ") && tree.contains("   └─ ") && tree.contains("second"), "{tree}");
 
     // Its own file is whole, and comes back.
@@ -94,6 +103,37 @@ fn damage_and_mistakes_are_named() {
     let whole =
         |name: &str| run(&format!("capsule verify {name} --store {store}"), &[]).status.success();
     assert_ne!(whole("one"), whole("two"), "one is lost, the other is not");
+}
+
+#[test]
+fn turns_tiers_and_rollback_are_measured() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder.path().join("store");
+    let turns = json(
+        &format!("bench turns --model {TINY} --turns 6 --store {}", text(&store)),
+        &["--device", "cpu"],
+    );
+    let point = &turns["points"][0];
+    assert_eq!(point["turns"].as_array().map(Vec::len), Some(6));
+    assert_eq!((&point["restored"], &point["mismatches"]), (&6.into(), &0.into()));
+    assert_eq!(point["held_bytes"], point["own_bytes"]);
+    assert!(point["over_floor"].as_f64() <= Some(1.15), "{point}");
+    assert!(point["store"]["over_floor"].as_f64() <= Some(1.15), "{point}");
+    assert!(point["copies_over_held"].as_f64() > Some(1.5), "{point}");
+    let list = json(&format!("capsule list --store {}", text(&store)), &[]);
+    assert_eq!(list["capsules"].as_array().map(Vec::len), Some(6));
+    let rollback = json(
+        &format!("bench rollback --model {TINY} --prefix 128,512 --reps 3"),
+        &["--device", "cpu"],
+    );
+    let points = rollback["points"].as_array().expect("points");
+    assert_eq!(points.len(), 3);
+    assert!(points[2]["slowest_over_fastest"].as_f64() >= Some(1.0), "{rollback}");
+    let tiers =
+        json(&format!("bench tiers --model {TINY} --prefix 64 --reps 2"), &["--device", "cpu"]);
+    let names: Vec<_> =
+        tiers["points"].as_array().expect("points").iter().map(|p| &p["tier"]).collect();
+    assert_eq!(names, ["host", "disk"]);
 }
 
 #[test]

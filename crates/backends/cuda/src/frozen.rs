@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ampoule_backend::{BackendError, Frozen, Region};
+use ampoule_backend::{BackendError, Frozen, Region, Residence};
 use ampoule_plan::BufferId;
 
 use crate::driver::{Event, Launch, Stream};
@@ -20,10 +20,10 @@ const DOWNLOAD: usize = 4 << 20;
 
 /// The reservation for frozen state of one program. Frozen state keeps it, and so the device's memory, alive.
 pub(crate) struct CapsuleStore {
-    resident: Arc<Resident>,
+    pub(crate) resident: Arc<Resident>,
     ranges: Mutex<Ranges>,
     downloads: Mutex<Option<Downloader>>,
-    copies: Arc<Stream>,
+    pub(crate) copies: Arc<Stream>,
     budget: usize,
     pub(crate) synchronizations: AtomicU64,
 }
@@ -100,8 +100,8 @@ impl CapsuleStore {
 
 /// Regions frozen on the device.
 pub(crate) struct CudaFrozen {
-    store: Arc<CapsuleStore>,
-    regions: Vec<Region>,
+    pub(crate) store: Arc<CapsuleStore>,
+    pub(crate) regions: Vec<Region>,
     /// Of each region, from the start of this range.
     offsets: Vec<usize>,
     /// Where in the reservation the range lies; none if nothing was frozen.
@@ -109,7 +109,7 @@ pub(crate) struct CudaFrozen {
     length: usize,
     bytes: usize,
     /// Recorded after the copy that filled it.
-    ready: Option<Event>,
+    pub(crate) ready: Option<Event>,
 }
 
 impl CudaFrozen {
@@ -175,6 +175,10 @@ impl Frozen for CudaFrozen {
         let Some(downloads) = downloads.as_mut() else { return Ok(()) };
         // SAFETY: the region lies in the reservation, which lives as long as the store.
         unsafe { downloads.download(&self.store.copies, self.address(index), into) }
+    }
+
+    fn residence(&self) -> Residence {
+        Residence::Device
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -25,6 +25,7 @@ mod launch;
 mod libs;
 mod lt;
 mod memory;
+mod pinned;
 mod pool;
 mod program;
 mod staging;

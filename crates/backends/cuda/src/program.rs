@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ampoule_backend::{
-    BackendError, Counters, Frozen, LoadOptions, Program, Progress, Region, SlotId, StepTime,
-    WeightSource, check_regions,
+    BackendError, Counters, Frozen, LoadOptions, Program, Progress, Region, Residence, SlotId,
+    StepTime, WeightSource, check_regions,
 };
 use ampoule_plan::{Access, Buffer, BufferId, CostPoint, Op, Role, Sealed, StateKind};
 
@@ -19,6 +19,7 @@ use crate::fuse::{self, Step};
 use crate::launch::{Launcher, attention_workspace};
 use crate::lt::{self, Products};
 use crate::memory::{MIRRORS, Resident, WorkspaceSizes};
+use crate::pinned::PinnedFrozen;
 use crate::staging::{Downloader, UploadRing};
 use crate::weights;
 
@@ -515,6 +516,40 @@ impl Program for CudaProgram {
         }
         frozen.filled()?;
         Ok(Arc::new(frozen))
+    }
+
+    fn residence(&self) -> Residence {
+        Residence::Device
+    }
+
+    fn relocate(
+        &mut self,
+        frozen: &Arc<dyn Frozen>,
+        to: Residence,
+    ) -> Result<Arc<dyn Frozen>, BackendError> {
+        if let Some(resident) = frozen.as_any().downcast_ref::<CudaFrozen>() {
+            if !resident.is_of(&self.store) {
+                return Err(BackendError::ForeignState);
+            }
+            return Ok(match to {
+                Residence::Device => Arc::clone(frozen),
+                Residence::Host => Arc::new(PinnedFrozen::from_device(resident)?),
+            });
+        }
+        let pinned = frozen.as_any().downcast_ref::<PinnedFrozen>();
+        let pinned = pinned.filter(|p| p.is_of(&self.store)).ok_or(BackendError::ForeignState)?;
+        if to == Residence::Host {
+            return Ok(Arc::clone(frozen));
+        }
+        // As in `freeze_bytes`.
+        let sources = if self.slots.is_empty() {
+            vec![0; pinned.regions().len()]
+        } else {
+            self.region_addresses(0, pinned.regions())
+        };
+        let mut moved = self.store.reserve(pinned.regions(), &sources)?;
+        pinned.fill(&mut moved)?;
+        Ok(Arc::new(moved))
     }
 
     fn poison(&mut self) -> Result<(), BackendError> {

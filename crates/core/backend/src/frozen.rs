@@ -9,6 +9,15 @@ use ampoule_plan::Sealed;
 use crate::host::HostBytes;
 use crate::{BackendError, Region};
 
+/// The memory that frozen state lies in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Residence {
+    /// The device's own.
+    Device,
+    /// The host's, page-locked where a device copies from it. For a backend whose slots lie there, the only one.
+    Host,
+}
+
 /// Regions of a slot's State, copied aside. Immutable; dropping it gives its bytes back to the budget.
 pub trait Frozen: Send + Sync {
     /// The regions, in the order they were frozen.
@@ -26,6 +35,11 @@ pub trait Frozen: Send + Sync {
     /// The bytes of region `index`, if they lie in host memory.
     fn host(&self, _index: usize) -> Option<&[u8]> {
         None
+    }
+
+    /// The memory it lies in.
+    fn residence(&self) -> Residence {
+        Residence::Host
     }
 
     /// For the backend to find its own type again.

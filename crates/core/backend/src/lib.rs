@@ -22,7 +22,7 @@ use ampoule_plan::{BufferId, BufferTable, Growth, Sealed};
 pub use ampoule_plan::{WeightError, WeightSource};
 
 pub use error::BackendError;
-pub use frozen::{Frozen, HostBudget, HostFrozen, check_regions};
+pub use frozen::{Frozen, HostBudget, HostFrozen, Residence, check_regions};
 
 /// What a backend runs on, for people and for fingerprints.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -176,6 +176,27 @@ pub trait Program: Send {
         regions: &[Region],
         bytes: &[&[u8]],
     ) -> Result<Arc<dyn Frozen>, BackendError>;
+
+    /// Where [`freeze`](Self::freeze) puts state.
+    fn residence(&self) -> Residence {
+        Residence::Host
+    }
+
+    /// Copies frozen state into the other memory, where a device has its own; elsewhere it is the same state. What was
+    /// copied stays as it is.
+    ///
+    /// Only state that lies where [`residence`](Self::residence) says can be thawed.
+    ///
+    /// # Errors
+    /// If the state was frozen by another program, that memory is full, or the device fails.
+    fn relocate(
+        &mut self,
+        frozen: &Arc<dyn Frozen>,
+        to: Residence,
+    ) -> Result<Arc<dyn Frozen>, BackendError> {
+        let _ = to;
+        Ok(Arc::clone(frozen))
+    }
 
     /// Overwrites all Scratch, Output and Input with a pattern of quiet NaNs: the dynamic twin of the seal.
     ///

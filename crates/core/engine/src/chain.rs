@@ -6,18 +6,21 @@
 
 use std::sync::{Arc, OnceLock, Weak};
 
-use ampoule_backend::{BackendError, Frozen, Region, fixed_regions, row_regions};
+use ampoule_backend::{Frozen, Region, fixed_regions, row_regions};
 use ampoule_capsule::{
     Digest, Fingerprint, History, LineageId, Manifest, Parent, Segment, StateLayout,
 };
 
 use crate::engine::Engine;
 use crate::lineage::{Capsule, RowNode, path};
+use crate::piece::{Piece, PieceKind};
 use crate::sampling::Stamped;
 use crate::{EngineError, SlotId};
 
 /// State tensors of one part of a capsule: the rows of a link, or the fixed state.
 pub struct StatePart {
+    piece: Option<Arc<Piece>>,
+    /// Taken when the chain was, unless it was away then.
     frozen: Option<Arc<dyn Frozen>>,
     /// Tensor in the layout of each region.
     tensors: Vec<usize>,
@@ -31,10 +34,11 @@ impl StatePart {
     /// tensor of the other growth.
     ///
     /// # Errors
-    /// If the device fails.
-    pub fn tensor(&self, index: usize) -> Result<&[u8], BackendError> {
-        let Some(frozen) = &self.frozen else { return Ok(&[]) };
+    /// [`EngineError::Away`] if the part was not in memory when the capsule was taken apart, or the device fails.
+    pub fn tensor(&self, index: usize) -> Result<&[u8], EngineError> {
+        let Some(piece) = &self.piece else { return Ok(&[]) };
         let Some(region) = self.tensors.iter().position(|t| *t == index) else { return Ok(&[]) };
+        let Some(frozen) = &self.frozen else { return Err(piece.away()) };
         if let Some(bytes) = frozen.host(region) {
             return Ok(bytes);
         }
@@ -193,12 +197,13 @@ impl Engine {
         })
     }
 
-    pub(crate) fn part(&self, frozen: Option<Arc<dyn Frozen>>) -> StatePart {
-        let regions = frozen.as_ref().map_or(&[][..], |f| f.regions());
+    pub(crate) fn part(&self, piece: Option<Arc<Piece>>) -> StatePart {
+        let regions = piece.as_ref().map_or(&[][..], |p| p.regions());
         let tensors = regions.iter().map(|r| self.tensor_index(r)).collect();
         let sizes: Vec<usize> = regions.iter().map(|r| r.bytes(self.buffers())).collect();
         let copies = sizes.iter().map(|_| OnceLock::new()).collect();
-        StatePart { frozen, tensors, sizes, copies }
+        let frozen = piece.as_ref().and_then(|p| p.frozen().ok());
+        StatePart { piece, frozen, tensors, sizes, copies }
     }
 
     /// Puts a capsule together. `rows` is asked for the rows of a link, by index, only where the engine does not hold
@@ -230,6 +235,7 @@ impl Engine {
         let bytes: Vec<&[u8]> =
             regions.iter().map(|r| fixed.tensor(self.tensor_index(r))).collect();
         let fixed = self.program.freeze_bytes(&regions, &bytes).map_err(EngineError::from)?;
+        let fixed = Piece::new(PieceKind::Fixed, node.end(), fixed);
         Ok(Capsule::new(node, fixed, self.id))
     }
 
@@ -281,21 +287,28 @@ impl Engine {
         let whole = |node: &RowNode| {
             same_parent(node) && node.tokens == link.tokens && node.events == events
         };
-        if let Some(node) = self.known.find(link.lineage, start, whole) {
-            return Ok(node);
-        }
-        // The same lineage over the same positions is the same rows, whatever was set beside them.
-        let same_rows = |node: &RowNode| node.tokens == link.tokens;
         let regions =
             row_regions(&self.model, &(start as usize..start as usize + link.tokens.len()));
-        let rows = if let Some(node) = self.known.find(link.lineage, start, same_rows) {
+        let known = self.known.find(link.lineage, start, whole);
+        // The same lineage over the same positions is the same rows, whatever was set beside them.
+        let same_rows = |node: &RowNode| node.tokens == link.tokens;
+        let similar = known.clone().or_else(|| self.known.find(link.lineage, start, same_rows));
+        let rows = if let Some(node) = &similar {
+            if let Some(piece) = node.rows.as_ref().filter(|p| p.is_away()) {
+                let part = load()?;
+                piece.put(self.freeze_part(&regions, &part)?);
+            }
             node.rows.clone()
         } else if regions.is_empty() || link.tokens.is_empty() {
             None
         } else {
             let part = load()?;
-            Some(self.freeze_part(&regions, &part)?)
+            let end = start + link.tokens.len() as u32;
+            Some(Piece::new(PieceKind::Rows, end, self.freeze_part(&regions, &part)?))
         };
+        if let Some(node) = known {
+            return Ok(node);
+        }
         let node = RowNode::linked(parent, link, history, events, rows);
         self.known.add(&node);
         Ok(node)

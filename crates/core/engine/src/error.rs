@@ -87,6 +87,14 @@ pub enum EngineError {
         /// The slot.
         slot: u32,
     },
+    /// State that was given up to be kept elsewhere.
+    #[error(
+        "the state up to position {position} is not in memory: bring the capsule back from where it is kept first"
+    )]
+    Away {
+        /// Position of the boundary at its end.
+        position: u32,
+    },
     /// A capsule of another engine.
     #[error("the capsule belongs to another engine; export it there and import it here")]
     ForeignCapsule,

@@ -9,6 +9,7 @@ use ampoule_plan::BufferTable;
 use crate::chain::ChainLink;
 use crate::engine::Engine;
 use crate::lineage::{Capsule, RowNode, path};
+use crate::piece::{Piece, PieceKind};
 use crate::sampling::{Event, Stamped};
 use crate::{EngineError, SamplingParams, SlotId};
 
@@ -98,11 +99,13 @@ impl Engine {
         };
         let fixed = fixed_regions(&model);
         let fixed = self.program.freeze_bytes(&fixed, &part(&fixed))?;
+        let fixed = Piece::new(PieceKind::Fixed, position, fixed);
         let rows = row_regions(&model, &(0..position as usize));
         let rows = if rows.is_empty() {
             None
         } else {
-            Some(self.program.freeze_bytes(&rows, &part(&rows))?)
+            let rows = self.program.freeze_bytes(&rows, &part(&rows))?;
+            Some(Piece::new(PieceKind::Rows, position, rows))
         };
         let node = RowNode::imported(tokens, manifest, events, rows);
         self.known.add(&node);

@@ -11,6 +11,7 @@ mod error;
 mod file;
 mod generate;
 mod lineage;
+mod piece;
 mod sampling;
 mod verbs;
 
@@ -20,7 +21,8 @@ pub use error::EngineError;
 pub use file::join_journals;
 pub use generate::FinishReason;
 pub use lineage::Capsule;
+pub use piece::{PieceKind, StatePiece};
 pub use sampling::SamplingParams;
 
-pub use ampoule_backend::{BackendError, Counters, DeviceInfo, SlotId};
+pub use ampoule_backend::{BackendError, Counters, DeviceInfo, Residence, SlotId};
 pub use ampoule_capsule::{Digest, Fingerprint, History, LineageId, Manifest, Origin, Segment};

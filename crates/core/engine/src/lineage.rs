@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use ampoule_backend::Frozen;
 use ampoule_capsule::{History, LineageId, Manifest, Parent};
 
 use crate::chain::NewLink;
+use crate::piece::Piece;
 use crate::sampling::Stamped;
 
 /// The rows between a boundary and its parent, and how they came about.
@@ -22,7 +22,9 @@ pub(crate) struct RowNode {
     /// Sampler events since the parent; `None` where an imported capsule brought none.
     pub(crate) events: Option<Vec<Stamped>>,
     /// The rows themselves; `None` where there are none.
-    pub(crate) rows: Option<Arc<dyn Frozen>>,
+    pub(crate) rows: Option<Arc<Piece>>,
+    /// Nodes above it.
+    pub(crate) depth: usize,
     pub(crate) id: LineageId,
     /// Of an imported root: the node that its identity was made from in the session that exported it.
     pub(crate) imported_from: Option<Parent>,
@@ -36,11 +38,12 @@ impl RowNode {
         tokens: Vec<u32>,
         history: History,
         events: Option<Vec<Stamped>>,
-        rows: Option<Arc<dyn Frozen>>,
+        rows: Option<Arc<Piece>>,
         id: LineageId,
     ) -> Arc<Self> {
         let start = parent.as_ref().map_or(0, |p| p.end());
         Arc::new(Self {
+            depth: parent.as_ref().map_or(0, |p| p.depth + 1),
             parent,
             start,
             tokens,
@@ -58,9 +61,10 @@ impl RowNode {
         tokens: Vec<u32>,
         manifest: &Manifest,
         events: Option<Vec<Stamped>>,
-        rows: Option<Arc<dyn Frozen>>,
+        rows: Option<Arc<Piece>>,
     ) -> Arc<Self> {
         Arc::new(Self {
+            depth: 0,
             parent: None,
             start: 0,
             tokens,
@@ -79,11 +83,12 @@ impl RowNode {
         link: &NewLink,
         history: History,
         events: Option<Vec<Stamped>>,
-        rows: Option<Arc<dyn Frozen>>,
+        rows: Option<Arc<Piece>>,
     ) -> Arc<Self> {
         let start = parent.as_ref().map_or(0, |p| p.end());
         let imported_from = link.from.filter(|_| parent.is_none());
         Arc::new(Self {
+            depth: parent.as_ref().map_or(0, |p| p.depth + 1),
             parent,
             start,
             tokens: link.tokens.clone(),
@@ -140,15 +145,26 @@ pub(crate) fn path(node: Option<&Arc<RowNode>>) -> Vec<Arc<RowNode>> {
     nodes
 }
 
-/// How many nodes two paths have in common from the root.
-pub(crate) fn common(a: &[Arc<RowNode>], b: &[Arc<RowNode>]) -> usize {
-    a.iter().zip(b).take_while(|(a, b)| Arc::ptr_eq(a, b)).count()
+/// The nodes of the path to `node` that a path does not have, from the root on: as much work as there are, however long
+/// the paths.
+pub(crate) fn missing(held: &[Arc<RowNode>], node: &Arc<RowNode>) -> Vec<Arc<RowNode>> {
+    let mut nodes = Vec::new();
+    let mut next = Some(node);
+    // A path that has a node has all above it.
+    while let Some(node) =
+        next.filter(|n| !held.get(n.depth).is_some_and(|other| Arc::ptr_eq(other, n)))
+    {
+        nodes.push(Arc::clone(node));
+        next = node.parent.as_ref();
+    }
+    nodes.reverse();
+    nodes
 }
 
 /// A boundary: a node and the fixed state at its end.
 pub(crate) struct Boundary {
     pub(crate) node: Arc<RowNode>,
-    pub(crate) fixed: Arc<dyn Frozen>,
+    pub(crate) fixed: Arc<Piece>,
     pub(crate) engine: u64,
 }
 
@@ -160,7 +176,7 @@ pub(crate) struct Boundary {
 pub struct Capsule(pub(crate) Arc<Boundary>);
 
 impl Capsule {
-    pub(crate) fn new(node: Arc<RowNode>, fixed: Arc<dyn Frozen>, engine: u64) -> Self {
+    pub(crate) fn new(node: Arc<RowNode>, fixed: Arc<Piece>, engine: u64) -> Self {
         let boundary = Arc::new(Boundary { node, fixed, engine });
         *boundary.node.boundary.lock().unwrap_or_else(PoisonError::into_inner) =
             Arc::downgrade(&boundary);

@@ -6,7 +6,8 @@ use ampoule_backend::{SlotId, fixed_regions, row_regions};
 use ampoule_capsule::{History, Origin};
 
 use crate::engine::{Engine, Slot};
-use crate::lineage::{Capsule, RowNode, common, path};
+use crate::lineage::{Capsule, RowNode, missing};
+use crate::piece::{Piece, PieceKind};
 use crate::sampling::Stamped;
 use crate::{EngineError, LineageId};
 
@@ -35,22 +36,23 @@ impl Engine {
         if let Some(chain) =
             entry.chain.clone().filter(|_| entry.tail.is_empty() && entry.events.is_empty())
         {
-            if let Some(boundary) = chain.boundary() {
+            if let Some(boundary) = chain.boundary().filter(|b| !b.fixed.is_away()) {
                 return Ok(Capsule(boundary));
             }
             let fixed = self.program.freeze(slot, &fixed_regions(&self.model));
-            return Ok(Capsule::new(chain, self.survive(slot, fixed)?, self.id));
+            let fixed = Piece::new(PieceKind::Fixed, chain.end(), self.survive(slot, fixed)?);
+            return Ok(Capsule::new(chain, fixed, self.id));
         }
         let (start, end) = (entry.chain.as_ref().map_or(0, |n| n.end()), entry.position());
         let id = self.next_lineage(entry, start)?;
         let fixed = self.program.freeze(slot, &fixed_regions(&self.model));
-        let fixed = self.survive(slot, fixed)?;
+        let fixed = Piece::new(PieceKind::Fixed, end, self.survive(slot, fixed)?);
         let regions = row_regions(&self.model, &(start as usize..end as usize));
         let rows = if regions.is_empty() {
             None
         } else {
             let rows = self.program.freeze(slot, &regions);
-            Some(self.survive(slot, rows)?)
+            Some(Piece::new(PieceKind::Rows, end, self.survive(slot, rows)?))
         };
         let entry = self.slot_mut(slot)?;
         let (tail, events) = (std::mem::take(&mut entry.tail), std::mem::take(&mut entry.events));
@@ -59,7 +61,7 @@ impl Engine {
         self.known.add(&node);
         let entry = self.slot_mut(slot)?;
         // The slot holds the rows it just froze. What it holds beyond its position is of another branch.
-        entry.held.truncate(path(Some(&node)).len() - 1);
+        entry.held.truncate(node.depth);
         entry.held.push(Arc::clone(&node));
         entry.chain = Some(Arc::clone(&node));
         Ok(Capsule::new(node, fixed, self.id))
@@ -92,15 +94,20 @@ impl Engine {
             return Err(EngineError::ForeignCapsule);
         }
         let entry = self.slots.get(&slot).ok_or(EngineError::NoSuchSlot { slot: slot.0 })?;
-        let target = path(Some(&capsule.0.node));
-        let shared = common(&entry.held, &target);
-        let mut parts: Vec<_> = target[shared..].iter().filter_map(|n| n.rows.clone()).collect();
-        parts.push(Arc::clone(&capsule.0.fixed));
+        let lacks = missing(&entry.held, &capsule.0.node);
+        let pieces = lacks.iter().filter_map(|n| n.rows.as_ref()).chain([&capsule.0.fixed]);
+        let parts = pieces.map(|piece| piece.frozen()).collect::<Result<Vec<_>, _>>()?;
+        let parts = parts.into_iter().map(|part| self.here(part)).collect::<Result<Vec<_>, _>>();
+        let parts = self.survive(slot, parts)?;
         let thawed = self.program.thaw(slot, &parts);
         self.survive(slot, thawed)?;
         let entry = self.slots.get_mut(&slot).ok_or(EngineError::NoSuchSlot { slot: slot.0 })?;
         // A target that is a prefix of what is held leaves the rest valid: it was not overwritten.
-        let held = if shared == target.len() { std::mem::take(&mut entry.held) } else { target };
+        let mut held = std::mem::take(&mut entry.held);
+        if let Some(first) = lacks.first() {
+            held.truncate(first.depth);
+            held.extend(lacks);
+        }
         *entry = Slot {
             chain: Some(Arc::clone(&capsule.0.node)),
             tail: Vec::new(),
@@ -133,11 +140,12 @@ impl Engine {
         }
         self.restore(slot, capsule)?;
         let (mut regions, mut bytes) = (Vec::new(), Vec::new());
-        for (index, region) in source.0.fixed.regions().iter().enumerate() {
+        let fixed = source.0.fixed.frozen()?;
+        for (index, region) in fixed.regions().iter().enumerate() {
             if other(&self.model.buffer(region.buffer).name) {
                 let mut part = vec![0; region.bytes(self.buffers())];
                 if donor.is_some() {
-                    source.0.fixed.read(index, &mut part)?;
+                    fixed.read(index, &mut part)?;
                 }
                 regions.push(region.clone());
                 bytes.push(part);
@@ -210,15 +218,26 @@ impl Engine {
                 wanted: position,
             });
         }
-        let branch = path(entry.chain.as_ref());
-        let mut earlier = branch.iter().enumerate().rev().filter(|(_, n)| n.end() <= position);
-        let boundary = earlier.find_map(|(index, n)| n.boundary().map(|b| (index, b)));
-        let after = &branch[boundary.as_ref().map_or(0, |(index, _)| index + 1)..];
+        // Upwards from the slot, no further than the boundary that is found: a long branch costs no more than a short one.
+        let (mut boundary, mut after) = (None, Vec::new());
+        let mut next = entry.chain.as_ref();
+        while let Some(node) = next {
+            boundary = Some(node)
+                .filter(|n| n.end() <= position)
+                .and_then(|n| n.boundary())
+                .filter(|b| !b.fixed.is_away());
+            if boundary.is_some() {
+                break;
+            }
+            after.push(Arc::clone(node));
+            next = node.parent.as_ref();
+        }
+        after.reverse();
         if let Some(node) = after.iter().find(|n| n.events.is_none()) {
             return Err(EngineError::NoJournal { position: node.end(), wanted: position });
         }
-        let replay = replay(after, entry, position);
-        let start = if let Some((_, boundary)) = boundary {
+        let replay = replay(&after, entry, position);
+        let start = if let Some(boundary) = boundary {
             let from = Capsule(boundary);
             let base = self.slot(slot)?.base.clone();
             self.restore(slot, &from)?;

@@ -101,7 +101,7 @@ pub(super) fn run(
         log: true,
         series: series.map(|(name, points)| Series { name: (*name).to_owned(), points }).collect(),
     };
-    Ok(Outcome { points, table, chart })
+    Ok(Outcome { points, table, chart, text: Vec::new() })
 }
 
 fn measured(times: &Times, bytes: usize, copy: Option<&Times>) -> Value {

@@ -62,5 +62,5 @@ pub(super) fn run(
         log: false,
         series: vec![Series { name: "decode".to_owned(), points: line }],
     };
-    Ok(Outcome { points, table, chart })
+    Ok(Outcome { points, table, chart, text: Vec::new() })
 }

@@ -3,13 +3,18 @@
 mod capsule;
 mod chart;
 mod decode;
+mod rollback;
+mod tiers;
 mod ttft;
+mod turns;
+
+use std::path::Path;
 
 use ampoule::{Ampoule, Error, SlotId, write_atomically};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::args::{BenchArgs, BenchCommand, GlobalArgs};
+use crate::args::{BenchArgs, BenchCommand, GlobalArgs, TurnsArgs};
 use crate::commands::load;
 use crate::hardware::Hardware;
 use crate::output::{self, Progress, Table};
@@ -65,6 +70,8 @@ pub(crate) struct Outcome {
     points: Vec<Value>,
     table: Table,
     chart: Chart,
+    /// What the table does not say, line by line.
+    text: Vec<String>,
 }
 
 pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<()> {
@@ -73,13 +80,56 @@ pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<
         BenchCommand::Ttft(args) => ("ttft", args, ttft::SUFFIX, ttft::run),
         BenchCommand::Decode(args) => ("decode", args, decode::TOKENS, decode::run),
         BenchCommand::Capsule(args) => ("capsule", args, capsule::TOKENS, capsule::run),
+        BenchCommand::Rollback(args) => ("rollback", args, rollback::TURN.0, rollback::run),
+        BenchCommand::Tiers(args) => ("tiers", args, 0, tiers::run),
+        BenchCommand::Turns(args) => return run_turns(&args, global),
     };
     let progress = Progress::new(args.json);
     let longest = args.prefix.iter().copied().max().unwrap_or(1);
-    let enough = (longest + args.suffix.unwrap_or(suffix) + 1).next_multiple_of(256);
-    let one_slot = GlobalArgs { slots: 1, ..global.clone() };
-    let mut model = load(&args.model.model, &one_slot, Some(enough), progress)?;
+    let enough = (longest + args.suffix.unwrap_or(suffix) + 33).next_multiple_of(256);
+    let slots = if name == "rollback" { args.prefix.len() } else { 1 };
+    let global = GlobalArgs { slots, ..global.clone() };
+    let mut model = load(&args.model.model, &global, Some(enough), progress)?;
     let outcome = run(&mut model, &args, progress)?;
+    leave(name, &model, args.reps, outcome, &args.output())
+}
+
+fn run_turns(args: &TurnsArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+    let progress = Progress::new(args.json);
+    let global = GlobalArgs { slots: 2, ..global.clone() };
+    // Messages of up to 200 tokens (or 600 bytes), replies of up to 72.
+    let enough = (args.turns * 300).next_multiple_of(256);
+    let mut model = load(&args.model.model, &global, Some(enough), progress)?;
+    let outcome = turns::run(&mut model, args, progress)?;
+    leave("turns", &model, 1, outcome, &args.output())
+}
+
+/// Where results go.
+struct Leave<'a> {
+    json: bool,
+    out: Option<&'a Path>,
+    svg: Option<&'a Path>,
+}
+
+impl BenchArgs {
+    fn output(&self) -> Leave<'_> {
+        Leave { json: self.json, out: self.out.as_deref(), svg: self.svg.as_deref() }
+    }
+}
+
+impl TurnsArgs {
+    fn output(&self) -> Leave<'_> {
+        Leave { json: self.json, out: self.out.as_deref(), svg: self.svg.as_deref() }
+    }
+}
+
+fn leave(
+    name: &'static str,
+    model: &Ampoule,
+    reps: usize,
+    outcome: Outcome,
+    to: &Leave<'_>,
+) -> anyhow::Result<()> {
     let info = model.engine.device().clone();
     let record = Record {
         bench: name,
@@ -94,24 +144,25 @@ pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<
         },
         hardware: Hardware::here(),
         context: model.engine.context(),
-        reps: args.reps,
+        reps,
         points: outcome.points,
     };
-    if args.json {
+    if to.json {
         output::json(&record)?;
     } else {
         let Hardware { cpu, cores, .. } = &record.hardware;
         output::line(format!(
             "{name}: {} on {} ({cpu}, {cores} cores), medians of {}",
-            record.model, record.device.class, args.reps
+            record.model, record.device.class, record.reps
         ))?;
         output::put(&outcome.table.to_text())?;
+        outcome.text.iter().try_for_each(output::line)?;
     }
-    if let Some(path) = &args.out {
+    if let Some(path) = to.out {
         let text = serde_json::to_string_pretty(&record)?;
         write_file(path, &text)?;
     }
-    if let Some(path) = &args.svg {
+    if let Some(path) = to.svg {
         let under =
             format!("{} on {}, {} cores", record.model, record.hardware.cpu, record.hardware.cores);
         write_file(path, &outcome.chart.to_svg(&under)?)?;
@@ -125,7 +176,7 @@ fn command_line() -> String {
     std::iter::once("ampoule".to_owned()).chain(args).collect::<Vec<_>>().join(" ")
 }
 
-fn write_file(path: &std::path::Path, text: &str) -> anyhow::Result<()> {
+fn write_file(path: &Path, text: &str) -> anyhow::Result<()> {
     let io = |source| Error::Io { path: path.to_owned(), action: "write", source };
     write_atomically(path, |out| out.write_all(text.as_bytes()).map_err(io))?;
     output::note(format!("wrote {}", path.display()));

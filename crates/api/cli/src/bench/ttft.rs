@@ -70,7 +70,7 @@ pub(super) fn run(
             Series { name: format!("restored, {suffix} tokens read"), points: warm_line },
         ],
     };
-    Ok(Outcome { points, table, chart })
+    Ok(Outcome { points, table, chart, text: Vec::new() })
 }
 
 /// Milliseconds to the first token, and the logits it was drawn from.

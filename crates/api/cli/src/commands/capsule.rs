@@ -43,7 +43,7 @@ fn save(args: &StoreSaveArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let slot = model.engine.create_slot()?;
     super::read(&mut model, slot, &tokens, progress)?;
     let capsule = model.engine.snapshot(slot)?;
-    let saved = store::save(&capsules, &model, &capsule, &args.name)?;
+    let saved = store::save(&capsules, &model, &capsule, &args.name, progress)?;
     store::tell(args.json, &saved, Some(&args.name))
 }
 

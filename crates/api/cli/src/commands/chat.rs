@@ -39,7 +39,7 @@ pub(crate) fn run(args: &ChatArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let mut session = Session::new(&mut model, args, &params, progress)?;
     for name in &args.warm {
         let store = store.as_ref().context("--warm needs a --store")?;
-        let capsule = store::fetch(store, &mut model, name)?;
+        let capsule = store::fetch(store, &mut model, name, progress)?;
         session.warm(&model, name, capsule)?;
     }
     let interactive = io::stdin().is_terminal();
@@ -154,7 +154,9 @@ impl Door {
                 let path = needs("file")?;
                 let end = self.session.branch().end();
                 let text = if let Some(store) = &self.store {
-                    store::saved_text(path, &store::save(store, &self.model, end, path)?)
+                    let progress = Progress::new(self.json);
+                    let saved = store::save(store, &self.model, end, path, progress)?;
+                    store::saved_text(path, &saved)
                 } else {
                     let bytes = self.model.save(end, Path::new(path))?;
                     format!("saved {path} ({})", output::bytes(bytes))
@@ -164,7 +166,10 @@ impl Door {
             "load" => {
                 let path = needs("file")?;
                 let capsule = match &self.store {
-                    Some(store) => store::fetch(store, &mut self.model, path)?,
+                    Some(store) => {
+                        let progress = Progress::new(self.json);
+                        store::fetch(store, &mut self.model, path, progress)?
+                    }
                     None => self.model.open_capsule(Path::new(path))?,
                 };
                 let time = self.session.load(&mut self.model, capsule)?;

@@ -173,7 +173,7 @@ fn restore(
     if let Some(path) = &args.restore {
         let start = Instant::now();
         let capsule = match store {
-            Some(store) => store::fetch(store, model, name(path)?)?,
+            Some(store) => store::fetch(store, model, name(path)?, Progress::new(args.json))?,
             None => model.open_capsule(path)?,
         };
         model.engine.restore(slot, &capsule)?;
@@ -235,7 +235,9 @@ fn save(
     let Some(path) = &args.save else { return Ok(None) };
     let capsule = model.engine.snapshot(slot)?;
     let bytes = match store {
-        Some(store) => store::save(store, model, &capsule, name(path)?)?.written,
+        Some(store) => {
+            store::save(store, model, &capsule, name(path)?, Progress::new(args.json))?.written
+        }
         None => model.save(&capsule, path)?,
     };
     Ok(Some(Saved { path: path.display().to_string(), bytes }))

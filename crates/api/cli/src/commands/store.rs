@@ -51,8 +51,28 @@ pub(crate) fn save(
     model: &Ampoule,
     capsule: &Capsule,
     name: &str,
+    progress: Progress,
 ) -> anyhow::Result<Saved> {
-    Ok(store.save(model, capsule, Some((name, Expected::Anything)), None)?)
+    let bytes = (capsule.fixed_bytes() + capsule.row_bytes()) as u64;
+    let save = || store.save(model, capsule, Some((name, Expected::Anything)), None);
+    Ok(watch(store, progress, "saving", bytes, save)?)
+}
+
+/// Runs a long call to a store with a bar of the bytes that it moves.
+fn watch<T>(
+    store: &CapsuleStore,
+    progress: Progress,
+    what: &str,
+    bytes: u64,
+    work: impl FnOnce() -> T,
+) -> T {
+    progress.watch(what, bytes, || store.store().moved_bytes(), work)
+}
+
+/// Bytes of a stored capsule, its whole chain included.
+fn bytes_of(store: &CapsuleStore, id: CapsuleId) -> anyhow::Result<u64> {
+    let stored = store.store().capsule(id)?;
+    Ok(stored.fixed_bytes() + stored.row_bytes())
 }
 
 /// What a save did, in words.
@@ -66,9 +86,11 @@ pub(crate) fn fetch(
     store: &CapsuleStore,
     model: &mut Ampoule,
     which: &str,
+    progress: Progress,
 ) -> anyhow::Result<Capsule> {
     let id = store.find(which)?;
-    Ok(store.load(model, id)?)
+    let bytes = bytes_of(store, id)?;
+    Ok(watch(store, progress, "loading", bytes, || store.load(model, id))?)
 }
 
 pub(crate) fn load_one(args: &StoreLoadArgs, global: &GlobalArgs) -> anyhow::Result<()> {
@@ -77,7 +99,8 @@ pub(crate) fn load_one(args: &StoreLoadArgs, global: &GlobalArgs) -> anyhow::Res
     let id = store.find(&args.which)?;
     let mut model = load(&args.model.model, global, None, progress)?;
     let start = Instant::now();
-    let capsule = store.load(&mut model, id)?;
+    let bytes = bytes_of(&store, id)?;
+    let capsule = watch(&store, progress, "loading", bytes, || store.load(&mut model, id))?;
     let load_ms = ms(start.elapsed());
     let slot = model.engine.create_slot()?;
     let start = Instant::now();
@@ -121,12 +144,18 @@ fn describe(listed: &Listed, names: &HashMap<CapsuleId, Vec<&str>>) -> Value {
         "lineage": capsule.lineage().to_string(),
         "tier": "disk",
         "own_bytes": listed.own_bytes,
+        "own_row_bytes": own_rows(listed),
         "shared_bytes": listed.shared_bytes,
         "fixed_bytes": capsule.fixed_bytes(),
         "row_bytes": capsule.row_bytes(),
         "note": capsule.note(),
         "saved_unix_s": saved,
     })
+}
+
+/// Bytes of rows that only this capsule needs.
+fn own_rows(listed: &Listed) -> u64 {
+    listed.own_bytes.saturating_sub(listed.capsule.fixed_bytes())
 }
 
 /// The beginning of an id.
@@ -164,15 +193,26 @@ pub(crate) fn list(args: &StoreListArgs) -> anyhow::Result<()> {
         }))?;
         return unreadable(&catalog);
     }
-    let mut table = Table::new(&["name", "id", "position", "own", "shared", "model"]);
+    let mut table = Table::new(&[
+        "name",
+        "id",
+        "position",
+        "own rows",
+        "fixed state",
+        "shared rows",
+        "tier",
+        "model",
+    ]);
     for listed in &catalog.capsules {
         let capsule = &listed.capsule;
         table.row([
             names.get(&capsule.id).map_or_else(|| "-".to_owned(), |n| n.join(", ")),
             short(capsule.id),
             capsule.position().to_string(),
-            output::bytes(listed.own_bytes),
+            output::bytes(own_rows(listed)),
+            output::bytes(capsule.fixed_bytes()),
             output::bytes(listed.shared_bytes),
+            "disk".to_owned(),
             capsule.model().to_owned(),
         ]);
     }
@@ -207,10 +247,11 @@ pub(crate) fn tree(args: &StoreListArgs) -> anyhow::Result<()> {
         let name =
             names.get(&capsule.id).map_or_else(String::new, |n| format!(" {}", n.join(", ")));
         let mut line = format!(
-            "{prefix}{branch}{}{name}  position {}, {} own, {} shared, disk",
+            "{prefix}{branch}{}{name}  position {}, own {} of rows + {} fixed, shared {}, disk",
             short(capsule.id),
             capsule.position(),
-            output::bytes(listed.own_bytes),
+            output::bytes(own_rows(listed)),
+            output::bytes(capsule.fixed_bytes()),
             output::bytes(listed.shared_bytes),
         );
         if let Some(tokenizer) = &tokenizer {
@@ -268,7 +309,9 @@ pub(crate) fn verify(args: &StoreOneArgs) -> anyhow::Result<()> {
     let store = open_read_only(&args.store)?;
     let id = store.find(&args.which)?;
     let start = Instant::now();
-    let (capsule, bytes) = store.verify(id)?;
+    let bytes = bytes_of(&store, id)?;
+    let verify = || store.verify(id);
+    let (capsule, bytes) = watch(&store, Progress::new(args.json), "checking", bytes, verify)?;
     let time = ms(start.elapsed());
     if args.json {
         return output::json(&json!({
@@ -286,7 +329,10 @@ pub(crate) fn verify(args: &StoreOneArgs) -> anyhow::Result<()> {
 
 pub(crate) fn export(args: &StoreExportArgs) -> anyhow::Result<()> {
     let store = open_read_only(&args.store)?;
-    let bytes = store.export(store.find(&args.which)?, &args.file)?;
+    let id = store.find(&args.which)?;
+    let bytes = bytes_of(&store, id)?;
+    let export = || store.export(id, &args.file);
+    let bytes = watch(&store, Progress::new(args.json), "exporting", bytes, export)?;
     let path = args.file.display();
     if args.json {
         return output::json(&json!({ "file": path.to_string(), "bytes": bytes }));
@@ -297,7 +343,9 @@ pub(crate) fn export(args: &StoreExportArgs) -> anyhow::Result<()> {
 pub(crate) fn import(args: &StoreImportArgs) -> anyhow::Result<()> {
     let store = open(&args.store)?;
     let name = args.name.as_deref().map(|name| (name, Expected::Anything));
-    let saved = store.import(&args.file, name)?;
+    let bytes = std::fs::metadata(&args.file).map_or(1, |file| file.len());
+    let import = || store.import(&args.file, name);
+    let saved = watch(&store, Progress::new(args.json), "importing", bytes, import)?;
     tell(args.json, &saved, args.name.as_deref())
 }
 
@@ -346,7 +394,8 @@ pub(crate) fn gc(args: &StoreOnlyArgs) -> anyhow::Result<()> {
 
 pub(crate) fn fsck(args: &StoreOnlyArgs) -> anyhow::Result<()> {
     let store = open_read_only(&args.store)?;
-    let report = store.fsck()?;
+    let bytes = store.store().stored_bytes()?;
+    let report = watch(&store, Progress::new(args.json), "checking", bytes, || store.fsck())?;
     if args.json {
         let problems: Vec<Value> = report
             .problems

@@ -1,0 +1,137 @@
+//! Taking back one turn, at several lengths of context.
+
+use std::time::Instant;
+
+use ampoule::{Ampoule, Capsule, SlotId, sample_tokens};
+use anyhow::ensure;
+use serde_json::json;
+
+use super::chart::{Chart, Series};
+use super::{Outcome, Times};
+use crate::args::BenchArgs;
+use crate::hardware::Copier;
+use crate::output::{self, Progress, Table, figure, ms};
+
+/// Tokens of the turn that is taken back: read and decoded.
+pub(super) const TURN: (usize, usize) = (24, 8);
+/// Tokens between the boundaries of the conversation before it.
+const BOUNDARY: usize = 100;
+/// A context counts as the same where it takes at most so much longer than the shortest.
+const SAME: f64 = 1.2;
+
+/// One context: a conversation of that length in a slot of its own, all its boundaries held.
+struct Session {
+    prefix: usize,
+    slot: SlotId,
+    boundaries: Vec<Capsule>,
+    logits: Vec<f32>,
+    turn: Vec<u32>,
+    reps: Vec<f64>,
+}
+
+pub(super) fn run(
+    model: &mut Ampoule,
+    args: &BenchArgs,
+    progress: Progress,
+) -> anyhow::Result<Outcome> {
+    let tokens: usize = args.prefix.iter().sum();
+    let bar = progress.count(tokens, "reading");
+    let mut sessions = Vec::new();
+    for &prefix in &args.prefix {
+        let slot = model.engine.create_slot()?;
+        let tokens = sample_tokens(model, prefix, prefix as u64)?;
+        let mut boundaries = Vec::new();
+        for chunk in tokens.chunks(BOUNDARY) {
+            model.append(slot, chunk)?;
+            boundaries.push(model.engine.snapshot(slot)?);
+            bar.inc(chunk.len() as u64);
+        }
+        let logits = model.engine.logits(slot)?;
+        let turn = sample_tokens(model, args.suffix.unwrap_or(TURN.0), 7)?;
+        sessions.push(Session { prefix, slot, boundaries, logits, turn, reps: Vec::new() });
+    }
+    bar.finish_and_clear();
+    let bar = progress.count(args.reps * sessions.len(), "rollback");
+    let mut copier = Copier::new(0);
+    // Once for each, unmeasured; then in turns, so that whatever else the machine does meets all of them.
+    for rep in 0..=args.reps {
+        let first = rep % sessions.len();
+        sessions.rotate_left(first);
+        for session in &mut sessions {
+            let time = take_back(model, session, &mut copier)?;
+            if rep > 0 {
+                session.reps.push(time);
+                bar.inc(1);
+            }
+        }
+    }
+    bar.finish_and_clear();
+    sessions.sort_by_key(|session| session.prefix);
+    Ok(outcome(sessions))
+}
+
+/// Reads a turn, decodes a reply and freezes the boundary at its end; then goes back to the boundary before it.
+fn take_back(model: &mut Ampoule, session: &Session, copier: &mut Copier) -> anyhow::Result<f64> {
+    let slot = session.slot;
+    model.append(slot, &session.turn)?;
+    model.engine.begin_reply(slot)?;
+    for _ in 0..TURN.1 {
+        model.engine.step(slot)?;
+    }
+    let after = model.engine.snapshot(slot)?;
+    // Nothing of any session lies in a cache: else the one with the shortest context would keep more of its own.
+    copier.sweep();
+    model.engine.synchronize()?;
+    let start = Instant::now();
+    model.engine.rollback(slot, session.prefix as u32)?;
+    model.engine.synchronize()?;
+    let time = ms(start.elapsed());
+    drop(after);
+    let same = model.engine.logits(slot)? == session.logits;
+    ensure!(same, "after a rollback to {} tokens the logits differ", session.prefix);
+    Ok(time)
+}
+
+fn outcome(sessions: Vec<Session>) -> Outcome {
+    let mut table =
+        Table::new(&["context", "boundaries", "fixed state", "rollback ms", "least ms", "x first"]);
+    let (mut points, mut line) = (Vec::new(), Vec::new());
+    let (mut first, mut least, mut most) = (None, f64::INFINITY, 0.0_f64);
+    for session in sessions {
+        let times = Times::from(session.reps);
+        let boundaries = session.boundaries.len();
+        let fixed = session.boundaries.last().map_or(0, Capsule::fixed_bytes);
+        let median = times.median_ms;
+        let over = median / *first.get_or_insert(median);
+        (least, most) = (least.min(median), most.max(median));
+        table.row([
+            session.prefix.to_string(),
+            boundaries.to_string(),
+            output::bytes(fixed as u64),
+            figure(median),
+            figure(times.min_ms),
+            format!("{over:.3}"),
+        ]);
+        line.push((session.prefix as f64, median));
+        points.push(json!({
+            "context": session.prefix, "boundaries": boundaries, "fixed_bytes": fixed,
+            "turn_tokens": session.turn.len() + TURN.1, "rollback": times, "over_first": over,
+            "logits_equal": true,
+        }));
+    }
+    let spread = most / least;
+    let same = spread <= SAME;
+    points.push(json!({ "slowest_over_fastest": spread, "within": SAME, "same": same }));
+    let text = vec![format!(
+        "the slowest context takes {spread:.3} times as long as the fastest: {}",
+        if same { "the same within 20 %" } else { "NOT the same within 20 %" }
+    )];
+    let chart = Chart {
+        title: "Rollback by one turn".to_owned(),
+        x: "tokens of context".to_owned(),
+        y: "ms".to_owned(),
+        log: false,
+        series: vec![Series { name: "rollback".to_owned(), points: line }],
+    };
+    Outcome { points, table, chart, text }
+}
