@@ -21,6 +21,8 @@
 #![forbid(unsafe_code)]
 
 mod ablate;
+mod constrained;
+mod decoded;
 mod error;
 mod files;
 mod load;
@@ -34,7 +36,7 @@ pub use error::{Error, UnknownDevice};
 pub use files::{CapsuleReader, check_writable, write_atomically, write_privately};
 pub use load::{Ampoule, Device, LoadOptions};
 pub use reply::{Reply, ReplyOptions, ReplyStep};
-pub use stores::{CapsuleStore, StoreError, StoreOptions};
+pub use stores::{CapsuleStore, DetachedCapsule, StoreError, StoreOptions};
 pub use texts::{TEXTS, sample_tokens};
 pub use verify::{LevelReport, VerifyOptions, VerifyReport};
 

@@ -226,6 +226,20 @@ impl Ampoule {
         self.fallback.as_ref().filter(|f| !f.no_driver).map(|f| f.reason.as_str())
     }
 
+    /// Gives a model without a tokenizer the one of [`Tokenizer::stand_in`], so that it takes text. A model that has one
+    /// keeps it.
+    ///
+    /// # Errors
+    /// If its vocabulary is too small.
+    pub fn with_stand_in_tokenizer(mut self) -> Result<Self, Error> {
+        if self.tokenizer.is_none() {
+            let tokenizer = Tokenizer::stand_in(self.engine.vocabulary())?;
+            self.template = tokenizer.chat_template().map(ChatTemplate::new).transpose()?;
+            self.tokenizer = Some(Arc::new(tokenizer));
+        }
+        Ok(self)
+    }
+
     /// What the model calls itself.
     pub fn name(&self) -> &str {
         &self.name
