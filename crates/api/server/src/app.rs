@@ -281,8 +281,8 @@ impl Tally {
         Self { begun: Begun::default(), arrived, first: None, last: arrived, generated: 0, reasoning: 0 }
     }
 
-    pub(crate) fn token(&mut self, thought: bool) {
-        self.last = Instant::now();
+    pub(crate) fn token(&mut self, at: Instant, thought: bool) {
+        self.last = at;
         self.first.get_or_insert(self.last);
         self.generated += 1;
         self.reasoning += usize::from(thought);

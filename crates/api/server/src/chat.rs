@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ampoule::FinishReason;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
@@ -293,7 +292,7 @@ impl Choice {
     fn step(&mut self, app: &App, tally: &mut Tally, step: &Step) -> Vec<Piece> {
         let mut pieces = self.splitter.push(&step.text);
         if let Some(token) = step.token {
-            tally.token(self.splitter.in_thoughts());
+            tally.token(step.at, self.splitter.in_thoughts());
             if let Some(logprobs) = &step.logprobs
                 && !app.info.tokenizer.is_eos(token)
             {
@@ -462,9 +461,4 @@ fn stream(
     };
     tokio::spawn(run);
     response
-}
-
-/// Whether a reply ended as the client asked.
-pub(crate) const fn whole(reason: FinishReason) -> bool {
-    matches!(reason, FinishReason::Stop)
 }

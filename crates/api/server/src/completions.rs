@@ -143,7 +143,7 @@ async fn collect(
                 let Some((text, lists, finish)) = choices.get_mut(&step.choice) else { continue };
                 text.push_str(&step.text);
                 if let Some(token) = step.token {
-                    tally.token(false);
+                    tally.token(step.at, false);
                     if let Some(logprobs) = &step.logprobs {
                         lists.push(&head.app, token, logprobs);
                     }
@@ -206,7 +206,7 @@ fn streamed(
             };
             let Some(lists) = lists.get_mut(step.choice as usize) else { continue };
             if let Some(token) = step.token {
-                tally.token(false);
+                tally.token(step.at, false);
                 if let Some(logprobs) = &step.logprobs {
                     lists.push(&head.app, token, logprobs);
                 }

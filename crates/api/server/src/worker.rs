@@ -109,6 +109,8 @@ pub(crate) struct Step {
     pub text: String,
     pub logprobs: Option<TokenLogprobs>,
     pub finished: Option<FinishReason>,
+    /// When it was drawn.
+    pub at: Instant,
 }
 
 /// Natural logarithms of probabilities, before temperature and filters.
@@ -559,6 +561,7 @@ impl Worker {
             text: step.text,
             logprobs,
             finished: step.finished,
+            at: *last,
         }));
         Ok(step.finished)
     }
@@ -617,7 +620,7 @@ impl Worker {
             shared.left = 0;
         } else if matches!(outcome, Ok(FinishReason::Cancelled)) {
             let finished = Some(FinishReason::Cancelled);
-            let step = Step { choice, token: None, text: String::new(), logprobs: None, finished };
+            let step = Step { choice, token: None, text: String::new(), logprobs: None, finished, at: Instant::now() };
             let _ = shared.job.out.send(Event::Step(step));
         }
         if shared.left == 0 {

@@ -74,20 +74,22 @@ impl Tokenizer {
             let c = char::from_u32(stand_in(byte)).unwrap_or_default();
             vocab.insert(c.to_string(), json!(byte));
         }
+        let pairs = LETTERS.chars().flat_map(|a| LETTERS.chars().map(move |b| (a, b)));
+        let mut merges = Vec::new();
+        for (index, (a, b)) in pairs.take(vocabulary - bytes).enumerate() {
+            vocab.insert(format!("{a}{b}"), json!(256 + index));
+            merges.push(json!([a.to_string(), b.to_string()]));
+        }
+        // Behind the others: the library wants no gap before an added token.
+        let first = vocab.len();
         let added: Vec<Value> = CONTROL
             .iter()
             .enumerate()
             .map(|(index, (text, special))| {
-                json!({ "id": 256 + index, "content": text, "special": special, "single_word": false,
+                json!({ "id": first + index, "content": text, "special": special, "single_word": false,
                         "lstrip": false, "rstrip": false, "normalized": false })
             })
             .collect();
-        let pairs = LETTERS.chars().flat_map(|a| LETTERS.chars().map(move |b| (a, b)));
-        let mut merges = Vec::new();
-        for (index, (a, b)) in pairs.take(vocabulary - bytes).enumerate() {
-            vocab.insert(format!("{a}{b}"), json!(bytes + index));
-            merges.push(json!([a.to_string(), b.to_string()]));
-        }
         let tokenizer = json!({
             "version": "1.0",
             "added_tokens": added,
