@@ -40,6 +40,13 @@ impl Fields {
         self.map.shift_remove(name).filter(|value| !value.is_null())
     }
 
+    /// Puts a value back, for whoever takes it later.
+    pub(crate) fn put(&mut self, name: &str, value: Option<Value>) {
+        if let Some(value) = value {
+            self.map.insert(name.to_owned(), value);
+        }
+    }
+
     pub(crate) fn take<T: DeserializeOwned>(&mut self, name: &str) -> ApiResult<Option<T>> {
         let Some(value) = self.value(name) else { return Ok(None) };
         let wrong = |error: serde_json::Error| {
