@@ -130,7 +130,7 @@ impl App {
             sent: Some(Arc::clone(&sent)),
             interrupt: Arc::clone(&interrupt),
             fault: caller.fault,
-            permit,
+            _place: permit,
         };
         self.engine.send(Command::Generate(Box::new(job))).map_err(|_| ApiError::stopping())?;
         Ok(Generation { events, sent, arrived, interrupt })

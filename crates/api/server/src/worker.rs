@@ -81,7 +81,8 @@ pub(crate) struct Job {
     pub interrupt: Arc<AtomicBool>,
     /// For tests: panics when the first token is due.
     pub fault: bool,
-    pub permit: OwnedSemaphorePermit,
+    /// Its place in the queue, given back when it ends.
+    pub _place: OwnedSemaphorePermit,
 }
 
 /// What a client's stream is made of.
@@ -587,7 +588,9 @@ impl Worker {
             _ => None,
         };
         if let Some((on_end, sent, asked)) = on_end {
-            let cancelled = matches!(outcome, Ok(FinishReason::Cancelled));
+            // An interrupted reply is delivered as far as it came; one whose client has gone, as far as it was sent.
+            let gone = self.jobs.get(&id).is_some_and(|shared| shared.job.out.is_closed());
+            let cancelled = matches!(outcome, Ok(FinishReason::Cancelled)) && gone;
             let end = match &failed {
                 Some(error) => Err(error.clone()),
                 None => self.guard(|worker| {
