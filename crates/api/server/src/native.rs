@@ -362,7 +362,7 @@ async fn deliver(id: &str, session: &Session, mut generation: Generation, events
             }
             Some(Event::Step(step)) => {
                 finish = step.finished.or(finish);
-                if let Some(token) = step.token {
+                if step.token.is_some() {
                     tally.token(step.at, false);
                 }
                 if step.token.is_none() && step.text.is_empty() {

@@ -492,13 +492,19 @@ fn short(text: &str) -> String {
     text.chars().take(64).collect()
 }
 
-/// Boundaries to take while a prompt is read from `from` on: at few enough marks that a long history costs little, at a
+/// Boundaries to take while a prompt is read from `from` on: at some marks, at a
 /// grid where marks are far apart, and where the prompt leaves what was read before.
 pub(crate) fn boundaries(marks: &[u32], from: u32, len: u32, diverges: Option<u32>) -> Vec<u32> {
+    // The further from the end the fewer: a change costs what follows it and an eighth of that at most, and a long history
+    // holds a few dozen boundaries. Always the first, which is where a system message ends.
     let ahead: Vec<u32> = marks.iter().copied().filter(|&m| m > from && m < len).collect();
-    // Of old messages ever fewer, counted from the end; always the first, which is where a system message ends.
-    let chosen = ahead.iter().rev().enumerate().filter(|(back, _)| *back < 6 || back.is_power_of_two());
-    let mut stops: Vec<u32> = chosen.map(|(_, mark)| *mark).collect();
+    let mut stops: Vec<u32> = Vec::new();
+    for &mark in ahead.iter().rev() {
+        let gap = LEAST_GAP.max((len - mark) / 8);
+        if stops.last().is_none_or(|last| last - mark >= gap) {
+            stops.push(mark);
+        }
+    }
     stops.extend(ahead.first());
     stops.sort_unstable();
     stops.dedup();
@@ -532,7 +538,7 @@ mod tests {
         assert_eq!(boundaries(&[], 0, 900, None), [256, 512]);
         let many: Vec<u32> = (1..500).map(|i| i * 20).collect();
         let some = boundaries(&many, 0, 10_000, None);
-        assert!(some.len() < 60 && some.contains(&20) && some.contains(&9980), "{some:?}");
+        assert!(some.len() < 80 && some.contains(&20) && some.contains(&9980), "{some:?}");
         assert!(some.windows(2).all(|w| w[0] < w[1] && w[1] - w[0] <= GRID + GRID / 2));
     }
 }

@@ -79,7 +79,7 @@ fn a_line_changed_in_the_middle_costs_what_follows_it() {
     let second = ask(server.address(), &messages, &json!([]));
     let follows = ok(server.address(), "/tokenize", &json!({ "messages": &messages[8..] }))["count"].as_u64().unwrap();
     let read = second["timings"]["prompt_tokens_read"].as_u64().unwrap();
-    assert!(read <= follows + 2, "{read} read, {follows} follow the change");
+    assert!(read <= follows + follows / 8 + 2, "{read} read, {follows} follow the change");
     assert!(read >= follows / 2, "{read} read, {follows} follow the change");
     server.stop().unwrap();
 }
