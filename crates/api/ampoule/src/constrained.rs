@@ -25,17 +25,22 @@ impl Ampoule {
         let mut logits = self.engine.logits(slot)?;
         let mut words = |name: &str| -> Result<Vec<[u8; 4]>, Error> {
             let bytes = self.engine.fixed_state(slot, name)?;
-            let bytes = bytes.ok_or_else(|| EngineError::Model { what: format!("buffer '{name}'") })?;
+            let bytes =
+                bytes.ok_or_else(|| EngineError::Model { what: format!("buffer '{name}'") })?;
             Ok(bytes.as_chunks::<4>().0.to_vec())
         };
-        let params: Vec<f32> = words("sampler.params")?.into_iter().map(f32::from_le_bytes).collect();
+        let params: Vec<f32> =
+            words("sampler.params")?.into_iter().map(f32::from_le_bytes).collect();
         let seed: Vec<u32> = words("sampler.seed")?.into_iter().map(u32::from_le_bytes).collect();
-        let counts: Vec<u32> = words("sampler.counts")?.into_iter().map(u32::from_le_bytes).collect();
+        let counts: Vec<u32> =
+            words("sampler.counts")?.into_iter().map(u32::from_le_bytes).collect();
         let tokens = words("sampler.bias_tokens")?.into_iter().map(i32::from_le_bytes);
         let values = words("sampler.bias_values")?.into_iter().map(f32::from_le_bytes);
         let bias: Vec<(i32, f32)> = tokens.zip(values).collect();
         let (&[low, high], true) = (seed.as_slice(), params.len() == sampler_params::LEN) else {
-            return Err(EngineError::Model { what: "sampler of the expected shape".to_owned() }.into());
+            return Err(
+                EngineError::Model { what: "sampler of the expected shape".to_owned() }.into()
+            );
         };
         let mut any = false;
         for (token, logit) in logits.iter_mut().enumerate() {

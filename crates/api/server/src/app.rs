@@ -186,16 +186,23 @@ impl App {
                 .map_err(|_| ApiError::param("stop", "'stop' must be a text or a list of texts"))?,
         };
         if stop.len() > 16 || stop.iter().any(|s| s.len() > 1024) {
-            return Err(ApiError::param("stop", "'stop' takes at most 16 texts of at most 1024 bytes"));
+            return Err(ApiError::param(
+                "stop",
+                "'stop' takes at most 16 texts of at most 1024 bytes",
+            ));
         }
         stop.retain(|s| !s.is_empty());
         let mut logit_bias = Vec::new();
         if let Some(map) = fields.take::<serde_json::Map<String, Value>>("logit_bias")? {
             for (token, value) in map {
                 let pair = token.parse::<u32>().ok().zip(value.as_f64());
-                let pair = pair.filter(|(t, v)| (*t as usize) < self.info.vocabulary && v.abs() <= 100.0);
+                let pair =
+                    pair.filter(|(t, v)| (*t as usize) < self.info.vocabulary && v.abs() <= 100.0);
                 let (token, value) = pair.ok_or_else(|| {
-                    ApiError::param("logit_bias", "'logit_bias' maps token ids to numbers from -100 to 100")
+                    ApiError::param(
+                        "logit_bias",
+                        "'logit_bias' maps token ids to numbers from -100 to 100",
+                    )
                 })?;
                 logit_bias.push((token, value as f32));
             }
@@ -215,7 +222,9 @@ impl App {
             top_k: fields.within("top_k", -1..=1 << 24_i64)?.map_or(0, |k| k.max(0) as u32),
             top_p: top_p.max(1e-6),
             min_p: fields.within("min_p", 0.0..=1.0_f32)?.unwrap_or(0.0),
-            repetition_penalty: fields.within("repetition_penalty", 0.01..=100.0_f32)?.unwrap_or(1.0),
+            repetition_penalty: fields
+                .within("repetition_penalty", 0.01..=100.0_f32)?
+                .unwrap_or(1.0),
             presence_penalty: fields.within("presence_penalty", -2.0..=2.0_f32)?.unwrap_or(0.0),
             frequency_penalty: fields.within("frequency_penalty", -2.0..=2.0_f32)?.unwrap_or(0.0),
             seed,
@@ -278,7 +287,14 @@ pub(crate) struct Tally {
 
 impl Tally {
     pub(crate) fn new(arrived: Instant) -> Self {
-        Self { begun: Begun::default(), arrived, first: None, last: arrived, generated: 0, reasoning: 0 }
+        Self {
+            begun: Begun::default(),
+            arrived,
+            first: None,
+            last: arrived,
+            generated: 0,
+            reasoning: 0,
+        }
     }
 
     pub(crate) fn token(&mut self, at: Instant, thought: bool) {

@@ -213,7 +213,9 @@ mod tests {
         let mut model = Ampoule::load("random:qwen3.5-tiny", &options, &mut |_, _| {}).unwrap();
         let mut dice = 7_u64;
         let mut next = |n: u64| {
-            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            dice = dice
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (dice >> 33) % n
         };
         let (mut cache, space, other) = (Cache::default(), [1; 32], [2; 32]);

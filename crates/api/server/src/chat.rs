@@ -7,7 +7,9 @@ use axum::Json;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
-use crate::app::{App, Body, Caller, Generation, Prepared, Tally, Wanted, blocking, finish_word, new_id, now};
+use crate::app::{
+    App, Body, Caller, Generation, Prepared, Tally, Wanted, blocking, finish_word, new_id, now,
+};
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
 use crate::grammar::{Constraint, Trigger};
@@ -46,9 +48,18 @@ pub(crate) struct Conversation {
 
 impl Conversation {
     /// The grammar that the reply must follow, if any.
-    pub(crate) fn constraint(&self, info: &ModelInfo, prompt: &Prompt) -> ApiResult<Option<Constraint>> {
+    pub(crate) fn constraint(
+        &self,
+        info: &ModelInfo,
+        prompt: &Prompt,
+    ) -> ApiResult<Option<Constraint>> {
         let grammars = || {
-            let missing = || ApiError::unsupported("response_format", "this model's tokenizer names no end token");
+            let missing = || {
+                ApiError::unsupported(
+                    "response_format",
+                    "this model's tokenizer names no end token",
+                )
+            };
             info.grammars.as_ref().ok_or_else(missing)
         };
         // Thoughts are free: the grammar holds for what comes after them.
@@ -92,7 +103,10 @@ impl Conversation {
     }
 
     /// Tools and how they are chosen, as the chat API has them; `flat` names the function beside the type.
-    pub(crate) fn take_tools(fields: &mut Fields, flat: bool) -> ApiResult<(Vec<Tool>, ToolChoice, bool)> {
+    pub(crate) fn take_tools(
+        fields: &mut Fields,
+        flat: bool,
+    ) -> ApiResult<(Vec<Tool>, ToolChoice, bool)> {
         let tools = ModelInfo::tools(fields.take("tools")?.unwrap_or_default())?;
         let parallel = fields.take::<bool>("parallel_tool_calls")?.unwrap_or(true);
         let choice = match fields.value("tool_choice") {
@@ -101,7 +115,12 @@ impl Conversation {
                 "auto" => ToolChoice::Auto,
                 "none" => ToolChoice::None,
                 "required" => ToolChoice::Required,
-                _ => return Err(ApiError::param("tool_choice", "'tool_choice' is auto, none, required or a function")),
+                _ => {
+                    return Err(ApiError::param(
+                        "tool_choice",
+                        "'tool_choice' is auto, none, required or a function",
+                    ));
+                }
             },
             Some(value) => {
                 let mut choice = Fields::of(value, "tool_choice")?;
@@ -109,7 +128,8 @@ impl Conversation {
                 let name = if flat {
                     choice.require::<String>("name")?
                 } else {
-                    let mut function = Fields::of(choice.require("function")?, "tool_choice.function")?;
+                    let mut function =
+                        Fields::of(choice.require("function")?, "tool_choice.function")?;
                     let name = function.require("name")?;
                     function.finish()?;
                     name
@@ -120,10 +140,16 @@ impl Conversation {
         };
         match &choice {
             ToolChoice::Required if tools.is_empty() => {
-                return Err(ApiError::param("tool_choice", "'tool_choice' asks for a call, and there are no tools"));
+                return Err(ApiError::param(
+                    "tool_choice",
+                    "'tool_choice' asks for a call, and there are no tools",
+                ));
             }
             ToolChoice::Named(name) if !tools.iter().any(|t| t.name == *name) => {
-                return Err(ApiError::param("tool_choice", format!("'tool_choice' names '{name}', which is not in tools")));
+                return Err(ApiError::param(
+                    "tool_choice",
+                    format!("'tool_choice' names '{name}', which is not in tools"),
+                ));
             }
             _ => {}
         }
@@ -149,7 +175,12 @@ impl Conversation {
                 inner.finish()?;
                 Format::Json(Some(schema))
             }
-            _ => return Err(ApiError::unsupported(format!("{path}.type"), "there are text, json_object and json_schema")),
+            _ => {
+                return Err(ApiError::unsupported(
+                    format!("{path}.type"),
+                    "there are text, json_object and json_schema",
+                ));
+            }
         };
         fields.finish()?;
         Ok(format)
@@ -169,8 +200,10 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     let list: Vec<Value> = fields.require("messages")?;
     let messages = messages(list)?;
     let (tools, choice, parallel) = Conversation::take_tools(&mut fields, false)?;
-    let format = Conversation::take_format(fields.value("response_format"), "response_format", false)?;
-    let mut wanted = app.wanted(&mut fields, caller, &["max_tokens", "max_completion_tokens"], None)?;
+    let format =
+        Conversation::take_format(fields.value("response_format"), "response_format", false)?;
+    let mut wanted =
+        app.wanted(&mut fields, caller, &["max_tokens", "max_completion_tokens"], None)?;
     let logprobs = fields.take::<bool>("logprobs")?.unwrap_or(false);
     let top = fields.within("top_logprobs", 0..=20_usize)?;
     if top.is_some_and(|t| t > 0) && !logprobs {
@@ -197,7 +230,11 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
         extra.entry("enable_thinking").or_insert(json!(effort != "none"));
     }
     fields.ignore(&["user", "metadata", "safety_identifier", "prompt_cache_retention"]);
-    fields.only("store", &[json!(false)], "chat completions are not stored; /v1/responses stores")?;
+    fields.only(
+        "store",
+        &[json!(false)],
+        "chat completions are not stored; /v1/responses stores",
+    )?;
     fields.only("service_tier", &[json!("auto"), json!("default")], "there is one tier")?;
     fields.only("modalities", &[json!(["text"])], "there is text alone")?;
     fields.only("audio", &[], "there is no audio")?;
@@ -231,9 +268,11 @@ pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     let permit = app.place()?;
     let Prepared { prompt, constraint } = prepare(&app, &request.conversation).await?;
     let (choices, with_logprobs) = (request.wanted.choices, request.wanted.logprobs.is_some());
-    let splitter = Splitter::new(app.info.think.is_some(), prompt.thinking, request.conversation.calls());
+    let splitter =
+        Splitter::new(app.info.think.is_some(), prompt.thinking, request.conversation.calls());
     let start = Start::Prompt { marks: prompt.marks };
-    let generation = app.generate(&caller, permit, request.wanted, start, prompt.tokens, constraint, None)?;
+    let generation =
+        app.generate(&caller, permit, request.wanted, start, prompt.tokens, constraint, None)?;
     let head = Head { id: new_id("chatcmpl-"), created: now(), app: Arc::clone(&app) };
     if request.stream {
         return Ok(stream(head, generation, splitter, choices, with_logprobs, request.usage));
@@ -285,7 +324,12 @@ struct Message {
 
 impl Choice {
     fn new(splitter: &Splitter) -> Self {
-        Self { splitter: splitter.clone(), entries: Vec::new(), finish: None, message: Message::default() }
+        Self {
+            splitter: splitter.clone(),
+            entries: Vec::new(),
+            finish: None,
+            message: Message::default(),
+        }
     }
 
     /// Takes a step; gives the pieces that are certain by now.
@@ -318,7 +362,8 @@ async fn collect(
     count: u32,
     with_logprobs: bool,
 ) -> ApiResult<Response> {
-    let mut choices: BTreeMap<u32, Choice> = (0..count).map(|i| (i, Choice::new(splitter))).collect();
+    let mut choices: BTreeMap<u32, Choice> =
+        (0..count).map(|i| (i, Choice::new(splitter))).collect();
     let mut tally = Tally::new(generation.arrived);
     while let Some(event) = generation.events.recv().await {
         match event {
@@ -431,7 +476,10 @@ fn stream(
                         (json!({ "tool_calls": [call] }), true)
                     }
                 };
-                alive = alive && events.data(&chunk(index, delta, entries(some), None), tally.generated as u64).await;
+                alive = alive
+                    && events
+                        .data(&chunk(index, delta, entries(some), None), tally.generated as u64)
+                        .await;
             }
             if choice.finish.is_some() {
                 let rest = if choice.entries.is_empty() {

@@ -24,11 +24,18 @@ enum Text {
 }
 
 fn prompt(value: Value) -> ApiResult<Text> {
-    let wrong = || ApiError::param("prompt", "'prompt' must be a text or a list of token ids; one prompt at a time");
+    let wrong = || {
+        ApiError::param(
+            "prompt",
+            "'prompt' must be a text or a list of token ids; one prompt at a time",
+        )
+    };
     match value {
         Value::String(text) => Ok(Text::Words(text)),
         Value::Array(mut list) if list.len() == 1 && !list[0].is_number() => prompt(list.remove(0)),
-        list @ Value::Array(_) => serde_json::from_value(list).map(Text::Tokens).map_err(|_| wrong()),
+        list @ Value::Array(_) => {
+            serde_json::from_value(list).map(Text::Tokens).map_err(|_| wrong())
+        }
         _ => Err(wrong()),
     }
 }
@@ -56,12 +63,16 @@ pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     let info = Arc::clone(&app.info);
     let (tokens, said) = blocking(move || match text {
         Text::Words(text) => {
-            let tokens = info.tokenizer.encode(&text, EncodeOptions::PROMPT).map_err(ampoule::Error::from)?;
+            let tokens = info
+                .tokenizer
+                .encode(&text, EncodeOptions::PROMPT)
+                .map_err(ampoule::Error::from)?;
             Ok((tokens, text))
         }
         Text::Tokens(tokens) => {
             if let Some(token) = tokens.iter().find(|t| **t as usize >= info.vocabulary) {
-                let text = format!("token {token} is outside the vocabulary of {}", info.vocabulary);
+                let text =
+                    format!("token {token} is outside the vocabulary of {}", info.vocabulary);
                 return Err(ApiError::param("prompt", text));
             }
             let text = info.tokenizer.decode(&tokens);
@@ -72,7 +83,8 @@ pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     let echoed = if echo { said } else { String::new() };
     let (count, with_logprobs) = (wanted.choices, wanted.logprobs.is_some());
     let marks = app.info.marks(&tokens);
-    let generation = app.generate(&caller, permit, wanted, Start::Prompt { marks }, tokens, None, None)?;
+    let generation =
+        app.generate(&caller, permit, wanted, Start::Prompt { marks }, tokens, None, None)?;
     let head = Head { id: new_id("cmpl-"), created: now(), app };
     if stream {
         return Ok(streamed(head, generation, echoed, count, with_logprobs, usage));
@@ -107,7 +119,8 @@ struct Lists {
 
 impl Lists {
     fn push(&mut self, app: &App, token: u32, logprobs: &TokenLogprobs) {
-        let text = |token: u32| app.info.tokenizer.token_text(token).unwrap_or_default().into_owned();
+        let text =
+            |token: u32| app.info.tokenizer.token_text(token).unwrap_or_default().into_owned();
         let said = text(token);
         self.offsets.push(self.at);
         self.at += said.chars().count();
@@ -256,7 +269,8 @@ pub(crate) async fn tokenize(app: Arc<App>, body: Body) -> ApiResult<Response> {
         _ => Err(ApiError::param("prompt", "give either 'prompt' or 'messages'")),
     })
     .await?;
-    Ok(Json(json!({ "count": tokens.len(), "max_model_len": app.info.context, "tokens": tokens })).into_response())
+    Ok(Json(json!({ "count": tokens.len(), "max_model_len": app.info.context, "tokens": tokens }))
+        .into_response())
 }
 
 pub(crate) async fn detokenize(app: Arc<App>, body: Body) -> ApiResult<Response> {

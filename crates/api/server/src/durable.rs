@@ -74,7 +74,12 @@ impl Durable {
     ///
     /// # Errors
     /// If it is not there or does not fit the model.
-    pub(crate) fn capsule(&self, model: &mut Ampoule, kind: &str, id: &str) -> Result<Capsule, ampoule::Error> {
+    pub(crate) fn capsule(
+        &self,
+        model: &mut Ampoule,
+        kind: &str,
+        id: &str,
+    ) -> Result<Capsule, ampoule::Error> {
         let found = self.store.find(&format!("server {kind} {id}"))?;
         self.store.load(model, found)
     }
@@ -85,9 +90,9 @@ impl Durable {
         let mut out = Vec::new();
         for entry in entries.flatten() {
             let name = entry.file_name();
-            let ours = name.to_str().is_some_and(|n| {
-                n.starts_with(&format!("{kind}-")) && n.ends_with(".json")
-            });
+            let ours = name
+                .to_str()
+                .is_some_and(|n| n.starts_with(&format!("{kind}-")) && n.ends_with(".json"));
             if !ours || entry.metadata().map_or(true, |m| m.len() > RECORD_LIMIT) {
                 continue;
             }

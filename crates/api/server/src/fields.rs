@@ -15,8 +15,8 @@ pub(crate) struct Fields {
 impl Fields {
     /// Of a request's body.
     pub(crate) fn parse(body: &[u8]) -> ApiResult<Self> {
-        let text = std::str::from_utf8(body)
-            .map_err(|_| ApiError::invalid("the body is not UTF-8"))?;
+        let text =
+            std::str::from_utf8(body).map_err(|_| ApiError::invalid("the body is not UTF-8"))?;
         let value: Value = serde_json::from_str(text)
             .map_err(|error| ApiError::invalid(format!("the body is not JSON: {error}")))?;
         Self::of(value, "")
@@ -58,12 +58,15 @@ impl Fields {
 
     pub(crate) fn require<T: DeserializeOwned>(&mut self, name: &str) -> ApiResult<T> {
         let path = self.name(name);
-        self.take(name)?
-            .ok_or_else(|| ApiError::param(&path, format!("'{path}' is missing")))
+        self.take(name)?.ok_or_else(|| ApiError::param(&path, format!("'{path}' is missing")))
     }
 
     /// A number in a range.
-    pub(crate) fn within<T>(&mut self, name: &str, range: std::ops::RangeInclusive<T>) -> ApiResult<Option<T>>
+    pub(crate) fn within<T>(
+        &mut self,
+        name: &str,
+        range: std::ops::RangeInclusive<T>,
+    ) -> ApiResult<Option<T>>
     where
         T: DeserializeOwned + PartialOrd + std::fmt::Display,
     {
@@ -111,7 +114,8 @@ impl Fields {
         match self.map.iter().find(|(_, value)| !value.is_null()) {
             Some((name, _)) => {
                 let short: String = name.chars().take(64).collect();
-                let mut error = ApiError::unsupported(self.name(&short), "there is no such parameter");
+                let mut error =
+                    ApiError::unsupported(self.name(&short), "there is no such parameter");
                 error.code = Some("unknown_parameter");
                 Err(error)
             }

@@ -50,7 +50,12 @@ impl Grammars {
         Some(Self { factory })
     }
 
-    fn compile(&self, grammar: TopLevelGrammar, param: &str, trigger: Trigger) -> ApiResult<Constraint> {
+    fn compile(
+        &self,
+        grammar: TopLevelGrammar,
+        param: &str,
+        trigger: Trigger,
+    ) -> ApiResult<Constraint> {
         let mut matcher = Matcher::new(self.factory.create_parser(grammar));
         if let Some(error) = matcher.get_error() {
             let first = error.lines().next().unwrap_or_default();
@@ -66,7 +71,12 @@ impl Grammars {
     }
 
     /// JSON of a schema, and nothing else.
-    pub(crate) fn json(&self, schema: &Value, param: &str, trigger: Trigger) -> ApiResult<Constraint> {
+    pub(crate) fn json(
+        &self,
+        schema: &Value,
+        param: &str,
+        trigger: Trigger,
+    ) -> ApiResult<Constraint> {
         let grammar = TopLevelGrammar::from_json_schema(styled(schema, param)?);
         self.compile(grammar, param, trigger)
     }
@@ -95,8 +105,9 @@ impl Grammars {
         for (name, (tool, schema)) in names.iter().zip(tools) {
             let schema = styled(schema, "tools")?;
             // As a JSON text inside a string of the grammar.
-            let head = serde_json::to_string(&format!("{{\"name\": {}, \"arguments\": ", json!(tool)))
-                .map_err(|_| ApiError::internal())?;
+            let head =
+                serde_json::to_string(&format!("{{\"name\": {}, \"arguments\": ", json!(tool)))
+                    .map_err(|_| ApiError::internal())?;
             lark.push_str(&format!("{name}: {head} {name}_arguments \"}}\"\n"));
             lark.push_str(&format!("{name}_arguments: %json {schema}\n"));
         }
@@ -109,10 +120,15 @@ fn styled(schema: &Value, param: &str) -> ApiResult<Value> {
     let mut schema = match schema {
         Value::Object(_) => schema.clone(),
         Value::Bool(true) => json!({}),
-        _ => return Err(ApiError::param(param, format!("'{param}': the schema must be an object"))),
+        _ => {
+            return Err(ApiError::param(param, format!("'{param}': the schema must be an object")));
+        }
     };
     if schema.to_string().len() > SCHEMA_LIMIT {
-        return Err(ApiError::param(param, format!("'{param}': the schema has more than {SCHEMA_LIMIT} bytes")));
+        return Err(ApiError::param(
+            param,
+            format!("'{param}': the schema has more than {SCHEMA_LIMIT} bytes"),
+        ));
     }
     if let Some(map) = schema.as_object_mut() {
         map.insert(

@@ -103,8 +103,14 @@ async fn outer(State(app): AppState, mut request: Request, next: Next) -> Respon
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if let Some(origin) = origin {
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
-        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, HeaderValue::from_static("authorization, content-type"));
-        headers.insert(header::ACCESS_CONTROL_ALLOW_METHODS, HeaderValue::from_static("GET, POST, DELETE"));
+        headers.insert(
+            header::ACCESS_CONTROL_ALLOW_HEADERS,
+            HeaderValue::from_static("authorization, content-type"),
+        );
+        headers.insert(
+            header::ACCESS_CONTROL_ALLOW_METHODS,
+            HeaderValue::from_static("GET, POST, DELETE"),
+        );
         headers.insert(header::VARY, HeaderValue::from_static("Origin"));
     }
     let status = response.status().as_u16();
@@ -151,7 +157,13 @@ fn known_key(app: &App, headers: &HeaderMap) -> Option<[u8; 32]> {
 pub(crate) async fn body(app: &App, request: Request) -> ApiResult<axum::body::Bytes> {
     let limited = Limited::new(request.into_body(), app.config.body_bytes);
     let collected = tokio::time::timeout(BODY_TIME, limited.collect()).await;
-    let slow = || ApiError::new(StatusCode::REQUEST_TIMEOUT, "invalid_request_error", "the body did not arrive in time");
+    let slow = || {
+        ApiError::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "invalid_request_error",
+            "the body did not arrive in time",
+        )
+    };
     match collected.map_err(|_| slow())? {
         Ok(body) => Ok(body.to_bytes()),
         Err(error) if error.downcast_ref::<LengthLimitError>().is_some() => Err(ApiError::new(
@@ -165,14 +177,20 @@ pub(crate) async fn body(app: &App, request: Request) -> ApiResult<axum::body::B
 
 async fn health(State(app): AppState) -> Response {
     if app.stopping.load(Ordering::Relaxed) {
-        return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "status": "stopping" }))).into_response();
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "status": "stopping" })))
+            .into_response();
     }
     Json(json!({ "status": "ok", "model": app.info.name })).into_response()
 }
 
 async fn metrics(State(app): AppState, headers: HeaderMap) -> Response {
     if !app.config.keys.is_empty() && known_key(&app, &headers).is_none() {
-        return ApiError::new(StatusCode::UNAUTHORIZED, "authentication_error", "an API key is needed").into_response();
+        return ApiError::new(
+            StatusCode::UNAUTHORIZED,
+            "authentication_error",
+            "an API key is needed",
+        )
+        .into_response();
     }
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(header::CONTENT_TYPE, kind)], app.metrics.render()).into_response()
@@ -195,7 +213,11 @@ async fn models(State(app): AppState) -> Json<Value> {
 }
 
 async fn model(State(app): AppState, Path(id): Path<String>) -> ApiResult<Json<Value>> {
-    if id == app.info.name { Ok(Json(model_object(&app))) } else { Err(ApiError::not_found("model")) }
+    if id == app.info.name {
+        Ok(Json(model_object(&app)))
+    } else {
+        Err(ApiError::not_found("model"))
+    }
 }
 
 macro_rules! with_body {
@@ -223,11 +245,19 @@ async fn detokenize(State(app): AppState, request: Request) -> ApiResult<Respons
     completions::detokenize(app, body).await
 }
 
-async fn read_response(State(app): AppState, Extension(caller): Caught, Path(id): Path<String>) -> ApiResult<Response> {
+async fn read_response(
+    State(app): AppState,
+    Extension(caller): Caught,
+    Path(id): Path<String>,
+) -> ApiResult<Response> {
     responses::read(&app, &caller, &id)
 }
 
-async fn delete_response(State(app): AppState, Extension(caller): Caught, Path(id): Path<String>) -> ApiResult<Response> {
+async fn delete_response(
+    State(app): AppState,
+    Extension(caller): Caught,
+    Path(id): Path<String>,
+) -> ApiResult<Response> {
     responses::remove(app, &caller, id).await
 }
 

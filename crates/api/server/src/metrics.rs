@@ -63,11 +63,15 @@ impl Histogram {
     fn write(&self, out: &mut String, name: &str, help: &str) {
         let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram");
         for (bucket, bound) in self.buckets.iter().zip(BOUNDS) {
-            let _ = writeln!(out, "{name}_bucket{{le=\"{bound}\"}} {}", bucket.load(Ordering::Relaxed));
+            let _ =
+                writeln!(out, "{name}_bucket{{le=\"{bound}\"}} {}", bucket.load(Ordering::Relaxed));
         }
         let count = self.count.load(Ordering::Relaxed);
         let sum = self.micros.load(Ordering::Relaxed) as f64 / 1e6;
-        let _ = writeln!(out, "{name}_bucket{{le=\"+Inf\"}} {count}\n{name}_sum {sum}\n{name}_count {count}");
+        let _ = writeln!(
+            out,
+            "{name}_bucket{{le=\"+Inf\"}} {count}\n{name}_sum {sum}\n{name}_count {count}"
+        );
     }
 }
 
@@ -109,11 +113,27 @@ impl Metrics {
         for (name, help, counter) in [
             ("requests_total", "Generations asked for.", &self.requests),
             ("request_failures_total", "Generations that ended with an error.", &self.failures),
-            ("requests_rejected_total", "Requests refused because the queue was full.", &self.rejected),
-            ("requests_cancelled_total", "Generations whose client went away or interrupted them.", &self.cancelled),
-            ("engine_panics_total", "Requests that made the engine panic; each was isolated.", &self.panics),
+            (
+                "requests_rejected_total",
+                "Requests refused because the queue was full.",
+                &self.rejected,
+            ),
+            (
+                "requests_cancelled_total",
+                "Generations whose client went away or interrupted them.",
+                &self.cancelled,
+            ),
+            (
+                "engine_panics_total",
+                "Requests that made the engine panic; each was isolated.",
+                &self.panics,
+            ),
             ("prompt_tokens_total", "Tokens of prompts.", &self.prompt_tokens),
-            ("prompt_tokens_cached_total", "Tokens of prompts that a capsule brought.", &self.cached_tokens),
+            (
+                "prompt_tokens_cached_total",
+                "Tokens of prompts that a capsule brought.",
+                &self.cached_tokens,
+            ),
             ("prompt_tokens_read_total", "Tokens that were read by prefill.", &self.read_tokens),
             ("generation_tokens_total", "Tokens that were generated.", &self.generated_tokens),
             ("capsule_restores_total", "Capsules restored.", &self.restores),

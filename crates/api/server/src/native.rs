@@ -45,7 +45,9 @@ impl Busy {
     fn take(session: &Arc<Session>) -> ApiResult<Self> {
         let mut state = session.lock();
         if state.busy {
-            return Err(ApiError::conflict("another call is under way on this session; interrupt it or wait"));
+            return Err(ApiError::conflict(
+                "another call is under way on this session; interrupt it or wait",
+            ));
         }
         state.busy = true;
         drop(state);
@@ -61,7 +63,12 @@ impl Drop for Busy {
     }
 }
 
-fn add_mark(state: &mut SessionState, kind: &str, capsule: Capsule, end_token: Option<u32>) -> String {
+fn add_mark(
+    state: &mut SessionState,
+    kind: &str,
+    capsule: Capsule,
+    end_token: Option<u32>,
+) -> String {
     let id = new_id("bnd_");
     let messages = state.messages.len();
     state.marks.push(Mark { id: id.clone(), kind: kind.to_owned(), capsule, end_token, messages });
@@ -96,7 +103,11 @@ async fn fields(app: &App, request: Request) -> ApiResult<Fields> {
     if body.is_empty() { Fields::of(json!({}), "") } else { Fields::parse(&body) }
 }
 
-pub(crate) async fn create_session(State(app): AppState, Extension(caller): Caught, request: Request) -> Answer {
+pub(crate) async fn create_session(
+    State(app): AppState,
+    Extension(caller): Caught,
+    request: Request,
+) -> Answer {
     let mut fields = fields(&app, request).await?;
     let from = fields.text("capsule", 256)?;
     let tools = fields.take::<Vec<Value>>("tools")?.unwrap_or_default();
@@ -105,7 +116,8 @@ pub(crate) async fn create_session(State(app): AppState, Extension(caller): Caug
     let mut state = SessionState { tools, ..SessionState::default() };
     let mut parent = None;
     if let Some(which) = from {
-        let (id, named) = app.vault.capsule(&caller.key, &which).ok_or_else(|| ApiError::not_found("capsule"))?;
+        let (id, named) =
+            app.vault.capsule(&caller.key, &which).ok_or_else(|| ApiError::not_found("capsule"))?;
         add_mark(&mut state, "capsule", named.capsule, None);
         parent = Some(id);
     }
@@ -115,13 +127,22 @@ pub(crate) async fn create_session(State(app): AppState, Extension(caller): Caug
     Ok((StatusCode::CREATED, Json(session_object(&id, &session))).into_response())
 }
 
-pub(crate) async fn read_session(State(app): AppState, Extension(caller): Caught, Path(id): Path<String>) -> Answer {
+pub(crate) async fn read_session(
+    State(app): AppState,
+    Extension(caller): Caught,
+    Path(id): Path<String>,
+) -> Answer {
     let session = session(&app, &caller, &id)?;
     Ok(Json(session_object(&id, &session)).into_response())
 }
 
-pub(crate) async fn delete_session(State(app): AppState, Extension(caller): Caught, Path(id): Path<String>) -> Answer {
-    let found = app.vault.remove_session(&caller.key, &id).ok_or_else(|| ApiError::not_found("session"))?;
+pub(crate) async fn delete_session(
+    State(app): AppState,
+    Extension(caller): Caught,
+    Path(id): Path<String>,
+) -> Answer {
+    let found =
+        app.vault.remove_session(&caller.key, &id).ok_or_else(|| ApiError::not_found("session"))?;
     if let Some(interrupt) = &found.lock().interrupt {
         interrupt.store(true, Ordering::Relaxed);
     }
@@ -172,7 +193,10 @@ fn read_input(info: &ModelInfo, state: &SessionState, input: &Input) -> ApiResul
     match input {
         Input::Nothing => Ok(Prompt::default()),
         Input::Tokens(tokens) => match tokens.iter().find(|t| **t as usize >= info.vocabulary) {
-            Some(token) => Err(ApiError::param("tokens", format!("token {token} is outside the vocabulary of {}", info.vocabulary))),
+            Some(token) => Err(ApiError::param(
+                "tokens",
+                format!("token {token} is outside the vocabulary of {}", info.vocabulary),
+            )),
             None => Ok(plain(tokens.clone())),
         },
         Input::Text(text) => {
@@ -219,8 +243,11 @@ fn commit(busy: Arc<Busy>, info: Arc<ModelInfo>, input: Input, kind: &'static st
                 state.reply = Some(LastReply { start, tokens: end.reply.clone() });
             }
             if !end.reply.is_empty() && (chat || !state.messages.is_empty()) {
-                let words: Vec<u32> = end.reply.iter().copied().filter(|t| !info.tokenizer.is_eos(*t)).collect();
-                state.messages.push(json!({ "role": "assistant", "content": info.tokenizer.decode(&words) }));
+                let words: Vec<u32> =
+                    end.reply.iter().copied().filter(|t| !info.tokenizer.is_eos(*t)).collect();
+                state
+                    .messages
+                    .push(json!({ "role": "assistant", "content": info.tokenizer.decode(&words) }));
             }
             add_mark(&mut state, kind, end.capsule, end.end_token);
         }
@@ -239,7 +266,10 @@ pub(crate) async fn append(
     let input = Input::take(&mut fields)?;
     fields.finish()?;
     if matches!(input, Input::Nothing) {
-        return Err(ApiError::param("text", "there is nothing to append: give 'text', 'tokens' or 'messages'"));
+        return Err(ApiError::param(
+            "text",
+            "there is nothing to append: give 'text', 'tokens' or 'messages'",
+        ));
     }
     let mut wanted = app.wanted(&mut Fields::of(json!({}), "")?, &caller, &[], Some(0))?;
     wanted.reply.max_tokens = 0;
@@ -276,7 +306,8 @@ async fn launch(
         None => Start::Prompt { marks: prompt.marks },
     };
     let on_end = commit(Arc::clone(&busy), Arc::clone(&app.info), input, kind);
-    let generation = app.generate(caller, permit, wanted, start, prompt.tokens, None, Some(on_end))?;
+    let generation =
+        app.generate(caller, permit, wanted, start, prompt.tokens, None, Some(on_end))?;
     session.lock().interrupt = Some(Arc::clone(&generation.interrupt));
     Ok((generation, session, busy))
 }
@@ -295,7 +326,8 @@ pub(crate) async fn generate(
     }
     let stream = fields.take::<bool>("stream")?.unwrap_or(false);
     fields.finish()?;
-    let (mut generation, session, busy) = launch(&app, &caller, &id, input, wanted, "reply").await?;
+    let (mut generation, session, busy) =
+        launch(&app, &caller, &id, input, wanted, "reply").await?;
     let mut tally = Tally::new(generation.arrived);
     let (mut text, mut tokens, mut finish) = (String::new(), Vec::new(), None);
     if !stream {
@@ -397,7 +429,11 @@ fn reply_object(id: &str, session: &Session, tally: &Tally, finish: FinishReason
     })
 }
 
-pub(crate) async fn interrupt(State(app): AppState, Extension(caller): Caught, Path(id): Path<String>) -> Answer {
+pub(crate) async fn interrupt(
+    State(app): AppState,
+    Extension(caller): Caught,
+    Path(id): Path<String>,
+) -> Answer {
     let session = session(&app, &caller, &id)?;
     let state = session.lock();
     let running = state.interrupt.as_ref().is_some_and(|interrupt| {
@@ -438,7 +474,12 @@ pub(crate) async fn truncate(
             return Err(ApiError::param("heard_tokens", text));
         }
         (None, Some(text)) => heard(&app.info, &reply.tokens, &text)?,
-        _ => return Err(ApiError::param("heard_tokens", "give one of 'heard_tokens' and 'heard_text'")),
+        _ => {
+            return Err(ApiError::param(
+                "heard_tokens",
+                "give one of 'heard_tokens' and 'heard_text'",
+            ));
+        }
     };
     shorten(&app, &session, &reply, kept).await?;
     drop(busy);
@@ -448,7 +489,12 @@ pub(crate) async fn truncate(
 }
 
 /// Cuts the last reply to its first tokens.
-async fn shorten(app: &Arc<App>, session: &Arc<Session>, reply: &LastReply, kept: usize) -> ApiResult<()> {
+async fn shorten(
+    app: &Arc<App>,
+    session: &Arc<Session>,
+    reply: &LastReply,
+    kept: usize,
+) -> ApiResult<()> {
     back_to(app, session, reply.start + kept as u32, "truncate").await?;
     let mut state = session.lock();
     let tokens = reply.tokens[..kept].to_vec();
@@ -465,7 +511,12 @@ async fn shorten(app: &Arc<App>, session: &Arc<Session>, reply: &LastReply, kept
 }
 
 /// Rolls a session back to a position of its own branch.
-async fn back_to(app: &Arc<App>, session: &Arc<Session>, position: u32, kind: &'static str) -> ApiResult<()> {
+async fn back_to(
+    app: &Arc<App>,
+    session: &Arc<Session>,
+    position: u32,
+    kind: &'static str,
+) -> ApiResult<()> {
     let head = session.lock().capsule().cloned();
     let head = head.ok_or_else(|| ApiError::conflict("this session is empty"))?;
     if position > head.position() {
@@ -481,7 +532,11 @@ async fn back_to(app: &Arc<App>, session: &Arc<Session>, position: u32, kind: &'
                 worker.model.engine.rollback(slot, position)?;
                 let capsule = worker.snapshot(slot)?;
                 capsule.map(Some).ok_or_else(|| {
-                    ApiError::new(StatusCode::INSUFFICIENT_STORAGE, "server_error", "there is no memory for another capsule")
+                    ApiError::new(
+                        StatusCode::INSUFFICIENT_STORAGE,
+                        "server_error",
+                        "there is no memory for another capsule",
+                    )
                 })
             })
         })
@@ -524,7 +579,10 @@ pub(crate) async fn rollback(
             let mut state = session.lock();
             let at = state.marks.iter().rposition(|m| m.messages == message && m.kind != "input");
             let at = at.ok_or_else(|| {
-                ApiError::param("message", "no boundary of this session lies after so many messages")
+                ApiError::param(
+                    "message",
+                    "no boundary of this session lies after so many messages",
+                )
             })?;
             to_mark(&mut state, at);
         }
@@ -536,7 +594,12 @@ pub(crate) async fn rollback(
             let known = state.marks.iter().rev().nth(1).map_or(0, |m| m.messages);
             state.messages.truncate(known);
         }
-        _ => return Err(ApiError::param("boundary", "give one of 'boundary', 'message' and 'tokens'")),
+        _ => {
+            return Err(ApiError::param(
+                "boundary",
+                "give one of 'boundary', 'message' and 'tokens'",
+            ));
+        }
     }
     drop(busy);
     Ok(Json(session_object(&id, &session)).into_response())
@@ -559,7 +622,12 @@ pub(crate) async fn fork(
     let mut list = Vec::new();
     for _ in 0..count {
         let new = new_id("sess_");
-        let fork = Session { key: caller.key, created: now(), parent: Some(id.clone()), state: state.clone().into() };
+        let fork = Session {
+            key: caller.key,
+            created: now(),
+            parent: Some(id.clone()),
+            state: state.clone().into(),
+        };
         let fork = app.vault.add_session(&new, fork);
         list.push(session_object(&new, &fork));
     }
@@ -576,7 +644,8 @@ pub(crate) async fn restore(
     let which: String = fields.require("capsule")?;
     fields.finish()?;
     let session = session(&app, &caller, &id)?;
-    let (_, named) = app.vault.capsule(&caller.key, &which).ok_or_else(|| ApiError::not_found("capsule"))?;
+    let (_, named) =
+        app.vault.capsule(&caller.key, &which).ok_or_else(|| ApiError::not_found("capsule"))?;
     let busy = Busy::take(&session)?;
     let mut state = session.lock();
     state.marks.clear();
@@ -609,8 +678,10 @@ pub(crate) async fn snapshot(
     fields.finish()?;
     let session = session(&app, &caller, &id)?;
     let capsule = session.lock().capsule().cloned();
-    let capsule = capsule.ok_or_else(|| ApiError::conflict("this session is empty: there is nothing to freeze"))?;
-    let named = NamedCapsule { key: caller.key, created: now(), name, parent: Some(id), pinned, capsule };
+    let capsule = capsule
+        .ok_or_else(|| ApiError::conflict("this session is empty: there is nothing to freeze"))?;
+    let named =
+        NamedCapsule { key: caller.key, created: now(), name, parent: Some(id), pinned, capsule };
     add_named(&app, named).await
 }
 
@@ -675,33 +746,55 @@ fn named(app: &App, caller: &Caller, which: &str) -> ApiResult<(String, NamedCap
     app.vault.capsule(&caller.key, which).ok_or_else(|| ApiError::not_found("capsule"))
 }
 
-pub(crate) async fn read_capsule(State(app): AppState, Extension(caller): Caught, Path(id): Path<String>) -> Answer {
+pub(crate) async fn read_capsule(
+    State(app): AppState,
+    Extension(caller): Caught,
+    Path(id): Path<String>,
+) -> Answer {
     let (id, named) = named(&app, &caller, &id)?;
     Ok(Json(capsule_object(&id, &named)).into_response())
 }
 
-pub(crate) async fn delete_capsule(State(app): AppState, Extension(caller): Caught, Path(id): Path<String>) -> Answer {
+pub(crate) async fn delete_capsule(
+    State(app): AppState,
+    Extension(caller): Caught,
+    Path(id): Path<String>,
+) -> Answer {
     let (id, _) = named(&app, &caller, &id)?;
     app.vault.remove_capsule(&caller.key, &id);
     forget(&app, "capsule", id.clone()).await?;
     Ok(Json(json!({ "id": id, "object": "capsule", "deleted": true })).into_response())
 }
 
-pub(crate) async fn pin(State(app): AppState, Extension(caller): Caught, Path(id): Path<String>) -> Answer {
+pub(crate) async fn pin(
+    State(app): AppState,
+    Extension(caller): Caught,
+    Path(id): Path<String>,
+) -> Answer {
     let (id, named) = named(&app, &caller, &id)?;
     keep(&app, &id, &named).await?;
-    let named = app.vault.pin(&caller.key, &id, true).ok_or_else(|| ApiError::not_found("capsule"))?;
+    let named =
+        app.vault.pin(&caller.key, &id, true).ok_or_else(|| ApiError::not_found("capsule"))?;
     Ok(Json(capsule_object(&id, &named)).into_response())
 }
 
-pub(crate) async fn unpin(State(app): AppState, Extension(caller): Caught, Path(id): Path<String>) -> Answer {
+pub(crate) async fn unpin(
+    State(app): AppState,
+    Extension(caller): Caught,
+    Path(id): Path<String>,
+) -> Answer {
     let (id, _) = named(&app, &caller, &id)?;
-    let named = app.vault.pin(&caller.key, &id, false).ok_or_else(|| ApiError::not_found("capsule"))?;
+    let named =
+        app.vault.pin(&caller.key, &id, false).ok_or_else(|| ApiError::not_found("capsule"))?;
     forget(&app, "capsule", id.clone()).await?;
     Ok(Json(capsule_object(&id, &named)).into_response())
 }
 
-pub(crate) async fn export(State(app): AppState, Extension(caller): Caught, Path(id): Path<String>) -> Answer {
+pub(crate) async fn export(
+    State(app): AppState,
+    Extension(caller): Caught,
+    Path(id): Path<String>,
+) -> Answer {
     let (_, named) = named(&app, &caller, &id)?;
     let bytes = app
         .call(move |worker| {
@@ -717,13 +810,24 @@ pub(crate) async fn export(State(app): AppState, Extension(caller): Caught, Path
     Ok(([(header::CONTENT_TYPE, kind)], bytes).into_response())
 }
 
-pub(crate) async fn import(State(app): AppState, Extension(caller): Caught, request: Request) -> Answer {
+pub(crate) async fn import(
+    State(app): AppState,
+    Extension(caller): Caught,
+    request: Request,
+) -> Answer {
     let body = body(&app, request).await?;
     if body.is_empty() {
         return Err(ApiError::invalid("the body must be a capsule file"));
     }
     let capsule = app.call(move |worker| Ok(worker.model.engine.import(&body)?)).await?;
-    let named = NamedCapsule { key: caller.key, created: now(), name: None, parent: None, pinned: false, capsule };
+    let named = NamedCapsule {
+        key: caller.key,
+        created: now(),
+        name: None,
+        parent: None,
+        pinned: false,
+        capsule,
+    };
     add_named(&app, named).await
 }
 
@@ -737,7 +841,10 @@ pub(crate) fn bring_back(worker: &mut Worker, vault: &Vault, durable: &Durable) 
                 let text = |name: &str| record[name].as_str().map(str::to_owned);
                 let created = record["created"].as_u64().unwrap_or_default();
                 let (name, parent) = (text("name"), text("parent"));
-                vault.add_capsule(&id, NamedCapsule { key, created, name, parent, pinned: true, capsule });
+                vault.add_capsule(
+                    &id,
+                    NamedCapsule { key, created, name, parent, pinned: true, capsule },
+                );
             }
             (_, Err(error)) => tracing::warn!(%error, "a pinned capsule was not brought back"),
             _ => {}
@@ -745,10 +852,14 @@ pub(crate) fn bring_back(worker: &mut Worker, vault: &Vault, durable: &Durable) 
     }
     for (id, record) in durable.records("session") {
         let key = record["key"].as_str().and_then(from_hex);
-        if let (Some(key), Ok(capsule)) = (key, durable.capsule(&mut worker.model, "session", &id)) {
+        if let (Some(key), Ok(capsule)) = (key, durable.capsule(&mut worker.model, "session", &id))
+        {
             let list = |name: &str| record[name].as_array().cloned().unwrap_or_default();
-            let mut state =
-                SessionState { messages: list("messages"), tools: list("tools"), ..SessionState::default() };
+            let mut state = SessionState {
+                messages: list("messages"),
+                tools: list("tools"),
+                ..SessionState::default()
+            };
             let end = record["end_token"].as_u64().map(|t| t as u32);
             add_mark(&mut state, "parked", capsule, end);
             let created = record["created"].as_u64().unwrap_or_default();

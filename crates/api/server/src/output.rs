@@ -13,7 +13,10 @@ pub(crate) enum Piece {
     Thought(String),
     Content(String),
     /// A whole call: half of one is worth nothing to anybody.
-    Call { name: String, arguments: String },
+    Call {
+        name: String,
+        arguments: String,
+    },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +35,8 @@ pub(crate) struct Splitter {
     held: String,
     thoughts: bool,
     calls: bool,
+    /// Whether white space is dropped until something else comes: it stands between tags and text.
+    skip: bool,
     /// Calls seen so far.
     pub called: usize,
 }
@@ -41,7 +46,7 @@ impl Splitter {
     /// whether there are tools.
     pub(crate) fn new(thoughts: bool, thinking: bool, calls: bool) -> Self {
         let state = if thinking { State::Thought } else { State::Start };
-        Self { state, held: String::new(), thoughts, calls, called: 0 }
+        Self { state, held: String::new(), thoughts, calls, skip: thinking, called: 0 }
     }
 
     /// Whether the reply is inside its thoughts.
@@ -77,12 +82,17 @@ impl Splitter {
 
     /// One step; false if more text is needed.
     fn advance(&mut self, out: &mut Vec<Piece>) -> bool {
+        if self.skip {
+            let kept = self.held.trim_start().len();
+            self.held.drain(..self.held.len() - kept);
+            self.skip = kept == 0;
+        }
         match self.state {
             State::Start => {
                 let trimmed = self.held.trim_start();
                 if self.thoughts && trimmed.starts_with(THINK_OPEN) {
                     self.held = trimmed[THINK_OPEN.len()..].to_owned();
-                    self.state = State::Thought;
+                    (self.state, self.skip) = (State::Thought, true);
                     return true;
                 }
                 if self.thoughts && THINK_OPEN.starts_with(trimmed) {
@@ -94,7 +104,8 @@ impl Splitter {
             State::Thought => {
                 if let Some(at) = self.held.find(THINK_CLOSE) {
                     let thought = self.held[..at].trim_end().to_owned();
-                    self.held = self.held[at + THINK_CLOSE.len()..].trim_start().to_owned();
+                    self.held = self.held[at + THINK_CLOSE.len()..].to_owned();
+                    self.skip = true;
                     if !thought.is_empty() {
                         out.push(Piece::Thought(thought));
                     }
@@ -135,7 +146,7 @@ impl Splitter {
                     }
                     None => out.push(Piece::Content(format!("{CALL_OPEN}{inside}{CALL_CLOSE}"))),
                 }
-                self.state = State::Content;
+                (self.state, self.skip) = (State::Content, true);
                 true
             }
         }
@@ -146,10 +157,7 @@ impl Splitter {
         let sure = &self.held[..self.held.len() - keep];
         let sure = if hold_space { sure.trim_end().len() } else { sure.len() };
         let rest = self.held.split_off(sure);
-        let mut text = std::mem::replace(&mut self.held, rest);
-        if self.called > 0 && self.state == State::Content {
-            text = text.trim_start().to_owned();
-        }
+        let text = std::mem::replace(&mut self.held, rest);
         if !text.is_empty() {
             out.push(match self.state {
                 State::Thought => Piece::Thought(text),
@@ -184,7 +192,8 @@ fn parse(inside: &str) -> Option<Piece> {
         let (value, after) = after.split_once("</parameter>")?;
         let value = value.strip_prefix('\n').unwrap_or(value);
         let value = value.strip_suffix('\n').unwrap_or(value);
-        let parsed = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
+        let parsed =
+            serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
         arguments.insert(key.trim().to_owned(), parsed);
         rest = after;
     }
@@ -228,8 +237,10 @@ mod tests {
 
     #[test]
     fn thoughts_content_and_calls_come_apart() {
-        let (thought, content, calls) =
-            all("<think>\nHm < é\n</think>\n\nIt <tool is.\n<tool_call>\n{\"name\": \"a\", \"arguments\": {\"x\": 1}}\n</tool_call>\n<tool_call>\n{\"name\": \"b\"}\n</tool_call>", false);
+        let (thought, content, calls) = all(
+            "<think>\nHm < é\n</think>\n\nIt <tool is.\n<tool_call>\n{\"name\": \"a\", \"arguments\": {\"x\": 1}}\n</tool_call>\n<tool_call>\n{\"name\": \"b\"}\n</tool_call>",
+            false,
+        );
         assert_eq!(thought.trim(), "Hm < é");
         assert_eq!(content, "It <tool is.");
         assert_eq!(calls, [("a".into(), "{\"x\":1}".into()), ("b".into(), "{}".into())]);

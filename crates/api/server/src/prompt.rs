@@ -127,7 +127,11 @@ impl ModelInfo {
             Value::String(text) => {
                 if text.chars().any(|c| (MARKER..MARKER + MARKERS).contains(&(c as u32))) {
                     let plain = |c: char| {
-                        if (MARKER..MARKER + MARKERS).contains(&(c as u32)) { '\u{FFFD}' } else { c }
+                        if (MARKER..MARKER + MARKERS).contains(&(c as u32)) {
+                            '\u{FFFD}'
+                        } else {
+                            c
+                        }
                     };
                     *text = text.chars().map(plain).collect();
                 }
@@ -150,14 +154,17 @@ impl ModelInfo {
         let letters = EncodeOptions { add_special: false, parse_special: false };
         let marker = |c: char| (MARKER..MARKER + MARKERS).contains(&(c as u32));
         let encode = |text: &str, options| {
-            self.tokenizer.encode(text, options).map_err(|e| ApiError::from(ampoule::Error::from(e)))
+            self.tokenizer
+                .encode(text, options)
+                .map_err(|e| ApiError::from(ampoule::Error::from(e)))
         };
         let mut tokens = Vec::new();
         for piece in text.split_inclusive(marker) {
             let last = piece.chars().next_back().filter(|c| marker(*c));
             let plain = &piece[..piece.len() - last.map_or(0, char::len_utf8)];
             tokens.extend(encode(plain, EncodeOptions::TEMPLATE)?);
-            if let Some(special) = last.and_then(|c| self.special.get((c as u32 - MARKER) as usize)) {
+            if let Some(special) = last.and_then(|c| self.special.get((c as u32 - MARKER) as usize))
+            {
                 tokens.extend(encode(special, letters)?);
             }
         }
@@ -203,7 +210,8 @@ impl ModelInfo {
         );
         match out.first_mut() {
             Some(first) if first["role"] == "system" => {
-                let text = format!("{}\n\n{preamble}", first["content"].as_str().unwrap_or_default());
+                let text =
+                    format!("{}\n\n{preamble}", first["content"].as_str().unwrap_or_default());
                 first["content"] = json!(text);
             }
             _ => out.insert(0, json!({ "role": "system", "content": preamble })),
@@ -268,7 +276,8 @@ impl ModelInfo {
     /// last line of the last messages, which is where dates and the like stand.
     pub(crate) fn marks(&self, tokens: &[u32]) -> Vec<u32> {
         let opens = |&id: &u32| {
-            (self.tokenizer.is_special(id) && !self.tokenizer.is_eos(id)) || Some(id) == self.tool_open
+            (self.tokenizer.is_special(id) && !self.tokenizer.is_eos(id))
+                || Some(id) == self.tool_open
         };
         let mut marks: Vec<u32> = tokens
             .iter()
@@ -316,16 +325,27 @@ impl ModelInfo {
             let good = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
             if name.is_empty() || name.len() > 128 || !name.chars().all(good) {
                 let param = function.name("name");
-                return Err(ApiError::param(&param, format!("'{param}' must be letters, digits, _ - . and at most 128")));
+                return Err(ApiError::param(
+                    &param,
+                    format!("'{param}' must be letters, digits, _ - . and at most 128"),
+                ));
             }
             if tools.iter().any(|tool| tool.name == name) {
-                return Err(ApiError::param(function.name("name"), format!("two tools are called '{name}'")));
+                return Err(ApiError::param(
+                    function.name("name"),
+                    format!("two tools are called '{name}'"),
+                ));
             }
             function.text("description", 64 << 10)?;
             function.ignore(&["strict"]);
-            let parameters = function.value("parameters").unwrap_or_else(|| json!({ "type": "object", "properties": {} }));
+            let parameters = function
+                .value("parameters")
+                .unwrap_or_else(|| json!({ "type": "object", "properties": {} }));
             if !parameters.is_object() {
-                return Err(ApiError::param(function.name("parameters"), "'parameters' must be a JSON schema"));
+                return Err(ApiError::param(
+                    function.name("parameters"),
+                    "'parameters' must be a JSON schema",
+                ));
             }
             function.finish()?;
             fields.finish()?;
@@ -368,7 +388,10 @@ pub(crate) fn messages(list: Vec<Value>) -> ApiResult<Vec<Value>> {
         return Err(ApiError::param("messages", "'messages' is empty"));
     }
     if list.len() > MESSAGE_LIMIT {
-        return Err(ApiError::param("messages", format!("there are more than {MESSAGE_LIMIT} messages")));
+        return Err(ApiError::param(
+            "messages",
+            format!("there are more than {MESSAGE_LIMIT} messages"),
+        ));
     }
     let mut names: HashMap<String, String> = HashMap::new();
     let mut out = Vec::with_capacity(list.len());
@@ -387,11 +410,15 @@ fn message(message: Value, path: &str, names: &mut HashMap<String, String>) -> A
         "assistant" => "assistant",
         "tool" => "tool",
         other => {
-            let what = format!("there are system, developer, user, assistant and tool, not '{}'", short(other));
+            let what = format!(
+                "there are system, developer, user, assistant and tool, not '{}'",
+                short(other)
+            );
             return Err(ApiError::param(format!("{path}.role"), what));
         }
     };
-    let content = fields.value("content").map(|c| content_text(c, &format!("{path}.content"))).transpose()?;
+    let content =
+        fields.value("content").map(|c| content_text(c, &format!("{path}.content"))).transpose()?;
     let mut out = Map::new();
     out.insert("role".to_owned(), json!(role));
     let name = fields.text("name", 256)?;
@@ -406,12 +433,17 @@ fn message(message: Value, path: &str, names: &mut HashMap<String, String>) -> A
             if let Some(thoughts) = thoughts.filter(|t| !t.is_empty()) {
                 out.insert("reasoning_content".to_owned(), json!(thoughts));
             }
-            for (at, call) in fields.take::<Vec<Value>>("tool_calls")?.into_iter().flatten().enumerate() {
+            for (at, call) in
+                fields.take::<Vec<Value>>("tool_calls")?.into_iter().flatten().enumerate()
+            {
                 calls.push(tool_call(call, &format!("{path}.tool_calls[{at}]"), names)?);
             }
             if content.is_none() && calls.is_empty() {
                 let param = format!("{path}.content");
-                return Err(ApiError::param(&param, format!("'{param}' is missing, and there are no tool_calls")));
+                return Err(ApiError::param(
+                    &param,
+                    format!("'{param}' is missing, and there are no tool_calls"),
+                ));
             }
         }
         "tool" => {
@@ -424,7 +456,10 @@ fn message(message: Value, path: &str, names: &mut HashMap<String, String>) -> A
         _ => {}
     }
     if role != "assistant" && content.is_none() {
-        return Err(ApiError::param(format!("{path}.content"), format!("'{path}.content' is missing")));
+        return Err(ApiError::param(
+            format!("{path}.content"),
+            format!("'{path}.content' is missing"),
+        ));
     }
     fields.finish()?;
     if let Some(name) = name {
@@ -457,7 +492,9 @@ fn tool_call(call: Value, path: &str, names: &mut HashMap<String, String>) -> Ap
     if let Some(id) = &id {
         names.insert(id.clone(), name.clone());
     }
-    Ok(json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } }))
+    Ok(
+        json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } }),
+    )
 }
 
 /// The text of a content: a string, or parts of text.
@@ -465,7 +502,12 @@ pub(crate) fn content_text(content: Value, path: &str) -> ApiResult<String> {
     let parts = match content {
         Value::String(text) => return Ok(text),
         Value::Array(parts) => parts,
-        _ => return Err(ApiError::param(path, format!("'{path}' must be a text or a list of parts"))),
+        _ => {
+            return Err(ApiError::param(
+                path,
+                format!("'{path}' must be a text or a list of parts"),
+            ));
+        }
     };
     let mut text = String::new();
     for (index, part) in parts.into_iter().enumerate() {
@@ -535,7 +577,7 @@ mod tests {
         assert_eq!(boundaries(&[], 0, 100, None), Vec::<u32>::new());
         assert_eq!(boundaries(&[10, 12, 50], 0, 100, None), [10, 50]);
         assert_eq!(boundaries(&[10, 50], 10, 100, Some(70)), [50, 70]);
-        assert_eq!(boundaries(&[], 0, 900, None), [256, 512]);
+        assert_eq!(boundaries(&[], 0, 900, None), [256, 512, 768]);
         let many: Vec<u32> = (1..500).map(|i| i * 20).collect();
         let some = boundaries(&many, 0, 10_000, None);
         assert!(some.len() < 80 && some.contains(&20) && some.contains(&9980), "{some:?}");

@@ -36,7 +36,18 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     let mut fields = Fields::parse(body)?;
     app.check_model(&mut fields)?;
     let mut echo = Map::new();
-    for name in ["tools", "tool_choice", "text", "metadata", "reasoning", "user", "truncation", "temperature", "top_p", "max_output_tokens"] {
+    for name in [
+        "tools",
+        "tool_choice",
+        "text",
+        "metadata",
+        "reasoning",
+        "user",
+        "truncation",
+        "temperature",
+        "top_p",
+        "max_output_tokens",
+    ] {
         let value = fields.value(name);
         if let Some(value) = &value {
             echo.insert(name.to_owned(), value.clone());
@@ -44,9 +55,13 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
         fields.put(name, value);
     }
     let input = match fields.value("input") {
-        Some(Value::String(text)) => vec![json!({ "type": "message", "role": "user", "content": text })],
+        Some(Value::String(text)) => {
+            vec![json!({ "type": "message", "role": "user", "content": text })]
+        }
         Some(Value::Array(items)) => items,
-        Some(_) => return Err(ApiError::param("input", "'input' must be a text or a list of items")),
+        Some(_) => {
+            return Err(ApiError::param("input", "'input' must be a text or a list of items"));
+        }
         None => return Err(ApiError::param("input", "'input' is missing")),
     };
     let messages = items_to_messages(&input)?;
@@ -72,12 +87,18 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
         return Err(ApiError::unsupported("n", "continue one response several times instead"));
     }
     let mut logprobs = false;
-    for (index, include) in fields.take::<Vec<String>>("include")?.into_iter().flatten().enumerate() {
+    for (index, include) in fields.take::<Vec<String>>("include")?.into_iter().flatten().enumerate()
+    {
         match include.as_str() {
             "message.output_text.logprobs" => logprobs = true,
             // There is nothing to encrypt: reasoning is given as it is.
             "reasoning.encrypted_content" => {}
-            _ => return Err(ApiError::unsupported(format!("include[{index}]"), "there are message.output_text.logprobs and reasoning.encrypted_content")),
+            _ => {
+                return Err(ApiError::unsupported(
+                    format!("include[{index}]"),
+                    "there are message.output_text.logprobs and reasoning.encrypted_content",
+                ));
+            }
         }
     }
     let top = fields.within("top_logprobs", 0..=20_usize)?;
@@ -124,7 +145,12 @@ fn items_to_messages(items: &[Value]) -> ApiResult<Vec<Value>> {
                     "system" | "developer" => "system",
                     "user" => "user",
                     "assistant" => "assistant",
-                    _ => return Err(ApiError::param(format!("{path}.role"), "there are user, assistant, system and developer")),
+                    _ => {
+                        return Err(ApiError::param(
+                            format!("{path}.role"),
+                            "there are user, assistant, system and developer",
+                        ));
+                    }
                 };
                 fields.ignore(&["phase"]);
                 let content = content_text(fields.require("content")?, &format!("{path}.content"))?;
@@ -140,11 +166,14 @@ fn items_to_messages(items: &[Value]) -> ApiResult<Vec<Value>> {
                 let call = json!({ "id": id, "type": "function", "function": { "name": name, "arguments": arguments } });
                 names.insert(id, name);
                 match out.last_mut() {
-                    Some(last) if last["role"] == "assistant" => match last["tool_calls"].as_array_mut() {
-                        Some(calls) => calls.push(call),
-                        None => last["tool_calls"] = json!([call]),
-                    },
-                    _ => out.push(json!({ "role": "assistant", "content": "", "tool_calls": [call] })),
+                    Some(last) if last["role"] == "assistant" => {
+                        match last["tool_calls"].as_array_mut() {
+                            Some(calls) => calls.push(call),
+                            None => last["tool_calls"] = json!([call]),
+                        }
+                    }
+                    _ => out
+                        .push(json!({ "role": "assistant", "content": "", "tool_calls": [call] })),
                 }
             }
             "function_call_output" => {
@@ -158,7 +187,10 @@ fn items_to_messages(items: &[Value]) -> ApiResult<Vec<Value>> {
             }
             "reasoning" => fields.ignore(&["summary", "content", "encrypted_content"]),
             other => {
-                let what = format!("there are message, function_call, function_call_output and reasoning, not '{}'", other.chars().take(64).collect::<String>());
+                let what = format!(
+                    "there are message, function_call, function_call_output and reasoning, not '{}'",
+                    other.chars().take(64).collect::<String>()
+                );
                 return Err(ApiError::unsupported(format!("{path}.type"), &what));
             }
         }
@@ -181,11 +213,14 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     drop(body);
     let previous = match &request.previous {
         None => None,
-        Some(id) => Some((id.clone(), app.vault.response(&caller.key, id).ok_or_else(|| ApiError {
-            code: Some("previous_response_not_found"),
-            param: Some("previous_response_id".to_owned()),
-            ..ApiError::not_found("response")
-        })?)),
+        Some(id) => Some((
+            id.clone(),
+            app.vault.response(&caller.key, id).ok_or_else(|| ApiError {
+                code: Some("previous_response_not_found"),
+                param: Some("previous_response_id".to_owned()),
+                ..ApiError::not_found("response")
+            })?,
+        )),
     };
     let permit = app.place()?;
     let new = std::mem::take(&mut request.conversation.messages);
@@ -228,8 +263,10 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     });
     let (id, with_logprobs) = (new_id("resp_"), request.wanted.logprobs.is_some());
     let body = blank(&app, &id, &request);
-    let generation = app.generate(&caller, permit, request.wanted, start, prompt.tokens, constraint, on_end)?;
-    let keep = request.store.then_some(Keep { key: caller.key, input: request.input, history, ended });
+    let generation =
+        app.generate(&caller, permit, request.wanted, start, prompt.tokens, constraint, on_end)?;
+    let keep =
+        request.store.then_some(Keep { key: caller.key, input: request.input, history, ended });
     let builder = Builder::new(Arc::clone(&app), body, splitter, with_logprobs, generation.arrived);
     if request.stream {
         let (events, response) = sse::response(Arc::clone(&generation.sent));
@@ -292,7 +329,14 @@ impl Keep {
         let mut history = self.history;
         history.push(message);
         let id = body["id"].as_str().unwrap_or_default().to_owned();
-        let stored = StoredResponse::new(self.key, body.clone(), self.input, history, end.end_token, Some(end.capsule.clone()));
+        let stored = StoredResponse::new(
+            self.key,
+            body.clone(),
+            self.input,
+            history,
+            end.end_token,
+            Some(end.capsule.clone()),
+        );
         if app.vault.durable.is_some() {
             let record = json!({
                 "key": to_hex(&stored.key), "body": stored.body, "input": stored.input, "history": stored.history,
@@ -334,7 +378,13 @@ struct Open {
 }
 
 impl Builder {
-    fn new(app: Arc<App>, body: Value, splitter: Splitter, with_logprobs: bool, arrived: std::time::Instant) -> Self {
+    fn new(
+        app: Arc<App>,
+        body: Value,
+        splitter: Splitter,
+        with_logprobs: bool,
+        arrived: std::time::Instant,
+    ) -> Self {
         Self {
             app,
             body,
@@ -388,7 +438,10 @@ impl Builder {
             let index = self.items.len();
             self.emit("response.output_item.added", json!({ "output_index": index, "item": item }));
             let place = self.place(&item);
-            self.emit("response.content_part.added", Self::with(&place, "part", part("", thoughts, &[])));
+            self.emit(
+                "response.content_part.added",
+                Self::with(&place, "part", part("", thoughts, &[])),
+            );
             self.open = Some(Open { item, thoughts, text: String::new() });
         }
         let Some(open) = &mut self.open else { return };
@@ -436,7 +489,10 @@ impl Builder {
         let index = self.items.len();
         self.emit("response.output_item.added", json!({ "output_index": index, "item": item }));
         let place = json!({ "item_id": item["id"], "output_index": index });
-        self.emit("response.function_call_arguments.delta", Self::with(&place, "delta", json!(arguments)));
+        self.emit(
+            "response.function_call_arguments.delta",
+            Self::with(&place, "delta", json!(arguments)),
+        );
         let mut done = Self::with(&place, "arguments", json!(arguments));
         done["name"] = json!(name);
         self.emit("response.function_call_arguments.done", done);
@@ -505,7 +561,9 @@ impl Builder {
         let (mut content, mut calls) = (String::new(), Vec::new());
         for item in &self.items {
             match item["type"].as_str() {
-                Some("message") => content.push_str(item["content"][0]["text"].as_str().unwrap_or_default()),
+                Some("message") => {
+                    content.push_str(item["content"][0]["text"].as_str().unwrap_or_default())
+                }
                 Some("function_call") => {
                     let text = item["arguments"].as_str().unwrap_or_default();
                     let arguments = serde_json::from_str(text).unwrap_or_else(|_| json!(text));
@@ -532,7 +590,11 @@ fn part(text: &str, thoughts: bool, entries: &[Value]) -> Value {
     }
 }
 
-async fn collect(mut builder: Builder, mut generation: Generation, keep: Option<Keep>) -> ApiResult<Value> {
+async fn collect(
+    mut builder: Builder,
+    mut generation: Generation,
+    keep: Option<Keep>,
+) -> ApiResult<Value> {
     while let Some(event) = generation.events.recv().await {
         builder.take(event)?;
         builder.events.clear();
@@ -544,7 +606,12 @@ async fn collect(mut builder: Builder, mut generation: Generation, keep: Option<
     Ok(builder.body)
 }
 
-async fn stream(mut builder: Builder, mut generation: Generation, keep: Option<Keep>, events: Events) {
+async fn stream(
+    mut builder: Builder,
+    mut generation: Generation,
+    keep: Option<Keep>,
+    events: Events,
+) {
     builder.begin();
     let failed = loop {
         for (name, value) in std::mem::take(&mut builder.events) {
@@ -579,11 +646,15 @@ async fn stream(mut builder: Builder, mut generation: Generation, keep: Option<K
         Ok(()) => {
             let whole = builder.body["status"] == "completed";
             let response = builder.body.clone();
-            builder.emit(if whole { "response.completed" } else { "response.incomplete" }, json!({ "response": response }));
+            builder.emit(
+                if whole { "response.completed" } else { "response.incomplete" },
+                json!({ "response": response }),
+            );
         }
         Err(error) => {
             builder.body["status"] = json!("failed");
-            builder.body["error"] = json!({ "code": error.code.unwrap_or("server_error"), "message": error.message });
+            builder.body["error"] =
+                json!({ "code": error.code.unwrap_or("server_error"), "message": error.message });
             let response = builder.body.clone();
             builder.emit("response.failed", json!({ "response": response }));
         }
@@ -596,7 +667,8 @@ async fn stream(mut builder: Builder, mut generation: Generation, keep: Option<K
 }
 
 pub(crate) fn read(app: &App, caller: &Caller, id: &str) -> ApiResult<Response> {
-    let found = app.vault.response(&caller.key, id).ok_or_else(|| ApiError::not_found("response"))?;
+    let found =
+        app.vault.response(&caller.key, id).ok_or_else(|| ApiError::not_found("response"))?;
     Ok(Json(found.body.clone()).into_response())
 }
 
@@ -617,20 +689,33 @@ pub(crate) async fn remove(app: Arc<App>, caller: &Caller, id: String) -> ApiRes
     Ok(Json(json!({ "id": id, "object": "response", "deleted": true })).into_response())
 }
 
-pub(crate) fn input_items(app: &App, caller: &Caller, id: &str, query: &str) -> ApiResult<Response> {
-    let found = app.vault.response(&caller.key, id).ok_or_else(|| ApiError::not_found("response"))?;
+pub(crate) fn input_items(
+    app: &App,
+    caller: &Caller,
+    id: &str,
+    query: &str,
+) -> ApiResult<Response> {
+    let found =
+        app.vault.response(&caller.key, id).ok_or_else(|| ApiError::not_found("response"))?;
     let (mut limit, mut descending, mut after) = (20_usize, true, None);
     for pair in query.split('&').filter(|p| !p.is_empty()) {
         match pair.split_once('=') {
             Some(("limit", n)) => {
-                limit = n.parse().ok().filter(|n| (1..=100).contains(n)).ok_or_else(|| {
-                    ApiError::param("limit", "'limit' must be from 1 to 100")
-                })?;
+                limit = n
+                    .parse()
+                    .ok()
+                    .filter(|n| (1..=100).contains(n))
+                    .ok_or_else(|| ApiError::param("limit", "'limit' must be from 1 to 100"))?;
             }
             Some(("order", "asc")) => descending = false,
             Some(("order", "desc")) => {}
             Some(("after", item)) => after = Some(item.to_owned()),
-            _ => return Err(ApiError::unsupported(pair.chars().take(32).collect::<String>(), "there are limit, order and after")),
+            _ => {
+                return Err(ApiError::unsupported(
+                    pair.chars().take(32).collect::<String>(),
+                    "there are limit, order and after",
+                ));
+            }
         }
     }
     let mut items: Vec<Value> = Vec::new();
@@ -638,9 +723,14 @@ pub(crate) fn input_items(app: &App, caller: &Caller, id: &str, query: &str) -> 
         let mut item = item.clone();
         if let Some(map) = item.as_object_mut() {
             map.entry("type").or_insert(json!("message"));
-            map.entry("id").or_insert(json!(format!("item_{}_{index}", id.trim_start_matches("resp_"))));
+            map.entry("id")
+                .or_insert(json!(format!("item_{}_{index}", id.trim_start_matches("resp_"))));
             if let Some(Value::String(text)) = map.get("content").cloned() {
-                let kind = if map.get("role").is_some_and(|r| r == "assistant") { "output_text" } else { "input_text" };
+                let kind = if map.get("role").is_some_and(|r| r == "assistant") {
+                    "output_text"
+                } else {
+                    "input_text"
+                };
                 map.insert("content".to_owned(), json!([{ "type": kind, "text": text }]));
             }
         }
@@ -651,12 +741,14 @@ pub(crate) fn input_items(app: &App, caller: &Caller, id: &str, query: &str) -> 
     }
     if let Some(after) = after {
         let at = items.iter().position(|i| i["id"] == after.as_str());
-        let at = at.ok_or_else(|| ApiError::param("after", "'after' names no item of this response"))?;
+        let at =
+            at.ok_or_else(|| ApiError::param("after", "'after' names no item of this response"))?;
         items.drain(..=at);
     }
     let more = items.len() > limit;
     items.truncate(limit);
-    let (first, last) = (items.first().map(|i| i["id"].clone()), items.last().map(|i| i["id"].clone()));
+    let (first, last) =
+        (items.first().map(|i| i["id"].clone()), items.last().map(|i| i["id"].clone()));
     Ok(Json(json!({ "object": "list", "data": items, "first_id": first, "last_id": last, "has_more": more })).into_response())
 }
 
@@ -666,7 +758,14 @@ pub(crate) fn bring_back(vault: &Vault, durable: &Durable) {
         let Some(key) = record["key"].as_str().and_then(from_hex) else { continue };
         let list = |name: &str| record[name].as_array().cloned().unwrap_or_default();
         let end = record["end_token"].as_u64().map(|t| t as u32);
-        let stored = StoredResponse::new(key, record["body"].clone(), list("input"), list("history"), end, None);
+        let stored = StoredResponse::new(
+            key,
+            record["body"].clone(),
+            list("input"),
+            list("history"),
+            end,
+            None,
+        );
         vault.add_response(&id, stored);
     }
 }

@@ -88,7 +88,8 @@ pub(crate) fn response(sent: Arc<AtomicU64>) -> (Events, Response) {
     keep_alive.reset();
     let mut response = Response::new(Body::from_stream(EventStream { pieces, keep_alive, sent }));
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     (Events { out }, response)

@@ -41,10 +41,14 @@ pub enum ServeError {
     #[error(transparent)]
     Model(#[from] ampoule::Error),
     /// An encrypted store would keep what users said beside it in the clear.
-    #[error("a store with a key is not supported by serve yet: its records of conversations would not be encrypted")]
+    #[error(
+        "a store with a key is not supported by serve yet: its records of conversations would not be encrypted"
+    )]
     EncryptedStore,
     /// A store that is no folder.
-    #[error("{place}: serve keeps records beside the capsules and needs a folder, not object storage")]
+    #[error(
+        "{place}: serve keeps records beside the capsules and needs a folder, not object storage"
+    )]
     RemoteStore {
         /// The place.
         place: String,
@@ -109,7 +113,8 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
     let relieved = Arc::clone(&vault);
     let relieve = Box::new(move || relieved.relieve());
     let fingerprint = model.engine.fingerprint().digest().to_string();
-    let mut worker = Worker::new(model, config.slots, Arc::clone(&info), Arc::clone(&metrics), relieve)?;
+    let mut worker =
+        Worker::new(model, config.slots, Arc::clone(&info), Arc::clone(&metrics), relieve)?;
     bring_back(&mut worker, &vault, &config.warm)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -210,7 +215,8 @@ fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(),
     crate::native::bring_back(worker, vault, durable);
     for (id, record) in durable.records("boundary") {
         let space = record["space"].as_str().and_then(from_hex);
-        let loaded: ApiResult<Capsule> = durable.capsule(&mut worker.model, "boundary", &id).map_err(Into::into);
+        let loaded: ApiResult<Capsule> =
+            durable.capsule(&mut worker.model, "boundary", &id).map_err(Into::into);
         if let (Some(space), Ok(capsule)) = (space, loaded) {
             let tokens = capsule.tokens();
             worker.cache.keep(&space, &tokens, capsule);

@@ -369,7 +369,9 @@ impl Worker {
 
     /// One of several choices: from the boundary before the first.
     fn begin_choice(&mut self, id: u64, choice: u32) {
-        let Some(capsule) = self.jobs.get(&id).and_then(|shared| shared.asked.clone()) else { return };
+        let Some(capsule) = self.jobs.get(&id).and_then(|shared| shared.asked.clone()) else {
+            return;
+        };
         let Some(slot) = self.slot_for(Some(&capsule)) else { return };
         let started = self.guard(|worker| {
             worker.model.engine.restore(slot, &capsule)?;
@@ -387,7 +389,8 @@ impl Worker {
     fn reply(&mut self, id: u64, choice: u32, slot: SlotId) -> ApiResult<Phase> {
         let shared = self.jobs.get(&id).ok_or_else(ApiError::internal)?;
         let mut params = shared.job.params.clone();
-        params.seed = params.seed.wrapping_add(u64::from(choice).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+        params.seed =
+            params.seed.wrapping_add(u64::from(choice).wrapping_mul(0x9E37_79B9_7F4A_7C15));
         self.model.engine.configure(slot, &params)?;
         let reply = Reply::begin(&mut self.model, slot, &shared.job.reply)?;
         let constraint = shared.job.constraint.clone();
@@ -406,7 +409,8 @@ impl Worker {
     }
 
     fn round(&mut self) {
-        let prompts = self.running.iter().filter(|s| matches!(s.phase, Phase::Prefill { .. })).count();
+        let prompts =
+            self.running.iter().filter(|s| matches!(s.phase, Phase::Prefill { .. })).count();
         self.turn = self.turn.wrapping_add(1);
         let chosen = if prompts == 0 { 0 } else { self.turn % prompts };
         let mut prompt = 0;
@@ -487,7 +491,10 @@ impl Worker {
                 self.cache.keep(&space, &tokens, capsule.clone());
             }
             if choices > 1 && capsule.is_none() {
-                return Err(ApiError::param("n", "there is no memory for the boundary that choices start from"));
+                return Err(ApiError::param(
+                    "n",
+                    "there is no memory for the boundary that choices start from",
+                ));
             }
             if let Some(shared) = self.jobs.get_mut(&sequence.job) {
                 shared.asked = capsule;
@@ -509,7 +516,9 @@ impl Worker {
                     self.metrics.snapshots.add(1);
                     return Ok(Some(capsule));
                 }
-                Err(EngineError::Backend(BackendError::CapsuleBudget { .. } | BackendError::OutOfMemory { .. })) => {
+                Err(EngineError::Backend(
+                    BackendError::CapsuleBudget { .. } | BackendError::OutOfMemory { .. },
+                )) => {
                     if !self.cache.evict() && !(self.relieve)() {
                         tracing::warn!("no room for a boundary; give more memory for capsules");
                         return Ok(None);
@@ -582,9 +591,11 @@ impl Worker {
             self.metrics.cancelled.add(1);
         }
         let on_end = match self.jobs.get_mut(&id) {
-            Some(shared) if choice == 0 => {
-                shared.job.on_end.take().map(|on_end| (on_end, shared.job.sent.clone(), shared.asked.clone()))
-            }
+            Some(shared) if choice == 0 => shared
+                .job
+                .on_end
+                .take()
+                .map(|on_end| (on_end, shared.job.sent.clone(), shared.asked.clone())),
             _ => None,
         };
         if let Some((on_end, sent, asked)) = on_end {
@@ -605,7 +616,8 @@ impl Worker {
                         said.truncate(sent);
                     }
                     let capsule = worker.snapshot(slot)?.ok_or_else(ApiError::internal)?;
-                    let end_token = said.last().copied().filter(|t| worker.info.tokenizer.is_eos(*t));
+                    let end_token =
+                        said.last().copied().filter(|t| worker.info.tokenizer.is_eos(*t));
                     Ok(End { capsule, asked, reply: std::mem::take(&mut said), end_token })
                 }),
             };
@@ -623,7 +635,14 @@ impl Worker {
             shared.left = 0;
         } else if matches!(outcome, Ok(FinishReason::Cancelled)) {
             let finished = Some(FinishReason::Cancelled);
-            let step = Step { choice, token: None, text: String::new(), logprobs: None, finished, at: Instant::now() };
+            let step = Step {
+                choice,
+                token: None,
+                text: String::new(),
+                logprobs: None,
+                finished,
+                at: Instant::now(),
+            };
             let _ = shared.job.out.send(Event::Step(step));
         }
         if shared.left == 0 {
@@ -713,9 +732,8 @@ fn log_probabilities(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
     };
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
     let top = top.min(order.len());
-    let descending = |a: &u32, b: &u32| {
-        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-    };
+    let descending =
+        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     if top > 0 && top < order.len() {
         order.select_nth_unstable_by(top - 1, descending);
     }

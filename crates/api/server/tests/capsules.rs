@@ -6,9 +6,13 @@ use serde_json::{Value, json};
 use support::{config, eventually, get, metric, ok, post, start, start_with};
 
 fn ask(address: std::net::SocketAddr, messages: &[Value], tools: &Value) -> Value {
-    ok(address, "/v1/chat/completions", &json!({
-        "messages": messages, "max_tokens": 24, "temperature": 0, "tools": tools, "logprobs": true, "top_logprobs": 3,
-    }))
+    ok(
+        address,
+        "/v1/chat/completions",
+        &json!({
+            "messages": messages, "max_tokens": 24, "temperature": 0, "tools": tools, "logprobs": true, "top_logprobs": 3,
+        }),
+    )
 }
 
 fn tools() -> Value {
@@ -20,7 +24,12 @@ fn tools() -> Value {
 /// Everything an answer says of its tokens: bit for bit, the logarithms are printed whole.
 fn said(answer: &Value) -> Value {
     let choice = &answer["choices"][0];
-    json!([choice["message"]["content"], choice["message"]["reasoning_content"], choice["logprobs"], choice["finish_reason"]])
+    json!([
+        choice["message"]["content"],
+        choice["message"]["reasoning_content"],
+        choice["logprobs"],
+        choice["finish_reason"]
+    ])
 }
 
 #[test]
@@ -44,19 +53,25 @@ fn twenty_turns_sent_whole_each_time_cost_what_is_new_and_say_what_a_cold_server
         messages.push(json!({ "role": "system", "content": format!("Now: 2026-01-{:02} 10:{:02}", turn + 1, turn * 2) }));
         let tokens = ok(cold.address(), "/tokenize", &json!({ "messages": messages }));
         let tokens: Vec<u64> = serde_json::from_value(tokens["tokens"].clone()).unwrap();
-        let common = |other: &Vec<u64>| other.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
+        let common =
+            |other: &Vec<u64>| other.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
         new += tokens.len() - seen.iter().map(common).max().unwrap_or(0);
         seen.push(tokens);
-        let (a, b) = (ask(warm.address(), &messages, &tools), ask(cold.address(), &messages, &tools));
+        let (a, b) =
+            (ask(warm.address(), &messages, &tools), ask(cold.address(), &messages, &tools));
         assert_eq!(said(&a), said(&b), "turn {turn}");
         assert_eq!(b["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
         read += a["timings"]["prompt_tokens_read"].as_u64().unwrap() as usize;
-        history.push(json!({ "role": "assistant", "content": a["choices"][0]["message"]["content"] }));
+        history
+            .push(json!({ "role": "assistant", "content": a["choices"][0]["message"]["content"] }));
     }
     // The first prompt has the tools before it, which /tokenize does not know of: they are new once.
     let tools_tokens = {
-        let with = ask(cold.address(), &history[..1], &tools)["usage"]["prompt_tokens"].as_u64().unwrap();
-        let without = ask(cold.address(), &history[..1], &json!([]))["usage"]["prompt_tokens"].as_u64().unwrap();
+        let with =
+            ask(cold.address(), &history[..1], &tools)["usage"]["prompt_tokens"].as_u64().unwrap();
+        let without = ask(cold.address(), &history[..1], &json!([]))["usage"]["prompt_tokens"]
+            .as_u64()
+            .unwrap();
         (with - without) as usize
     };
     new += tools_tokens;
@@ -77,7 +92,10 @@ fn a_line_changed_in_the_middle_costs_what_follows_it() {
     assert_eq!(first["timings"]["prompt_tokens_read"], total);
     messages[8] = message(8, "Another");
     let second = ask(server.address(), &messages, &json!([]));
-    let follows = ok(server.address(), "/tokenize", &json!({ "messages": &messages[8..] }))["count"].as_u64().unwrap();
+    let follows =
+        ok(server.address(), "/tokenize", &json!({ "messages": &messages[8..] }))["count"]
+            .as_u64()
+            .unwrap();
     let read = second["timings"]["prompt_tokens_read"].as_u64().unwrap();
     assert!(read <= follows + follows / 8 + 2, "{read} read, {follows} follow the change");
     assert!(read >= follows / 2, "{read} read, {follows} follow the change");
@@ -89,15 +107,23 @@ fn short_prompts_hit_at_the_first_second_sighting_and_stripped_thoughts_cost_lit
     let server = start(config());
     let ask = |messages: Value, thinking: bool| {
         let kwargs = json!({ "enable_thinking": thinking });
-        ok(server.address(), "/v1/chat/completions", &json!({ "messages": messages, "max_tokens": 8, "temperature": 0, "chat_template_kwargs": kwargs }))
+        ok(
+            server.address(),
+            "/v1/chat/completions",
+            &json!({ "messages": messages, "max_tokens": 8, "temperature": 0, "chat_template_kwargs": kwargs }),
+        )
     };
     let one = json!([{ "role": "user", "content": "Hi" }]);
     assert_eq!(ask(one.clone(), false)["usage"]["prompt_tokens_details"]["cached_tokens"], 0);
     let again = ask(one, false);
-    assert_eq!(again["usage"]["prompt_tokens_details"]["cached_tokens"], again["usage"]["prompt_tokens"]);
+    assert_eq!(
+        again["usage"]["prompt_tokens_details"]["cached_tokens"],
+        again["usage"]["prompt_tokens"]
+    );
     // Appended only: everything before is a capsule.
     let longer = json!([{ "role": "user", "content": "Hi" }, { "role": "assistant", "content": "Yes" }, { "role": "user", "content": "So?" }]);
-    let cached = ask(longer, false)["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+    let cached =
+        ask(longer, false)["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
     assert!(cached >= 14, "{cached}");
     // The model thought in its turn; the template leaves thoughts out of history.
     let think = json!([{ "role": "user", "content": "Think of the sea and of ships." }]);
@@ -123,29 +149,49 @@ fn ten_choices_and_ten_branches_read_their_prefix_once() {
     let server = start(config());
     let prompt = "A long story about a harbour. ".repeat(12);
     let before = metric(server.address(), "ampoule_prompt_tokens_read_total");
-    let answer = ok(server.address(), "/v1/chat/completions", &json!({
-        "messages": [{ "role": "user", "content": prompt }], "n": 10, "seed": 5, "max_tokens": 12,
-    }));
+    let answer = ok(
+        server.address(),
+        "/v1/chat/completions",
+        &json!({
+            "messages": [{ "role": "user", "content": prompt }], "n": 10, "seed": 5, "max_tokens": 12,
+        }),
+    );
     let read = metric(server.address(), "ampoule_prompt_tokens_read_total") - before;
     assert_eq!(read, answer["usage"]["prompt_tokens"].as_u64().unwrap());
-    let texts: std::collections::HashSet<&str> =
-        answer["choices"].as_array().unwrap().iter().map(|c| c["message"]["content"].as_str().unwrap()).collect();
+    let texts: std::collections::HashSet<&str> = answer["choices"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|c| c["message"]["content"].as_str().unwrap())
+        .collect();
     assert_eq!(answer["choices"].as_array().unwrap().len(), 10);
     assert!(texts.len() > 5, "{texts:?}");
     // The first of several choices is the only one of a request for one.
-    let one = ok(server.address(), "/v1/chat/completions", &json!({
-        "messages": [{ "role": "user", "content": prompt }], "seed": 5, "max_tokens": 12,
-    }));
+    let one = ok(
+        server.address(),
+        "/v1/chat/completions",
+        &json!({
+            "messages": [{ "role": "user", "content": prompt }], "seed": 5, "max_tokens": 12,
+        }),
+    );
     assert_eq!(one["choices"][0]["message"], answer["choices"][0]["message"]);
 
-    let root = ok(server.address(), "/v1/responses", &json!({ "input": prompt, "max_output_tokens": 8, "temperature": 0 }));
+    let root = ok(
+        server.address(),
+        "/v1/responses",
+        &json!({ "input": prompt, "max_output_tokens": 8, "temperature": 0 }),
+    );
     let before = metric(server.address(), "ampoule_prompt_tokens_read_total");
     let mut new = 0;
     for branch in 0..10 {
         let input = format!("Branch {branch}?");
-        let answer = ok(server.address(), "/v1/responses", &json!({
-            "input": input, "previous_response_id": root["id"], "max_output_tokens": 8, "temperature": 0,
-        }));
+        let answer = ok(
+            server.address(),
+            "/v1/responses",
+            &json!({
+                "input": input, "previous_response_id": root["id"], "max_output_tokens": 8, "temperature": 0,
+            }),
+        );
         let usage = &answer["usage"];
         let cached = usage["input_tokens_details"]["cached_tokens"].as_u64().unwrap();
         let so_far = root["usage"]["total_tokens"].as_u64().unwrap();
@@ -165,7 +211,13 @@ fn keys_and_cache_keys_share_nothing() {
     let ask = |key: &str, cache_key: Option<&str>| {
         let body = json!({ "messages": [{ "role": "user", "content": "The same words of both." }], "max_tokens": 2, "prompt_cache_key": cache_key });
         let more = format!("authorization: Bearer {key}\r\n");
-        let answer = support::request(server.address(), "POST", "/v1/chat/completions", &body.to_string(), &more);
+        let answer = support::request(
+            server.address(),
+            "POST",
+            "/v1/chat/completions",
+            &body.to_string(),
+            &more,
+        );
         assert_eq!(answer.status, 200);
         answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
     };
@@ -176,11 +228,24 @@ fn keys_and_cache_keys_share_nothing() {
     assert!(ask(keys[0], Some("a")) > 0);
     let refused = post(server.address(), "/v1/chat/completions", &json!({}));
     assert_eq!(refused.status, 401);
-    let wrong = support::request(server.address(), "GET", "/v1/models", "", "authorization: Bearer key-of-alicE\r\n");
+    let wrong = support::request(
+        server.address(),
+        "GET",
+        "/v1/models",
+        "",
+        "authorization: Bearer key-of-alicE\r\n",
+    );
     assert_eq!(wrong.status, 401);
     // Nobody sees another's response or session.
     let more = |key: &str| format!("authorization: Bearer {key}\r\n");
-    let made = support::request(server.address(), "POST", "/v1/responses", &json!({ "input": "Hi", "max_output_tokens": 2 }).to_string(), &more(keys[0])).json();
+    let made = support::request(
+        server.address(),
+        "POST",
+        "/v1/responses",
+        &json!({ "input": "Hi", "max_output_tokens": 2 }).to_string(),
+        &more(keys[0]),
+    )
+    .json();
     let path = format!("/v1/responses/{}", made["id"].as_str().unwrap());
     assert_eq!(support::request(server.address(), "GET", &path, "", &more(keys[0])).status, 200);
     assert_eq!(support::request(server.address(), "GET", &path, "", &more(keys[1])).status, 404);
@@ -190,11 +255,15 @@ fn keys_and_cache_keys_share_nothing() {
 
 #[test]
 fn a_budget_that_is_full_changes_no_answer() {
-    let (small, large) = (start_with(config(), 2048, 200 << 10), start_with(config(), 2048, 1 << 30));
+    let (small, large) =
+        (start_with(config(), 2048, 200 << 10), start_with(config(), 2048, 1 << 30));
     for round in 0..12 {
         let messages = json!([{ "role": "user", "content": format!("Round {}. {}", round % 5, "word ".repeat(40 + round)) }]);
         let body = json!({ "messages": messages, "max_tokens": 8, "temperature": 0 });
-        let (a, b) = (ok(small.address(), "/v1/chat/completions", &body), ok(large.address(), "/v1/chat/completions", &body));
+        let (a, b) = (
+            ok(small.address(), "/v1/chat/completions", &body),
+            ok(large.address(), "/v1/chat/completions", &body),
+        );
         assert_eq!(a["choices"], b["choices"]);
     }
     assert!(metric(small.address(), "ampoule_capsule_evictions_total") > 0);

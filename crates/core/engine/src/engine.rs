@@ -595,8 +595,7 @@ impl Engine {
     ) -> Result<Option<Vec<u8>>, EngineError> {
         self.slot(slot)?;
         let regions = ampoule_backend::fixed_regions(&self.model);
-        let Some(region) =
-            regions.into_iter().find(|r| self.model.buffer(r.buffer).name == name)
+        let Some(region) = regions.into_iter().find(|r| self.model.buffer(r.buffer).name == name)
         else {
             return Ok(None);
         };

@@ -24,7 +24,10 @@ fn keys(args: &ServeArgs) -> anyhow::Result<Vec<[u8; 32]>> {
     let given = args.api_key_file.is_some() || std::env::var_os(KEYS_VARIABLE).is_some();
     let keys: Vec<&str> =
         text.split([',', '\n']).map(str::trim).filter(|k| !k.is_empty()).collect();
-    ensure!(!given || !keys.is_empty(), "there are no API keys where they should be: nobody could ask");
+    ensure!(
+        !given || !keys.is_empty(),
+        "there are no API keys where they should be: nobody could ask"
+    );
     ensure!(keys.iter().all(|k| k.len() >= 8), "an API key has fewer than 8 characters");
     Ok(keys.into_iter().map(key_digest).collect())
 }
@@ -43,7 +46,9 @@ fn name(model: &ModelRef) -> String {
 pub(crate) fn run(args: &ServeArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let keys = keys(args)?;
     if keys.is_empty() && !args.host.is_loopback() {
-        output::note("there are no API keys: whoever reaches this address may use it; set AMPOULE_API_KEYS");
+        output::note(
+            "there are no API keys: whoever reaches this address may use it; set AMPOULE_API_KEYS",
+        );
     }
     let store = match &args.store.store {
         Some(place) => Some((place.clone(), super::store::options(&args.store)?)),
@@ -75,7 +80,8 @@ pub(crate) fn run(args: &ServeArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     if let Some(path) = &args.port_file {
         ampoule::write_atomically(path, |out| {
             let text = format!("{address}\n");
-            let failed = |source| ampoule::Error::Io { path: path.clone(), action: "write", source };
+            let failed =
+                |source| ampoule::Error::Io { path: path.clone(), action: "write", source };
             out.write_all(text.as_bytes()).map_err(failed)
         })?;
     }

@@ -31,7 +31,11 @@ pub(crate) fn start_with(config: Config, context: usize, capsule_bytes: usize) -
         device: Device::Cpu,
         threads: 1,
         context,
-        engine: EngineOptions { slots: config.slots + 1, capsule_bytes, ..EngineOptions::default() },
+        engine: EngineOptions {
+            slots: config.slots + 1,
+            capsule_bytes,
+            ..EngineOptions::default()
+        },
         ..LoadOptions::default()
     };
     let model = Ampoule::load(TINY, &options, &mut |_, _| {}).unwrap();
@@ -83,7 +87,9 @@ pub(crate) fn open(address: SocketAddr) -> TcpStream {
 }
 
 pub(crate) fn head(method: &str, path: &str, length: usize, more: &str) -> String {
-    format!("{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\nconnection: close\r\n{more}\r\n")
+    format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\nconnection: close\r\n{more}\r\n"
+    )
 }
 
 /// Sends bytes as they are and reads the answer.
@@ -133,7 +139,13 @@ pub(crate) fn answer(stream: TcpStream) -> Answer {
     Answer { status, headers, body }
 }
 
-pub(crate) fn request(address: SocketAddr, method: &str, path: &str, body: &str, more: &str) -> Answer {
+pub(crate) fn request(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    body: &str,
+    more: &str,
+) -> Answer {
     let head = head(method, path, body.len(), more);
     raw(address, format!("{head}{body}").as_bytes())
 }
