@@ -25,18 +25,19 @@ struct Boundary {
     used: u64,
 }
 
-#[derive(Default)]
 struct Trie {
     nodes: Vec<Option<Node>>,
     vacant: Vec<usize>,
 }
 
-impl Trie {
-    fn new() -> Self {
+impl Default for Trie {
+    fn default() -> Self {
         let root = Node { parent: 0, edge: Vec::new(), children: HashMap::new(), boundary: None };
         Self { nodes: vec![Some(root)], vacant: Vec::new() }
     }
+}
 
+impl Trie {
     fn node(&self, index: usize) -> &Node {
         self.nodes[index].as_ref().expect("indices of a trie are of its nodes")
     }
@@ -166,7 +167,7 @@ impl Cache {
 
     /// Keeps a boundary whose tokens are `tokens`. One that is there already stays.
     pub(crate) fn keep(&mut self, space: &Space, tokens: &[u32], capsule: Capsule) {
-        let trie = self.spaces.entry(*space).or_insert_with(Trie::new);
+        let trie = self.spaces.entry(*space).or_default();
         let index = trie.insert(tokens);
         let node = trie.node_mut(index);
         if node.boundary.is_none() {

@@ -288,7 +288,7 @@ struct Head {
 }
 
 impl Head {
-    fn object(&self, kind: &str, choices: Value) -> Value {
+    fn object(&self, kind: &str, choices: &Value) -> Value {
         json!({
             "id": self.id, "object": kind, "created": self.created, "model": self.app.info.name,
             "system_fingerprint": self.app.fingerprint, "choices": choices,
@@ -404,7 +404,7 @@ async fn collect(
             json!({ "index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.finish })
         })
         .collect();
-    let mut object = head.object("chat.completion", Value::Array(list));
+    let mut object = head.object("chat.completion", &Value::Array(list));
     object["usage"] = tally.usage();
     object["timings"] = tally.timings();
     Ok(Json(object).into_response())
@@ -422,7 +422,7 @@ fn stream(
     let run = async move {
         let chunk = |index: u32, delta: Value, logprobs: Value, finish: Option<&str>| {
             let choice = json!({ "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish });
-            let mut object = head.object("chat.completion.chunk", json!([choice]));
+            let mut object = head.object("chat.completion.chunk", &json!([choice]));
             if usage {
                 object["usage"] = Value::Null;
             }
@@ -500,7 +500,7 @@ fn stream(
             return;
         }
         if usage {
-            let mut object = head.object("chat.completion.chunk", json!([]));
+            let mut object = head.object("chat.completion.chunk", &json!([]));
             object["usage"] = tally.usage();
             object["timings"] = tally.timings();
             events.data(&object, tally.generated as u64).await;

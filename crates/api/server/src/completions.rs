@@ -99,7 +99,7 @@ struct Head {
 }
 
 impl Head {
-    fn object(&self, choices: Value) -> Value {
+    fn object(&self, choices: &Value) -> Value {
         json!({
             "id": self.id, "object": "text_completion", "created": self.created, "model": self.app.info.name,
             "system_fingerprint": self.app.fingerprint, "choices": choices,
@@ -175,7 +175,7 @@ async fn collect(
             json!({ "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish })
         })
         .collect();
-    let mut object = head.object(Value::Array(list));
+    let mut object = head.object(&Value::Array(list));
     object["usage"] = tally.usage();
     object["timings"] = tally.timings();
     Ok(Json(object).into_response())
@@ -197,7 +197,7 @@ fn streamed(
         if !echoed.is_empty() {
             for index in 0..count {
                 let choice = json!({ "index": index, "text": echoed, "logprobs": null, "finish_reason": null });
-                events.data(&head.object(json!([choice])), 0).await;
+                events.data(&head.object(&json!([choice])), 0).await;
             }
         }
         loop {
@@ -231,7 +231,7 @@ fn streamed(
             }
             let logprobs = if with_logprobs { lists.take() } else { Value::Null };
             let choice = json!({ "index": step.choice, "text": step.text, "logprobs": logprobs, "finish_reason": finish });
-            if !events.data(&head.object(json!([choice])), tally.generated as u64).await {
+            if !events.data(&head.object(&json!([choice])), tally.generated as u64).await {
                 return;
             }
         }
@@ -240,7 +240,7 @@ fn streamed(
             return;
         }
         if usage {
-            let mut object = head.object(json!([]));
+            let mut object = head.object(&json!([]));
             object["usage"] = tally.usage();
             object["timings"] = tally.timings();
             events.data(&object, 0).await;
@@ -273,8 +273,8 @@ pub(crate) async fn tokenize(app: Arc<App>, body: Body) -> ApiResult<Response> {
         .into_response())
 }
 
-pub(crate) async fn detokenize(app: Arc<App>, body: Body) -> ApiResult<Response> {
-    let mut fields = Fields::parse(&body)?;
+pub(crate) fn detokenize(app: &App, body: &Body) -> ApiResult<Response> {
+    let mut fields = Fields::parse(body)?;
     app.check_model(&mut fields)?;
     let tokens: Vec<u32> = fields.require("tokens")?;
     fields.finish()?;

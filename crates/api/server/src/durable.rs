@@ -89,11 +89,11 @@ impl Durable {
         let Ok(entries) = std::fs::read_dir(&self.folder) else { return Vec::new() };
         let mut out = Vec::new();
         for entry in entries.flatten() {
-            let name = entry.file_name();
-            let ours = name
-                .to_str()
-                .is_some_and(|n| n.starts_with(&format!("{kind}-")) && n.ends_with(".json"));
-            if !ours || entry.metadata().map_or(true, |m| m.len() > RECORD_LIMIT) {
+            let path = entry.path();
+            let stem = path.file_stem().and_then(|stem| stem.to_str());
+            let ours = stem.is_some_and(|stem| stem.starts_with(&format!("{kind}-")))
+                && path.extension().is_some_and(|ending| ending == "json");
+            if !ours || entry.metadata().is_ok_and(|m| m.len() > RECORD_LIMIT) {
                 continue;
             }
             let text = std::fs::read(entry.path()).ok();

@@ -1,5 +1,6 @@
 //! Replies that must follow a grammar: JSON of a schema, or calls of tools.
 
+use std::fmt::Write;
 use std::sync::Arc;
 
 use ampoule::{TokenKind, Tokenizer};
@@ -101,15 +102,15 @@ impl Grammars {
                 "start: one (\"\\n\" one)*\none: \"<tool_call>\\n\" call \"\\n</tool_call>\"\n"
             }
         });
-        lark.push_str(&format!("call: {any}\n"));
+        let _ = writeln!(lark, "call: {any}");
         for (name, (tool, schema)) in names.iter().zip(tools) {
             let schema = styled(schema, "tools")?;
             // As a JSON text inside a string of the grammar.
             let head =
                 serde_json::to_string(&format!("{{\"name\": {}, \"arguments\": ", json!(tool)))
                     .map_err(|_| ApiError::internal())?;
-            lark.push_str(&format!("{name}: {head} {name}_arguments \"}}\"\n"));
-            lark.push_str(&format!("{name}_arguments: %json {schema}\n"));
+            let _ = writeln!(lark, "{name}: {head} {name}_arguments \"}}\"");
+            let _ = writeln!(lark, "{name}_arguments: %json {schema}");
         }
         self.compile(TopLevelGrammar::from_lark(lark), "tools", trigger)
     }

@@ -242,7 +242,7 @@ async fn tokenize(State(app): AppState, request: Request) -> ApiResult<Response>
 
 async fn detokenize(State(app): AppState, request: Request) -> ApiResult<Response> {
     let body = body(&app, request).await?;
-    completions::detokenize(app, body).await
+    completions::detokenize(&app, &body)
 }
 
 async fn read_response(

@@ -249,7 +249,7 @@ fn commit(busy: Arc<Busy>, info: Arc<ModelInfo>, input: Input, kind: &'static st
                     .messages
                     .push(json!({ "role": "assistant", "content": info.tokenizer.decode(&words) }));
             }
-            add_mark(&mut state, kind, end.capsule, end.end_token);
+            add_mark(&mut state, kind, end.capsule, end.eos);
         }
         // After the state has changed others may work on it.
         drop(busy);

@@ -1,6 +1,7 @@
 //! From messages to tokens: what the model's own template makes of them, and where boundaries are worth taking.
 
 use std::collections::HashMap;
+use std::fmt::Write;
 use std::sync::Arc;
 
 use ampoule::{Ampoule, ChatTemplate, EncodeOptions, TokenKind, Tokenizer};
@@ -180,7 +181,9 @@ impl ModelInfo {
     ) -> ApiResult<String> {
         let template = self.template.as_ref().ok_or(ampoule::Error::NoChatTemplate)?;
         let (mut messages, tools) = self.adapt(messages, tools);
-        messages.iter_mut().for_each(|message| self.guard(message));
+        for message in &mut messages {
+            self.guard(message);
+        }
         let tools = (!tools.is_empty()).then(|| {
             let mut shown = Value::Array(tools);
             self.guard(&mut shown);
@@ -371,10 +374,11 @@ fn plain_calls(message: &mut Value) {
         if !text.is_empty() {
             text.push('\n');
         }
-        text.push_str(&format!(
+        let _ = write!(
+            text,
             "<tool_call>\n{{\"name\": {}, \"arguments\": {}}}\n</tool_call>",
             function["name"], function["arguments"]
-        ));
+        );
     }
     message["content"] = json!(text);
     if let Some(map) = message.as_object_mut() {

@@ -334,7 +334,7 @@ impl Keep {
             body.clone(),
             self.input,
             history,
-            end.end_token,
+            end.eos,
             Some(end.capsule.clone()),
         );
         if app.vault.durable.is_some() {
@@ -475,9 +475,9 @@ impl Builder {
     }
 
     fn finish_item(&mut self, item: Value) {
-        let index = self.items.len();
-        self.items.push(item.clone());
-        self.emit("response.output_item.done", json!({ "output_index": index, "item": item }));
+        let done = json!({ "output_index": self.items.len(), "item": item });
+        self.items.push(item);
+        self.emit("response.output_item.done", done);
     }
 
     fn call(&mut self, name: &str, arguments: &str) {
@@ -562,7 +562,7 @@ impl Builder {
         for item in &self.items {
             match item["type"].as_str() {
                 Some("message") => {
-                    content.push_str(item["content"][0]["text"].as_str().unwrap_or_default())
+                    content.push_str(item["content"][0]["text"].as_str().unwrap_or_default());
                 }
                 Some("function_call") => {
                     let text = item["arguments"].as_str().unwrap_or_default();

@@ -53,7 +53,7 @@ pub(crate) struct End {
     /// The tokens of the reply that were delivered and are in the state.
     pub reply: Vec<u32>,
     /// The end token, if the reply ended with one.
-    pub end_token: Option<u32>,
+    pub eos: Option<u32>,
 }
 
 /// A request for replies.
@@ -132,7 +132,7 @@ struct Shared {
 
 enum Phase {
     Prefill { at: usize, stops: VecDeque<u32>, started: Instant },
-    Decode { reply: Reply, constraint: Option<Constraint>, said: Vec<u32>, last: Instant },
+    Decode { reply: Box<Reply>, constraint: Option<Box<Constraint>>, said: Vec<u32>, last: Instant },
 }
 
 struct Sequence {
@@ -240,7 +240,7 @@ impl Worker {
 
     fn end(mut self) -> Self {
         for sequence in std::mem::take(&mut self.running) {
-            self.stop(sequence, Err(ApiError::stopping()));
+            self.stop(sequence, &Err(ApiError::stopping()));
         }
         for (_, queue) in std::mem::take(&mut self.queues) {
             for job in queue {
@@ -329,10 +329,11 @@ impl Worker {
         };
         let start = Instant::now();
         let ready = self.guard(|worker| {
-            Ok(match &capsule {
+            match &capsule {
                 Some(capsule) => worker.model.engine.restore(slot, capsule)?,
                 None => worker.model.engine.reset(slot)?,
-            })
+            }
+            Ok(())
         });
         let restore = start.elapsed();
         if capsule.is_some() {
@@ -363,7 +364,7 @@ impl Worker {
         let sequence = Sequence { job: id, choice: 0, slot, phase };
         match ready {
             Ok(()) => self.running.push(sequence),
-            Err(error) => self.stop(sequence, Err(error)),
+            Err(error) => self.stop(sequence, &Err(error)),
         }
     }
 
@@ -381,7 +382,7 @@ impl Worker {
         let dummy = Phase::Prefill { at: 0, stops: VecDeque::new(), started: Instant::now() };
         match started {
             Ok(phase) => self.running.push(Sequence { job: id, choice, slot, phase }),
-            Err(error) => self.stop(Sequence { job: id, choice, slot, phase: dummy }, Err(error)),
+            Err(error) => self.stop(Sequence { job: id, choice, slot, phase: dummy }, &Err(error)),
         }
     }
 
@@ -392,8 +393,8 @@ impl Worker {
         params.seed =
             params.seed.wrapping_add(u64::from(choice).wrapping_mul(0x9E37_79B9_7F4A_7C15));
         self.model.engine.configure(slot, &params)?;
-        let reply = Reply::begin(&mut self.model, slot, &shared.job.reply)?;
-        let constraint = shared.job.constraint.clone();
+        let reply = Box::new(Reply::begin(&mut self.model, slot, &shared.job.reply)?);
+        let constraint = shared.job.constraint.clone().map(Box::new);
         Ok(Phase::Decode { reply, constraint, said: Vec::new(), last: Instant::now() })
     }
 
@@ -430,8 +431,8 @@ impl Worker {
             };
             match outcome {
                 Ok(None) => self.running.push(sequence),
-                Ok(Some(reason)) => self.stop(sequence, Ok(reason)),
-                Err(error) => self.stop(sequence, Err(error)),
+                Ok(Some(reason)) => self.stop(sequence, &Ok(reason)),
+                Err(error) => self.stop(sequence, &Err(error)),
             }
         }
     }
@@ -540,7 +541,7 @@ impl Worker {
             Some(_) => Some(self.model.engine.logits(sequence.slot)?),
             None => None,
         };
-        let mask = constraint.as_mut().map(Constraint::mask).transpose()?.flatten();
+        let mask = constraint.as_mut().map(|constraint| constraint.mask()).transpose()?.flatten();
         let step = match &mask {
             Some(mask) => reply.step_where(&mut self.model, &|token| mask.is_allowed(token))?,
             None => reply.step(&mut self.model)?,
@@ -577,7 +578,7 @@ impl Worker {
     }
 
     /// Ends a sequence, gives its slot back and tells whoever waits.
-    fn stop(&mut self, sequence: Sequence, outcome: ApiResult<FinishReason>) {
+    fn stop(&mut self, sequence: Sequence, outcome: &ApiResult<FinishReason>) {
         let Sequence { job: id, choice, slot, phase } = sequence;
         let mut said = match phase {
             Phase::Decode { said, .. } => said,
@@ -616,9 +617,8 @@ impl Worker {
                         said.truncate(sent);
                     }
                     let capsule = worker.snapshot(slot)?.ok_or_else(ApiError::internal)?;
-                    let end_token =
-                        said.last().copied().filter(|t| worker.info.tokenizer.is_eos(*t));
-                    Ok(End { capsule, asked, reply: std::mem::take(&mut said), end_token })
+                    let eos = said.last().copied().filter(|t| worker.info.tokenizer.is_eos(*t));
+                    Ok(End { capsule, asked, reply: std::mem::take(&mut said), eos })
                 }),
             };
             if catch_unwind(AssertUnwindSafe(|| on_end(end))).is_err() {

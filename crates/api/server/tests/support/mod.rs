@@ -68,7 +68,7 @@ impl Answer {
             let mut name = String::new();
             for line in block.lines() {
                 if let Some(event) = line.strip_prefix("event: ") {
-                    name = event.to_owned();
+                    event.clone_into(&mut name);
                 } else if let Some(data) = line.strip_prefix("data: ")
                     && data != "[DONE]"
                 {
