@@ -84,7 +84,7 @@ fn twenty_turns_sent_whole_each_time_cost_what_is_new_and_say_what_a_cold_server
 #[test]
 fn a_line_changed_in_the_middle_costs_what_follows_it() {
     let server = start(config());
-    let message = |n: usize, text: &str| json!({ "role": if n % 2 == 0 { "user" } else { "assistant" }, "content": format!("{text} {n}. {}", "Some words follow. ".repeat(6)) });
+    let message = |n: usize, text: &str| json!({ "role": if n.is_multiple_of(2) { "user" } else { "assistant" }, "content": format!("{text} {n}. {}", "Some words follow. ".repeat(6)) });
     let mut messages: Vec<Value> = (0..12).map(|n| message(n, "Message")).collect();
     messages.push(json!({ "role": "user", "content": "And?" }));
     let first = ask(server.address(), &messages, &json!([]));
