@@ -89,6 +89,7 @@ fn session_object(id: &str, session: &Session) -> Value {
         "id": id, "object": "session", "created_at": session.created, "parent": session.parent,
         "position": state.capsule().map_or(0, Capsule::position), "busy": state.busy,
         "messages": state.messages.len(), "boundaries": marks,
+        "reply_tokens": state.reply.as_ref().map(|reply| reply.tokens.len()),
     })
 }
 

@@ -272,3 +272,35 @@ fn a_budget_that_is_full_changes_no_answer() {
     small.stop().unwrap();
     large.stop().unwrap();
 }
+
+#[test]
+fn a_reply_that_comes_back_in_a_prompt_is_not_read_and_changes_nothing() {
+    let warm = start(config());
+    let cold = start(ampoule_server::Config { caching: false, ..config() });
+    let at = warm.address();
+    let tokens =
+        ok(at, "/tokenize", &json!({ "prompt": "A harbour at night, and " }))["tokens"].clone();
+    let mut prompt: Vec<u64> = serde_json::from_value(tokens).unwrap();
+    let complete = |address, prompt: &[u64]| {
+        let body = json!({ "prompt": prompt, "max_tokens": 30, "temperature": 0, "ignore_eos": true, "logprobs": 5 });
+        ok(address, "/v1/completions", &body)
+    };
+    for _ in 0..4 {
+        let (a, b) = (complete(at, &prompt), complete(cold.address(), &prompt));
+        assert_eq!(a["choices"], b["choices"]);
+        // The same tokens, for completions do not tell ids.
+        let session = ok(at, "/v1/sessions", &json!({}))["id"].as_str().unwrap().to_owned();
+        ok(at, &format!("/v1/sessions/{session}/append"), &json!({ "tokens": prompt }));
+        let greedy = json!({ "max_tokens": 30, "temperature": 0, "ignore_eos": true });
+        let said = ok(at, &format!("/v1/sessions/{session}/generate"), &greedy)["tokens"].clone();
+        prompt.extend(serde_json::from_value::<Vec<u64>>(said).unwrap());
+        let before = prompt.len() as u64;
+        prompt.extend([5, 6, 7]);
+        let (a, b) = (complete(at, &prompt), complete(cold.address(), &prompt));
+        assert_eq!(a["choices"], b["choices"], "bit for bit: the logarithms are whole");
+        // The CPU's decode leaves what its prefill leaves, so the reply need not be read.
+        assert_eq!(a["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64(), Some(before));
+    }
+    warm.stop().unwrap();
+    cold.stop().unwrap();
+}

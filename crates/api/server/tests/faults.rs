@@ -206,6 +206,8 @@ fn a_session_stands_where_its_client_went_away() {
     let received = String::from_utf8_lossy(&got).matches("event: delta").count() as u64;
     assert!(position >= start_at + received, "{position}: {received} were received");
     assert!(position < start_at + 3000, "what nobody got was taken back");
+    let kept = state()["reply_tokens"].as_u64().unwrap();
+    assert_eq!(position, start_at + kept, "the state is that of the tokens that went out");
     // It goes on exactly as a session that was only ever asked for so much.
     let twin = ok(at, "/v1/sessions", &json!({}))["id"].as_str().unwrap().to_owned();
     ok(at, &format!("/v1/sessions/{twin}/append"), &json!({ "text": "Once upon a time" }));
