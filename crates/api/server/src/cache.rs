@@ -167,6 +167,7 @@ impl Cache {
 
     /// Keeps a boundary whose tokens are `tokens`. One that is there already stays.
     pub(crate) fn keep(&mut self, space: &Space, tokens: &[u32], capsule: Capsule) {
+        debug_assert!(capsule.tokens() == tokens, "a boundary is found by its own tokens");
         let trie = self.spaces.entry(*space).or_default();
         let index = trie.insert(tokens);
         let node = trie.node_mut(index);
