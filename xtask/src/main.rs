@@ -36,7 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "ampoule-store",
         ],
     ),
-    ("ampoule-cli", &["ampoule"]),
+    ("ampoule-cli", &["ampoule", "ampoule-server"]),
     ("ampoule-server", &["ampoule"]),
     (
         "ampoule-conformance",

@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use ampoule_plan::{
-    BufferId, BufferTable, DType, Model, RandomFill, Sealed, WeightError, WeightSource,
+    Buffer, BufferId, BufferTable, DType, Model, RandomFill, Role, Sealed, WeightError,
+    WeightSource,
 };
 use ampoule_reference::{load_elements, store_elements};
 

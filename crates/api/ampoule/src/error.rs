@@ -46,6 +46,12 @@ pub enum Error {
     /// The model has no tokenizer.
     #[error("this model has no tokenizer, so text cannot be read; give token ids instead")]
     NoTokenizer,
+    /// A constraint leaves no token to draw.
+    #[error("no token is allowed after position {position}: the constraint cannot be met")]
+    NothingAllowed {
+        /// Where the reply stands.
+        position: u32,
+    },
     /// The model has no chat template.
     #[error("this model has no chat template; use plain prompts instead")]
     NoChatTemplate,

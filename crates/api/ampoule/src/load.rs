@@ -253,7 +253,7 @@ impl Ampoule {
         let plan = (0..plans.len())
             .filter(|&i| plans[i].key.phase == Phase::Decode && plans[i].key.context > position)
             .min_by_key(|&i| plans[i].key.context)
-            .ok_or_else(|| BackendError::NoSuchPlan { plan: position, plans: plans.len() })?;
+            .ok_or(BackendError::NoSuchPlan { plan: position, plans: plans.len() })?;
         let load = BackendOptions { slots: 1, capsule_bytes: 0 };
         let mut program =
             backend.load(Arc::clone(&built.sealed), &built.weights, load, &mut |_, _| {})?;
@@ -283,6 +283,20 @@ impl Ampoule {
     /// to be told.
     pub fn gpu_fault(&self) -> Option<&str> {
         self.fallback.as_ref().filter(|f| !f.no_driver).map(|f| f.reason.as_str())
+    }
+
+    /// Gives a model without a tokenizer the one of [`Tokenizer::stand_in`], so that it takes text. A model that has one
+    /// keeps it.
+    ///
+    /// # Errors
+    /// If its vocabulary is too small.
+    pub fn with_stand_in_tokenizer(mut self) -> Result<Self, Error> {
+        if self.tokenizer.is_none() {
+            let tokenizer = Tokenizer::stand_in(self.engine.vocabulary())?;
+            self.template = tokenizer.chat_template().map(ChatTemplate::new).transpose()?;
+            self.tokenizer = Some(Arc::new(tokenizer));
+        }
+        Ok(self)
     }
 
     /// What the model calls itself.

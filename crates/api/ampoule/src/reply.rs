@@ -79,6 +79,26 @@ impl Reply {
     /// # Errors
     /// If the device fails or the slot has read nothing.
     pub fn step(&mut self, model: &mut Ampoule) -> Result<Option<ReplyStep>, Error> {
+        self.step_with(model, |model, slot| Ok(model.engine.step(slot)?))
+    }
+
+    /// As [`Reply::step`], with only the tokens that `allowed` holds for; see [`Ampoule::step_where`].
+    ///
+    /// # Errors
+    /// As [`Ampoule::step_where`].
+    pub fn step_where(
+        &mut self,
+        model: &mut Ampoule,
+        allowed: &dyn Fn(u32) -> bool,
+    ) -> Result<Option<ReplyStep>, Error> {
+        self.step_with(model, |model, slot| model.step_where(slot, allowed))
+    }
+
+    fn step_with(
+        &mut self,
+        model: &mut Ampoule,
+        draw: impl FnOnce(&mut Ampoule, SlotId) -> Result<u32, Error>,
+    ) -> Result<Option<ReplyStep>, Error> {
         if self.done {
             return Ok(None);
         }
@@ -87,7 +107,7 @@ impl Reply {
         } else if model.engine.position(self.slot)? as usize >= model.engine.context() {
             (None, Some(FinishReason::Context))
         } else {
-            (Some(model.engine.step(self.slot)?), None)
+            (Some(draw(model, self.slot)?), None)
         };
         self.generated += usize::from(token.is_some());
         let mut text = String::new();

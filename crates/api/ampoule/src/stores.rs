@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use ampoule_engine::{Capsule, ChainScope, NewLink, StatePart, TensorBytes};
+use ampoule_engine::{Capsule, Chain, ChainScope, NewLink, StatePart, TensorBytes};
 use ampoule_store::{
     CapsuleId, Expected, FsckReport, GcReport, HeadError, Link, LoadError, MaintenanceError,
     NewCapsule, OpenError, PartBytes, ReadError, SaveError, Saved, Scope, SourceError, StateBytes,
@@ -93,6 +93,26 @@ impl From<StoreError> for Error {
     }
 }
 
+/// A capsule and all that a store must know of it. Nothing is copied: it shares the capsule's rows.
+pub struct DetachedCapsule {
+    chain: Chain,
+    scope: Scope,
+    model: String,
+}
+
+impl Ampoule {
+    /// What [`CapsuleStore::save_detached`] takes.
+    ///
+    /// # Errors
+    /// If the capsule belongs to another engine.
+    pub fn detach(&self, capsule: &Capsule) -> Result<DetachedCapsule, Error> {
+        let chain = self.engine.chain(capsule)?;
+        let ChainScope { fingerprint, layout, salt } = self.engine.chain_scope();
+        let scope = Scope { fingerprint, layout, salt };
+        Ok(DetachedCapsule { chain, scope, model: self.name().to_owned() })
+    }
+}
+
 /// A durable store of capsules, in a folder or on object storage.
 ///
 /// What capsules of one branch share is stored once. A save that has returned survives a power cut. One process writes at
@@ -156,9 +176,20 @@ impl CapsuleStore {
         name: Option<(&str, Expected)>,
         note: Option<&str>,
     ) -> Result<Saved, Error> {
-        let chain = model.engine.chain(capsule)?;
-        let ChainScope { fingerprint, layout, salt } = model.engine.chain_scope();
-        let scope = Scope { fingerprint, layout, salt };
+        self.save_detached(&model.detach(capsule)?, name, note)
+    }
+
+    /// As [`save`](Self::save), without the model: on another thread, while the engine goes on.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn save_detached(
+        &self,
+        capsule: &DetachedCapsule,
+        name: Option<(&str, Expected)>,
+        note: Option<&str>,
+    ) -> Result<Saved, Error> {
+        let DetachedCapsule { chain, scope, model } = capsule;
         let parts: Vec<Part<'_>> = chain.links.iter().map(|link| Part(&link.rows)).collect();
         let links = chain.links.iter().zip(&parts).map(|(link, rows)| Link {
             tokens: link.tokens(),
@@ -169,10 +200,10 @@ impl CapsuleStore {
             rows,
         });
         let saved = self.store.save(&NewCapsule {
-            scope: &scope,
+            scope,
             links: &links.collect::<Vec<_>>(),
             fixed: &Part(&chain.fixed),
-            model: model.name(),
+            model,
             note,
         })?;
         if let Some((name, expected)) = name {

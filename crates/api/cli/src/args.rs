@@ -64,6 +64,8 @@ pub(crate) enum Command {
     /// Measure time to first token, decode, the capsule verbs, rollback, or what a conversation costs.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Serve the model over HTTP: OpenAI's APIs and a native one, with nothing read twice.
+    Serve(Box<ServeArgs>),
     /// The tour: every claim is checked as it is shown.
     Demo(DemoArgs),
     /// Download a model that is known by name.
@@ -634,6 +636,58 @@ pub(crate) struct PlanArgs {
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+        ampoule serve --model smollm2\n  \
+        ampoule serve --model smollm2 --port 0 --port-file port.txt --store sessions\n  \
+        AMPOULE_API_KEYS=secret ampoule serve --model smollm2 --host 0.0.0.0\n\n\
+        The first line on standard output is the address. docs/server.md has the APIs, with clients in curl, Python and\n\
+        JavaScript. SIGTERM and Ctrl-C end it in order: sessions are parked in the store.")]
+pub(crate) struct ServeArgs {
+    /// A .gguf file, a Hugging Face folder, 'smollm2', or random:NAME.
+    #[arg(long, short, default_value = models::SMOLLM2, value_name = "MODEL")]
+    pub(crate) model: models::ModelRef,
+    /// The address to listen on; other machines reach it only if this says so.
+    #[arg(long, default_value = "127.0.0.1", value_name = "IP")]
+    pub(crate) host: std::net::IpAddr,
+    /// The port; 0 takes a free one.
+    #[arg(long, default_value_t = 8080, value_name = "PORT")]
+    pub(crate) port: u16,
+    /// Write the address there once it is listened on.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) port_file: Option<PathBuf>,
+    /// What clients call the model; by default what --model says.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model_name: Option<String>,
+    /// A file of API keys, one a line; else AMPOULE_API_KEYS holds them, separated by commas. Without keys everybody who
+    /// reaches the address may ask.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// Let pages of this origin call from browsers.
+    #[arg(long, value_name = "ORIGIN")]
+    pub(crate) cors: Option<String>,
+    /// Requests that run or wait at most; others get 429.
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = above_zero)]
+    pub(crate) queue: usize,
+    /// Seconds that a request may take from its arrival.
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    pub(crate) deadline: u64,
+    /// MiB of a request's body at most.
+    #[arg(long, default_value_t = 8, value_name = "MIB", value_parser = above_zero)]
+    pub(crate) body_mib: usize,
+    /// Read every prompt anew: for comparison.
+    #[arg(long)]
+    pub(crate) no_capsules: bool,
+    /// Have these capsules of the store in memory from the start.
+    #[arg(long, value_name = "NAME,...", value_delimiter = ',', requires = "store")]
+    pub(crate) warm: Vec<String>,
+    /// Write a line for each request to standard error.
+    #[arg(long)]
+    pub(crate) log: bool,
+    #[command(flatten)]
+    pub(crate) store: StoreArgs,
 }
 
 #[derive(Debug, Args)]

@@ -55,6 +55,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Plan(PlanCommand::Roofline(args)) => commands::plan::roofline(&args, global),
         Command::Doctor(args) => commands::doctor::run(&args, global),
         Command::Bench(command) => bench::run(command, global),
+        Command::Serve(args) => commands::serve::run(&args, global),
         Command::Demo(args) => commands::demo::run(&args, global),
         Command::Fetch(args) => models::fetch(&args.name).map(|_| ()),
     }

@@ -584,6 +584,26 @@ impl Engine {
         Ok(out)
     }
 
+    /// The bytes of one Fixed State buffer of the slot, by name; `None` if the model has no such buffer.
+    ///
+    /// # Errors
+    /// If there is no such slot or the device fails.
+    pub fn fixed_state(
+        &mut self,
+        slot: SlotId,
+        name: &str,
+    ) -> Result<Option<Vec<u8>>, EngineError> {
+        self.slot(slot)?;
+        let regions = ampoule_backend::fixed_regions(&self.model);
+        let Some(region) = regions.into_iter().find(|r| self.model.buffer(r.buffer).name == name)
+        else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0; region.bytes(&self.model.model().buffers)];
+        self.read_state(slot, &region, &mut bytes)?;
+        Ok(Some(bytes))
+    }
+
     /// Waits until everything asked so far is done.
     ///
     /// # Errors

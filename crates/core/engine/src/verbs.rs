@@ -121,6 +121,16 @@ impl Engine {
         Ok(())
     }
 
+    /// Tokens of the capsule whose rows lie in the slot's memory already: a restore into this slot copies only the rest.
+    ///
+    /// # Errors
+    /// If there is no such slot.
+    pub fn held(&self, slot: SlotId, capsule: &Capsule) -> Result<u32, EngineError> {
+        let entry = self.slots.get(&slot).ok_or(EngineError::NoSuchSlot { slot: slot.0 })?;
+        let lacks = missing(&entry.held, &capsule.0.node);
+        Ok(lacks.first().map_or_else(|| capsule.0.node.end(), |node| node.start))
+    }
+
     /// For experiments: restores `capsule`, but takes the Fixed State buffers that `other` picks by name from `donor`,
     /// or zeroes them where there is none. What the slot then says is not the model's answer: that is the point. The
     /// slot refuses to be snapshotted or rolled back until it is restored or reset.

@@ -7,6 +7,7 @@
 mod from_dir;
 mod from_gguf;
 mod pre;
+mod stand_in;
 mod stream;
 mod table;
 

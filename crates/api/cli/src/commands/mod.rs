@@ -8,6 +8,7 @@ pub(crate) mod doctor;
 pub(crate) mod generate;
 pub(crate) mod plan;
 pub(crate) mod score;
+pub(crate) mod serve;
 pub(crate) mod store;
 pub(crate) mod tokens;
 

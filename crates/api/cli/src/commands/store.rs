@@ -18,7 +18,7 @@ use crate::output::{self, Failed, Progress, Table, figure, ms};
 /// The environment variable that holds a store's key, as 64 hexadecimal digits.
 const KEY_VARIABLE: &str = "AMPOULE_STORE_KEY";
 
-fn options(args: &StoreArgs) -> anyhow::Result<StoreOptions> {
+pub(crate) fn options(args: &StoreArgs) -> anyhow::Result<StoreOptions> {
     let mut options = StoreOptions::default();
     options.key = match &args.store_key_file {
         Some(path) => Some(StoreKey::from_file(path)?),

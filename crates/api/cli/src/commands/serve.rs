@@ -1,0 +1,145 @@
+//! `ampoule serve`.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use ampoule_server::{Config, key_digest};
+use anyhow::{Context, ensure};
+
+use super::load;
+use crate::args::{GlobalArgs, ServeArgs};
+use crate::models::ModelRef;
+use crate::output::{self, Progress};
+
+/// The environment variable with API keys, separated by commas.
+const KEYS_VARIABLE: &str = "AMPOULE_API_KEYS";
+
+fn keys(args: &ServeArgs) -> anyhow::Result<Vec<[u8; 32]>> {
+    let text = match &args.api_key_file {
+        Some(path) => std::fs::read_to_string(path)
+            .with_context(|| format!("{}: cannot be read", path.display()))?,
+        None => std::env::var(KEYS_VARIABLE).unwrap_or_default(),
+    };
+    let given = args.api_key_file.is_some() || std::env::var_os(KEYS_VARIABLE).is_some();
+    let keys: Vec<&str> =
+        text.split([',', '\n']).map(str::trim).filter(|k| !k.is_empty()).collect();
+    ensure!(
+        !given || !keys.is_empty(),
+        "there are no API keys where they should be: nobody could ask"
+    );
+    ensure!(keys.iter().all(|k| k.len() >= 8), "an API key has fewer than 8 characters");
+    Ok(keys.into_iter().map(key_digest).collect())
+}
+
+/// What clients call the model: the name it was asked for by, or a file's name without its ending.
+fn name(model: &ModelRef) -> String {
+    let path = std::path::Path::new(&model.0);
+    if !path.exists() {
+        return model.0.clone();
+    }
+    let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
+    name.map_or_else(|| model.0.clone(), |n| n.to_string_lossy().into_owned())
+}
+
+/// Loads the model and serves it until a signal ends it.
+pub(crate) fn run(args: &ServeArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+    let keys = keys(args)?;
+    if keys.is_empty() && !args.host.is_loopback() {
+        output::note(
+            "there are no API keys: whoever reaches this address may use it; set AMPOULE_API_KEYS",
+        );
+    }
+    let store = match &args.store.store {
+        Some(place) => Some((place.clone(), super::store::options(&args.store)?)),
+        None => None,
+    };
+    let slots = global.slots;
+    // One more, for the verbs of the native API.
+    let more = GlobalArgs { slots: slots + 1, ..global.clone() };
+    let model = load(&args.model, &more, None, Progress::new(false))?;
+    let config = Config {
+        address: SocketAddr::new(args.host, args.port),
+        model_name: Some(args.model_name.clone().unwrap_or_else(|| name(&args.model))),
+        slots,
+        queue: args.queue,
+        body_bytes: args.body_mib << 20,
+        deadline: Duration::from_secs(args.deadline.max(1)),
+        keys,
+        cors: args.cors.clone(),
+        caching: !args.no_capsules,
+        store,
+        warm: args.warm.clone(),
+        ..Config::default()
+    };
+    if args.log {
+        log::install();
+    }
+    let server = ampoule_server::serve(model, config, true)?;
+    let address = server.address();
+    if let Some(path) = &args.port_file {
+        ampoule::write_atomically(path, |out| {
+            let text = format!("{address}\n");
+            let failed =
+                |source| ampoule::Error::Io { path: path.clone(), action: "write", source };
+            out.write_all(text.as_bytes()).map_err(failed)
+        })?;
+    }
+    output::line(format!("listening on http://{address}"))?;
+    std::io::stdout().flush()?;
+    server.wait()?;
+    Ok(())
+}
+
+/// Events as lines on standard error.
+mod log {
+    use std::fmt::Write;
+
+    use tracing::field::{Field, Visit};
+    use tracing::span::{Attributes, Id, Record};
+    use tracing::{Event, Level, Metadata, Subscriber};
+
+    struct Lines;
+
+    #[derive(Default)]
+    struct Text(String);
+
+    impl Visit for Text {
+        fn record_debug(&mut self, field: &Field, value: &dyn std::fmt::Debug) {
+            let _ = match field.name() {
+                "message" => write!(self.0, " {value:?}"),
+                name => write!(self.0, " {name}={value:?}"),
+            };
+        }
+    }
+
+    impl Subscriber for Lines {
+        fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+            *metadata.level() <= Level::INFO && metadata.target().starts_with("ampoule")
+        }
+
+        fn new_span(&self, _: &Attributes<'_>) -> Id {
+            Id::from_u64(1)
+        }
+
+        fn record(&self, _: &Id, _: &Record<'_>) {}
+
+        fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+        fn event(&self, event: &Event<'_>) {
+            let mut text = Text::default();
+            event.record(&mut text);
+            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            let seconds = now.map_or(0.0, |d| d.as_secs_f64());
+            eprintln!("{seconds:.3} {}{}", event.metadata().level(), text.0);
+        }
+
+        fn enter(&self, _: &Id) {}
+
+        fn exit(&self, _: &Id) {}
+    }
+
+    pub(super) fn install() {
+        let _ = tracing::subscriber::set_global_default(Lines);
+    }
+}

@@ -1,0 +1,130 @@
+//! The server as a process: its address, its signals, and what survives `kill -9`.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Stdio};
+
+use common::{TINY, ampoule, error, text};
+use serde_json::{Value, json};
+
+struct Running {
+    child: Child,
+    address: String,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn serve(more: &[&str]) -> Running {
+    let mut command = ampoule();
+    command.args(["serve", "--model", TINY, "--port", "0", "--context", "2048", "--device", "cpu"]);
+    let mut child = command.args(more).stdout(Stdio::piped()).spawn().expect("it runs");
+    let mut line = String::new();
+    let out = child.stdout.take().expect("a pipe");
+    BufReader::new(out).read_line(&mut line).expect("a line");
+    let address = line.trim().strip_prefix("listening on http://").expect("the address").to_owned();
+    Running { child, address }
+}
+
+fn call(address: &str, method: &str, path: &str, body: &Value) -> (u16, Value) {
+    let mut stream = TcpStream::connect(address).expect("it listens");
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(format!("{head}{body}").as_bytes()).expect("it reads");
+    let mut all = String::new();
+    stream.read_to_string(&mut all).expect("it answers");
+    let (head, body) = all.split_once("\r\n\r\n").expect("a head");
+    let status = head.split_whitespace().nth(1).and_then(|s| s.parse().ok()).expect("a status");
+    (status, serde_json::from_str(body).unwrap_or(Value::Null))
+}
+
+fn post(address: &str, path: &str, body: &Value) -> Value {
+    let (status, value) = call(address, "POST", path, body);
+    assert!((200..300).contains(&status), "{path}: {status} {value}");
+    value
+}
+
+#[test]
+fn what_was_stored_goes_on_after_kill_9_bit_for_bit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = folder.path().join("store");
+    let options = ["--store", text(&place)];
+    let mut server = serve(&options);
+    let first = post(
+        &server.address,
+        "/v1/responses",
+        &json!({ "input": "Keep this well.", "max_output_tokens": 9, "temperature": 0 }),
+    );
+    let next = json!({
+        "input": "And?", "previous_response_id": first["id"], "max_output_tokens": 12, "temperature": 0.9, "seed": 4,
+        "top_logprobs": 3,
+    });
+    let expected = post(&server.address, "/v1/responses", &next);
+    let session = post(&server.address, "/v1/sessions", &json!({}));
+    let path = format!("/v1/sessions/{}", session["id"].as_str().expect("an id"));
+    post(&server.address, &format!("{path}/append"), &json!({ "text": "Pinned words." }));
+    post(&server.address, &format!("{path}/snapshot"), &json!({ "name": "pinned", "pin": true }));
+    let ask = json!({ "max_tokens": 12, "temperature": 0, "ignore_eos": true });
+    let told = post(&server.address, &format!("{path}/generate"), &ask);
+    // In the middle of traffic.
+    let mut busy = TcpStream::connect(&server.address).expect("it listens");
+    let body = json!({ "prompt": "x", "max_tokens": 1500, "ignore_eos": true, "stream": true })
+        .to_string();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    busy.write_all(format!("{head}{body}").as_bytes()).expect("it reads");
+    let mut some = [0; 400];
+    busy.read_exact(&mut some).expect("a stream");
+    server.child.kill().expect("SIGKILL");
+    server.child.wait().expect("it ends");
+
+    let server = serve(&options);
+    let (status, stored) = call(
+        &server.address,
+        "GET",
+        &format!("/v1/responses/{}", first["id"].as_str().expect("an id")),
+        &Value::Null,
+    );
+    assert_eq!((status, &stored), (200, &first));
+    let again = post(&server.address, "/v1/responses", &next);
+    let content = |response: &Value| response["output"][0]["content"].clone();
+    assert_eq!(content(&again), content(&expected), "logarithms included");
+    assert_eq!(again["usage"], expected["usage"]);
+    let back = post(&server.address, "/v1/sessions", &json!({ "capsule": "pinned" }));
+    let path = format!("/v1/sessions/{}/generate", back["id"].as_str().expect("an id"));
+    assert_eq!(post(&server.address, &path, &ask)["tokens"], told["tokens"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_ends_it_in_order_and_the_port_file_says_where_it_was() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("port");
+    let mut server = serve(&["--port-file", text(&file)]);
+    assert_eq!(std::fs::read_to_string(&file).expect("the file").trim(), server.address);
+    assert_eq!(call(&server.address, "GET", "/health", &Value::Null).0, 200);
+    let status = std::process::Command::new("kill").arg(server.child.id().to_string()).status();
+    assert!(status.expect("kill runs").success());
+    assert!(server.child.wait().expect("it ends").success());
+}
+
+#[test]
+fn what_cannot_be_served_is_said() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = taken.local_addr().expect("an address").port().to_string();
+    let said = error(1, &format!("serve --model {TINY} --port {port}"), &[]);
+    assert!(said.contains("cannot listen on"), "{said}");
+    let said = error(1, &format!("serve --model {TINY} --store s3://bucket --port 0"), &[]);
+    assert!(said.contains("folder"), "{said}");
+}

@@ -1,0 +1,125 @@
+//! The fields of a request: each is taken by name, and what nobody took is refused by name.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use crate::error::{ApiError, ApiResult};
+
+/// An object under examination.
+pub(crate) struct Fields {
+    map: Map<String, Value>,
+    /// Before the names in messages.
+    path: String,
+}
+
+impl Fields {
+    /// Of a request's body.
+    pub(crate) fn parse(body: &[u8]) -> ApiResult<Self> {
+        let text =
+            std::str::from_utf8(body).map_err(|_| ApiError::invalid("the body is not UTF-8"))?;
+        let value: Value = serde_json::from_str(text)
+            .map_err(|error| ApiError::invalid(format!("the body is not JSON: {error}")))?;
+        Self::of(value, "")
+    }
+
+    /// Of a value that must be an object.
+    pub(crate) fn of(value: Value, path: &str) -> ApiResult<Self> {
+        match value {
+            Value::Object(map) => Ok(Self { map, path: path.to_owned() }),
+            _ if path.is_empty() => Err(ApiError::invalid("the body is not a JSON object")),
+            _ => Err(ApiError::param(path, format!("'{path}' must be an object"))),
+        }
+    }
+
+    pub(crate) fn name(&self, name: &str) -> String {
+        if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
+    }
+
+    /// A field as it is; `null` counts as absent.
+    pub(crate) fn value(&mut self, name: &str) -> Option<Value> {
+        self.map.shift_remove(name).filter(|value| !value.is_null())
+    }
+
+    /// Puts a value back, for whoever takes it later.
+    pub(crate) fn put(&mut self, name: &str, value: Option<Value>) {
+        if let Some(value) = value {
+            self.map.insert(name.to_owned(), value);
+        }
+    }
+
+    pub(crate) fn take<T: DeserializeOwned>(&mut self, name: &str) -> ApiResult<Option<T>> {
+        let Some(value) = self.value(name) else { return Ok(None) };
+        let wrong = |error: serde_json::Error| {
+            let name = self.name(name);
+            ApiError::param(&name, format!("'{name}' is not what it should be: {error}"))
+        };
+        serde_json::from_value(value).map(Some).map_err(wrong)
+    }
+
+    pub(crate) fn require<T: DeserializeOwned>(&mut self, name: &str) -> ApiResult<T> {
+        let path = self.name(name);
+        self.take(name)?.ok_or_else(|| ApiError::param(&path, format!("'{path}' is missing")))
+    }
+
+    /// A number in a range.
+    pub(crate) fn within<T>(
+        &mut self,
+        name: &str,
+        range: std::ops::RangeInclusive<T>,
+    ) -> ApiResult<Option<T>>
+    where
+        T: DeserializeOwned + PartialOrd + std::fmt::Display,
+    {
+        let path = self.name(name);
+        match self.take::<T>(name)? {
+            Some(value) if !range.contains(&value) => Err(ApiError::param(
+                &path,
+                format!("'{path}' must be from {} to {}, not {value}", range.start(), range.end()),
+            )),
+            value => Ok(value),
+        }
+    }
+
+    /// A text of at most `limit` bytes.
+    pub(crate) fn text(&mut self, name: &str, limit: usize) -> ApiResult<Option<String>> {
+        let path = self.name(name);
+        match self.take::<String>(name)? {
+            Some(text) if text.len() > limit => Err(ApiError::param(
+                &path,
+                format!("'{path}' has {} bytes; at most {limit} are taken", text.len()),
+            )),
+            text => Ok(text),
+        }
+    }
+
+    /// Fields that change nothing for anybody, such as an end user's name.
+    pub(crate) fn ignore(&mut self, names: &[&str]) {
+        for name in names {
+            self.map.shift_remove(*name);
+        }
+    }
+
+    /// A field of which only some values are supported: those that ask for nothing.
+    pub(crate) fn only(&mut self, name: &str, allowed: &[Value], what: &str) -> ApiResult<()> {
+        match self.value(name) {
+            Some(value) if !allowed.contains(&value) => {
+                Err(ApiError::unsupported(self.name(name), what))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses what is left.
+    pub(crate) fn finish(self) -> ApiResult<()> {
+        match self.map.iter().find(|(_, value)| !value.is_null()) {
+            Some((name, _)) => {
+                let short: String = name.chars().take(64).collect();
+                let mut error =
+                    ApiError::unsupported(self.name(&short), "there is no such parameter");
+                error.code = Some("unknown_parameter");
+                Err(error)
+            }
+            None => Ok(()),
+        }
+    }
+}

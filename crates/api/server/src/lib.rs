@@ -1,0 +1,94 @@
+//! The agent server: OpenAI's APIs and a native one over execution-state capsules.
+//!
+//! One thread owns the model; the HTTP side talks to it by messages. Every turn, retry, branch and sub-agent starts from the
+//! deepest boundary that was read before. docs/server.md has the contract; [`serve`] runs it.
+#![forbid(unsafe_code)]
+
+mod app;
+mod cache;
+mod chat;
+mod completions;
+mod durable;
+mod error;
+mod fields;
+mod grammar;
+mod http;
+mod metrics;
+mod native;
+mod openapi;
+mod output;
+mod prompt;
+mod responses;
+mod sse;
+mod start;
+mod vault;
+mod worker;
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+pub use start::{ServeError, Server, serve};
+
+/// How to serve.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where to listen. Port 0 takes a free one.
+    pub address: SocketAddr,
+    /// What the model is called; its own name where `None`.
+    pub model_name: Option<String>,
+    /// Replies at the same time. The model should have one slot more, for the verbs of the native API.
+    pub slots: usize,
+    /// Requests that may run or wait; beyond that the answer is 429.
+    pub queue: usize,
+    /// Connections at most.
+    pub connections: usize,
+    /// Bytes of a request's body at most.
+    pub body_bytes: usize,
+    /// From a request's arrival to its end.
+    pub deadline: Duration,
+    /// Given to what runs when the server is told to stop.
+    pub grace: Duration,
+    /// Digests of the API keys ([`key_digest`]); none lets everybody in.
+    pub keys: Vec<[u8; 32]>,
+    /// The origin that browsers may call from; `None` allows none.
+    pub cors: Option<String>,
+    /// Whether boundaries are kept and used without anybody asking.
+    pub caching: bool,
+    /// Responses that can be continued, at most.
+    pub responses: usize,
+    /// A folder for a durable store, and how to open it.
+    pub store: Option<(String, ampoule::StoreOptions)>,
+    /// Capsules of the store to have in memory from the start, by name.
+    pub warm: Vec<String>,
+    /// For tests: a request with the header `x-ampoule-fault` makes the engine panic.
+    #[doc(hidden)]
+    pub faults: bool,
+}
+
+impl Default for Config {
+    /// Loopback, port 8080, no keys, 4 slots.
+    fn default() -> Self {
+        Self {
+            address: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            model_name: None,
+            slots: 4,
+            queue: 64,
+            connections: 1024,
+            body_bytes: 8 << 20,
+            deadline: Duration::from_secs(600),
+            grace: Duration::from_secs(10),
+            keys: Vec::new(),
+            cors: None,
+            caching: true,
+            responses: 1024,
+            store: None,
+            warm: Vec::new(),
+            faults: false,
+        }
+    }
+}
+
+/// The digest under which an API key is known: the server never holds the key itself.
+pub fn key_digest(key: &str) -> [u8; 32] {
+    blake3::derive_key("ampoule server v1 api key", key.as_bytes())
+}

@@ -1,0 +1,183 @@
+//! Counts and times, as Prometheus reads them.
+
+use std::fmt::Write;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// A number that only grows.
+#[derive(Default)]
+pub(crate) struct Counter(AtomicU64);
+
+impl Counter {
+    pub(crate) fn add(&self, n: u64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A number that goes up and down.
+#[derive(Default)]
+pub(crate) struct Gauge(AtomicI64);
+
+impl Gauge {
+    pub(crate) fn set(&self, n: usize) {
+        self.0.store(n as i64, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add(&self, n: i64) {
+        self.0.fetch_add(n, Ordering::Relaxed);
+    }
+
+    pub(crate) fn value(&self) -> i64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Upper bounds in seconds.
+const BOUNDS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
+
+/// Times, by upper bound.
+#[derive(Default)]
+pub(crate) struct Histogram {
+    buckets: [AtomicU64; BOUNDS.len()],
+    count: AtomicU64,
+    micros: AtomicU64,
+}
+
+impl Histogram {
+    pub(crate) fn observe(&self, time: Duration) {
+        let seconds = time.as_secs_f64();
+        for (bucket, bound) in self.buckets.iter().zip(BOUNDS) {
+            if seconds <= bound {
+                bucket.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        self.count.fetch_add(1, Ordering::Relaxed);
+        self.micros.fetch_add(time.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    fn write(&self, out: &mut String, name: &str, help: &str) {
+        let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} histogram");
+        for (bucket, bound) in self.buckets.iter().zip(BOUNDS) {
+            let _ =
+                writeln!(out, "{name}_bucket{{le=\"{bound}\"}} {}", bucket.load(Ordering::Relaxed));
+        }
+        let count = self.count.load(Ordering::Relaxed);
+        let sum = self.micros.load(Ordering::Relaxed) as f64 / 1e6;
+        let _ = writeln!(
+            out,
+            "{name}_bucket{{le=\"+Inf\"}} {count}\n{name}_sum {sum}\n{name}_count {count}"
+        );
+    }
+}
+
+/// Everything that is counted.
+#[derive(Default)]
+pub(crate) struct Metrics {
+    pub requests: Counter,
+    pub failures: Counter,
+    pub rejected: Counter,
+    pub cancelled: Counter,
+    pub panics: Counter,
+    pub prompt_tokens: Counter,
+    pub cached_tokens: Counter,
+    pub read_tokens: Counter,
+    pub generated_tokens: Counter,
+    pub restores: Counter,
+    pub snapshots: Counter,
+    pub evictions: Counter,
+    pub queue_depth: Gauge,
+    pub running: Gauge,
+    pub connections: Gauge,
+    pub boundaries: Gauge,
+    pub capsule_bytes: Gauge,
+    pub capsule_budget: Gauge,
+    pub disk_bytes: Gauge,
+    pub sessions: Gauge,
+    pub responses: Gauge,
+    pub ttft: Histogram,
+    pub inter_token: Histogram,
+    pub queue_time: Histogram,
+    pub prefill_time: Histogram,
+    pub restore_time: Histogram,
+    pub request_time: Histogram,
+}
+
+impl Metrics {
+    pub(crate) fn render(&self) -> String {
+        let mut out = String::with_capacity(8192);
+        for (name, help, counter) in [
+            ("requests_total", "Generations asked for.", &self.requests),
+            ("request_failures_total", "Generations that ended with an error.", &self.failures),
+            (
+                "requests_rejected_total",
+                "Requests refused because the queue was full.",
+                &self.rejected,
+            ),
+            (
+                "requests_cancelled_total",
+                "Generations whose client went away or interrupted them.",
+                &self.cancelled,
+            ),
+            (
+                "engine_panics_total",
+                "Requests that made the engine panic; each was isolated.",
+                &self.panics,
+            ),
+            ("prompt_tokens_total", "Tokens of prompts.", &self.prompt_tokens),
+            (
+                "prompt_tokens_cached_total",
+                "Tokens of prompts that a capsule brought.",
+                &self.cached_tokens,
+            ),
+            ("prompt_tokens_read_total", "Tokens that were read by prefill.", &self.read_tokens),
+            ("generation_tokens_total", "Tokens that were generated.", &self.generated_tokens),
+            ("capsule_restores_total", "Capsules restored.", &self.restores),
+            ("capsule_snapshots_total", "Boundaries frozen.", &self.snapshots),
+            ("capsule_evictions_total", "Boundaries dropped to make room.", &self.evictions),
+        ] {
+            let _ = writeln!(
+                out,
+                "# HELP ampoule_{name} {help}\n# TYPE ampoule_{name} counter\nampoule_{name} {}",
+                counter.value()
+            );
+        }
+        for (name, help, gauge) in [
+            ("queue_depth", "Requests that wait.", &self.queue_depth),
+            ("requests_running", "Replies being read for or generated.", &self.running),
+            ("http_connections", "Open connections.", &self.connections),
+            ("capsule_boundaries", "Boundaries kept automatically.", &self.boundaries),
+            ("capsule_budget_bytes", "Memory for capsules.", &self.capsule_budget),
+            ("sessions", "Sessions of the native API.", &self.sessions),
+            ("stored_responses", "Responses that can be continued.", &self.responses),
+        ] {
+            let _ = writeln!(
+                out,
+                "# HELP ampoule_{name} {help}\n# TYPE ampoule_{name} gauge\nampoule_{name} {}",
+                gauge.value()
+            );
+        }
+        let _ = writeln!(
+            out,
+            "# HELP ampoule_capsule_bytes Bytes of capsules by tier.\n# TYPE ampoule_capsule_bytes gauge\n\
+             ampoule_capsule_bytes{{tier=\"memory\"}} {}\nampoule_capsule_bytes{{tier=\"disk\"}} {}",
+            self.capsule_bytes.value(),
+            self.disk_bytes.value()
+        );
+        for (name, help, histogram) in [
+            ("time_to_first_token_seconds", "From arrival to the first token.", &self.ttft),
+            ("inter_token_latency_seconds", "Between tokens of a reply.", &self.inter_token),
+            ("queue_time_seconds", "From arrival to a slot.", &self.queue_time),
+            ("prefill_time_seconds", "Reading a prompt.", &self.prefill_time),
+            ("restore_time_seconds", "Restoring a capsule.", &self.restore_time),
+            ("request_duration_seconds", "From arrival to the last token.", &self.request_time),
+        ] {
+            histogram.write(&mut out, &format!("ampoule_{name}"), help);
+        }
+        out
+    }
+}

@@ -1,0 +1,96 @@
+//! Server-sent events: a channel of pieces, with comments while nothing comes.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::http::{HeaderValue, header};
+use axum::response::Response;
+use futures_core::Stream;
+use serde_json::Value;
+use tokio::sync::mpsc;
+use tokio::time::{Interval, MissedTickBehavior, interval};
+
+/// Pieces on their way to the connection: few, so that what counts as sent has nearly been sent.
+const PIECES: usize = 4;
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+
+struct Piece {
+    bytes: Bytes,
+    /// Tokens that are out once this is.
+    tokens: u64,
+}
+
+/// Where a handler writes events.
+#[derive(Clone)]
+pub(crate) struct Events {
+    out: mpsc::Sender<Piece>,
+}
+
+impl Events {
+    /// Sends a piece of data; false if the client has gone.
+    pub(crate) async fn data(&self, value: &Value, tokens: u64) -> bool {
+        self.raw(format!("data: {value}\n\n"), tokens).await
+    }
+
+    /// Sends a named event.
+    pub(crate) async fn event(&self, name: &str, value: &Value, tokens: u64) -> bool {
+        self.raw(format!("event: {name}\ndata: {value}\n\n"), tokens).await
+    }
+
+    pub(crate) async fn raw(&self, text: String, tokens: u64) -> bool {
+        self.out.send(Piece { bytes: Bytes::from(text), tokens }).await.is_ok()
+    }
+
+    /// Ends when the client has gone.
+    pub(crate) async fn gone(&self) {
+        self.out.closed().await;
+    }
+}
+
+struct EventStream {
+    pieces: mpsc::Receiver<Piece>,
+    keep_alive: Interval,
+    sent: Arc<AtomicU64>,
+}
+
+impl Stream for EventStream {
+    type Item = Result<Bytes, std::convert::Infallible>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        match self.pieces.poll_recv(context) {
+            Poll::Ready(Some(piece)) => {
+                self.keep_alive.reset();
+                self.sent.fetch_max(piece.tokens, Ordering::Release);
+                Poll::Ready(Some(Ok(piece.bytes)))
+            }
+            Poll::Ready(None) => Poll::Ready(None),
+            Poll::Pending => {
+                if self.keep_alive.poll_tick(context).is_ready() {
+                    // The tick after this one has to wake the stream too.
+                    let _ = self.keep_alive.poll_tick(context);
+                    return Poll::Ready(Some(Ok(Bytes::from_static(b": keep-alive\n\n"))));
+                }
+                Poll::Pending
+            }
+        }
+    }
+}
+
+/// A response of events; `sent` is told how many tokens went out.
+pub(crate) fn response(sent: Arc<AtomicU64>) -> (Events, Response) {
+    let (out, pieces) = mpsc::channel(PIECES);
+    let mut keep_alive = interval(KEEP_ALIVE);
+    keep_alive.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    keep_alive.reset();
+    let mut response = Response::new(Body::from_stream(EventStream { pieces, keep_alive, sent }));
+    let headers = response.headers_mut();
+    headers
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    (Events { out }, response)
+}

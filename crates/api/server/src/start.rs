@@ -1,0 +1,252 @@
+//! From a loaded model to a server that runs, and to an orderly end.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use ampoule::{Ampoule, Capsule};
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+
+use crate::Config;
+use crate::app::{App, now};
+use crate::durable::Durable;
+use crate::error::ApiResult;
+use crate::metrics::Metrics;
+use crate::prompt::ModelInfo;
+use crate::vault::{NamedCapsule, Vault};
+use crate::worker::{Command, Worker};
+
+/// Boundaries that are parked when the server stops.
+const PARKED: usize = 32;
+
+/// The server could not start, or ended badly.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServeError {
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}; choose another --host or --port")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The system gave no thread or no runtime.
+    #[error("cannot start: {0}")]
+    System(#[from] std::io::Error),
+    /// The model or the store cannot be used.
+    #[error(transparent)]
+    Model(#[from] ampoule::Error),
+    /// An encrypted store would keep what users said beside it in the clear.
+    #[error(
+        "a store with a key is not supported by serve yet: its records of conversations would not be encrypted"
+    )]
+    EncryptedStore,
+    /// A store that is no folder.
+    #[error(
+        "{place}: serve keeps records beside the capsules and needs a folder, not object storage"
+    )]
+    RemoteStore {
+        /// The place.
+        place: String,
+    },
+    /// The engine's thread ended.
+    #[error("the engine's thread ended; the log has the cause")]
+    Engine,
+}
+
+/// A server that runs.
+pub struct Server {
+    address: SocketAddr,
+    stop: watch::Sender<bool>,
+    http: Option<std::thread::JoinHandle<Result<(), ServeError>>>,
+}
+
+impl Server {
+    /// Where it listens.
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Tells it to stop, and waits until sessions are parked.
+    ///
+    /// # Errors
+    /// If it ended badly.
+    pub fn stop(self) -> Result<(), ServeError> {
+        let _ = self.stop.send(true);
+        self.wait()
+    }
+
+    /// Waits until it was told to stop by a signal.
+    ///
+    /// # Errors
+    /// If it ended badly.
+    pub fn wait(mut self) -> Result<(), ServeError> {
+        match self.http.take().map(std::thread::JoinHandle::join) {
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(ServeError::Engine),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Serves a model in the background. SIGINT and SIGTERM end it in order if `signals`.
+///
+/// # Errors
+/// If the address cannot be listened on, the store cannot be opened, or the model cannot be used.
+pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, ServeError> {
+    let model = model.with_stand_in_tokenizer()?;
+    let info = Arc::new(ModelInfo::new(&model, config.model_name.clone())?);
+    let metrics = Arc::new(Metrics::default());
+    let durable = match &config.store {
+        None => None,
+        Some((place, _)) if place.starts_with("s3://") => {
+            return Err(ServeError::RemoteStore { place: place.clone() });
+        }
+        Some((_, options)) if options.key.is_some() => return Err(ServeError::EncryptedStore),
+        Some((place, options)) => Some(Durable::open(place, options.clone())?),
+    };
+    let vault = Arc::new(Vault::new(config.responses, Arc::clone(&metrics), durable));
+    let relieved = Arc::clone(&vault);
+    let relieve = Box::new(move || relieved.relieve());
+    let fingerprint = model.engine.fingerprint().digest().to_string();
+    let mut worker =
+        Worker::new(model, config.slots, Arc::clone(&info), Arc::clone(&metrics), relieve)?;
+    bring_back(&mut worker, &vault, &config.warm)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(8)
+        .thread_name("ampoule-http")
+        .enable_all()
+        .build()?;
+    let address = config.address;
+    let listen = |source| ServeError::Listen { address, source };
+    let listener = runtime.block_on(TcpListener::bind(address)).map_err(listen)?;
+    let address = listener.local_addr().map_err(listen)?;
+    let (engine, commands) = mpsc::channel();
+    let thread = std::thread::Builder::new()
+        .name("ampoule-engine".to_owned())
+        .spawn(move || worker.run(&commands))?;
+    let (stop, stopped) = watch::channel(false);
+    let grace = config.grace;
+    let app = Arc::new(App {
+        info,
+        metrics,
+        vault: Arc::clone(&vault),
+        fingerprint: format!("fp_{}", fingerprint.get(..12).unwrap_or(&fingerprint)),
+        engine: engine.clone(),
+        places: Arc::new(Semaphore::new(config.queue)),
+        stopping: AtomicBool::new(false),
+        requests: AtomicU64::new(0),
+        config,
+    });
+    let told = stop.clone();
+    let http = std::thread::Builder::new().name("ampoule-serve".to_owned()).spawn(move || {
+        let served = runtime.block_on(async {
+            if signals {
+                tokio::spawn(async move {
+                    signal().await;
+                    let _ = told.send(true);
+                });
+            }
+            let (app, mut stopped) = (Arc::clone(&app), stopped);
+            let mut watched = stopped.clone();
+            let watcher = Arc::clone(&app);
+            tokio::spawn(async move {
+                let _ = watched.wait_for(|stop| *stop).await;
+                watcher.stopping.store(true, Ordering::Relaxed);
+            });
+            stopped.mark_unchanged();
+            crate::http::serve(app, listener, stopped, grace).await
+        });
+        let _ = engine.send(Command::Stop);
+        let ended = thread.join();
+        runtime.shutdown_timeout(Duration::from_secs(1));
+        let worker = ended.map_err(|_| ServeError::Engine)?;
+        park(&worker, &vault);
+        served.map_err(ServeError::from)
+    })?;
+    Ok(Server { address, stop, http: Some(http) })
+}
+
+async fn signal() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = tokio::signal::ctrl_c() => {}
+            }
+            return;
+        }
+    }
+    let _ = tokio::signal::ctrl_c().await;
+}
+
+/// What the store has: responses and sessions, capsules asked for, boundaries parked.
+fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(), ServeError> {
+    let Some(durable) = &vault.durable else {
+        return match warm.first() {
+            Some(_) => Err(ServeError::System(std::io::Error::other("--warm needs --store"))),
+            None => Ok(()),
+        };
+    };
+    for name in warm {
+        let id = durable.store().find(name)?;
+        let capsule = durable.store().load(&mut worker.model, id)?;
+        let tokens = capsule.tokens();
+        let everybody = crate::app::Caller { key: [0; 32], request: 0, fault: false };
+        worker.cache.keep(&everybody.space(None), &tokens, capsule.clone());
+        let named = NamedCapsule {
+            key: [0; 32],
+            created: now(),
+            name: Some(name.clone()),
+            parent: None,
+            pinned: true,
+            capsule,
+        };
+        vault.add_capsule(&crate::app::new_id("cap_"), named);
+    }
+    crate::responses::bring_back(vault, durable);
+    crate::native::bring_back(worker, vault, durable);
+    for (id, record) in durable.records("boundary") {
+        let space = record["space"].as_str().and_then(from_hex);
+        let loaded: ApiResult<Capsule> =
+            durable.capsule(&mut worker.model, "boundary", &id).map_err(Into::into);
+        if let (Some(space), Ok(capsule)) = (space, loaded) {
+            let tokens = capsule.tokens();
+            worker.cache.keep(&space, &tokens, capsule);
+        }
+        durable.forget("boundary", &id);
+    }
+    worker.metrics.disk_bytes.set(durable.bytes() as usize);
+    Ok(())
+}
+
+/// Saves what a client may come back to.
+fn park(worker: &Worker, vault: &Vault) {
+    let Some(durable) = &vault.durable else { return };
+    crate::native::park(worker, vault, durable);
+    for (index, (space, capsule)) in worker.cache.latest(PARKED).into_iter().enumerate() {
+        let record = json!({ "space": to_hex(&space) });
+        let saved = worker
+            .model
+            .detach(&capsule)
+            .and_then(|capsule| durable.save("boundary", &index.to_string(), &capsule, record));
+        if let Err(error) = saved {
+            tracing::warn!(%error, "a boundary was not parked");
+        }
+    }
+}
+
+pub(crate) fn to_hex(bytes: &[u8; 32]) -> String {
+    blake3::Hash::from_bytes(*bytes).to_hex().to_string()
+}
+
+pub(crate) fn from_hex(text: &str) -> Option<[u8; 32]> {
+    blake3::Hash::from_hex(text).ok().map(|hash| *hash.as_bytes())
+}
