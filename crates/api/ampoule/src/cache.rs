@@ -1,21 +1,4 @@
 //! Capsules in tiers: device memory, host memory, a store on disk.
-//!
-//! A [`CapsuleCache`] holds capsules under budgets of bytes. Bookkeeping and policy are [`Tiers`] and
-//! [`Policy`], which can be replaced; the moves themselves are the engine's and the store's. What moves are pieces: the
-//! fixed state of a capsule, and the rows of each node of its chain, which it shares with every capsule below that node.
-//!
-//! ```no_run
-//! use ampoule::{Ampoule, CacheOptions, CapsuleCache, LoadOptions};
-//!
-//! # fn main() -> Result<(), ampoule::Error> {
-//! let mut model = Ampoule::load("random:qwen3.5-tiny", &LoadOptions::default(), &mut |_, _| {})?;
-//! let mut cache = CapsuleCache::new(&model, None, CacheOptions::default());
-//! let slot = model.slot_with(&[1, 2, 3])?;
-//! let key = cache.snapshot(&mut model, slot, false)?; // makes room first
-//! cache.restore(&mut model, key, slot)?; // from wherever it lies
-//! # Ok(())
-//! # }
-//! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
@@ -183,7 +166,22 @@ type Plan<'a, P> = &'a mut dyn FnMut(&mut Tiers<u64, P>) -> Result<Vec<Move<u64>
 /// Events kept until somebody takes them; older ones go.
 const EVENTS: usize = 4096;
 
-/// Capsules under budgets; see the [module](self).
+/// Holds capsules under budgets of bytes, in device memory, host memory and a store on disk. Bookkeeping and policy are [`Tiers`] and
+/// [`Policy`], which can be replaced; the moves themselves are the engine's and the store's. What moves are pieces: the
+/// fixed state of a capsule, and the rows of each node of its chain, which it shares with every capsule below that node.
+///
+/// ```no_run
+/// use ampoule::{Ampoule, CacheOptions, CapsuleCache, LoadOptions};
+///
+/// # fn main() -> Result<(), ampoule::Error> {
+/// let mut model = Ampoule::load("random:qwen3.5-tiny", &LoadOptions::default(), &mut |_, _| {})?;
+/// let mut cache = CapsuleCache::new(&model, None, CacheOptions::default());
+/// let slot = model.slot_with(&[1, 2, 3])?;
+/// let key = cache.snapshot(&mut model, slot, false)?; // makes room first
+/// cache.restore(&mut model, key, slot)?; // from wherever it lies
+/// # Ok(())
+/// # }
+/// ```
 ///
 /// A capsule that is given to a cache is in its custody: its pieces may leave memory at any later call. Hold keys, not
 /// [`Capsule`]s; one that is [got](Self::get) stays usable until the next call, or for as long as it is pinned. Restoring
