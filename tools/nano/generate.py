@@ -79,7 +79,7 @@ def worker(args):
     torch.manual_seed(args.seed * 1000 + args.rank)
     with torch.no_grad():
         model = T.Teacher(args.teacher, args.slots, args.length, script, device, torch.bfloat16 if cuda else torch.float32,
-                          args.temperature, args.min_p, args.penalty)
+                          args.temperature, args.min_p, args.penalty, args.partial)
         log(f"teacher loaded, {args.slots} slots of {args.length}")
         model.prefix(start)
         if cuda:
@@ -219,6 +219,7 @@ def main():
     parser.add_argument("--min-p", type=float, default=0.08)
     parser.add_argument("--penalty", type=float, default=0.25)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--partial", action="store_true", help="the file is cut short: time only")
     parser.add_argument("--began", type=float, default=0)
     parser.add_argument("--rank", type=int, default=-1, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -234,8 +235,7 @@ def main():
         command = [sys.executable, str(HERE / "generate.py"), "--rank", str(rank), "--workers", str(args.workers), "--began", str(args.began)]
         for name in ("teacher", "out", "seconds", "until", "seed", "slots", "length", "block", "feeders", "temperature", "min_p", "penalty"):
             command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
-        if args.cpu:
-            command.append("--cpu")
+        command += ["--cpu"] * args.cpu + ["--partial"] * args.partial
         processes.append(subprocess.Popen(command, env=dict(os.environ, CUDA_VISIBLE_DEVICES=str(rank))))
     failed = sum(process.wait() != 0 for process in processes)
     if failed == len(processes):

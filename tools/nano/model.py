@@ -118,7 +118,7 @@ def inverse(a: torch.Tensor) -> torch.Tensor:
     for _ in range(3):
         power = power @ power
         out = out + out @ power
-    full = torch.zeros_like(a)
+    full = torch.zeros(a.shape, device=a.device, dtype=a.dtype)
     for i in range(count):
         full[:, i * size : (i + 1) * size, i * size : (i + 1) * size] = out[:, i]
     while size < n:
@@ -150,7 +150,7 @@ inverse.register_autograd(_inverse_back, setup_context=_inverse_setup)
 @torch.library.custom_op("nano::scan", mutates_args=())
 def scan(m: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """The states before each chunk: s[0] = 0, s[n + 1] = m[n] s[n] + b[n]; m [N, B, K, K], b [N, B, K, V]."""
-    s = torch.empty_like(b)
+    s = torch.empty(b.shape, device=b.device, dtype=b.dtype)
     s[0].zero_()
     for n in range(len(b) - 1):
         torch.baddbmm(b[n], m[n], s[n], out=s[n + 1])
@@ -159,13 +159,13 @@ def scan(m: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @scan.register_fake
 def _(m, b):
-    return torch.empty_like(b)
+    return torch.empty(b.shape, device=b.device, dtype=b.dtype)
 
 
 @torch.library.custom_op("nano::scan_back", mutates_args=())
 def scan_back(m: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """The gradient of b: d[n] = grad[n + 1] + m[n + 1]^T d[n + 1], with d[N - 1] = 0."""
-    d = torch.empty_like(grad)
+    d = torch.empty(grad.shape, device=grad.device, dtype=grad.dtype)
     d[-1].zero_()
     t = m.transpose(-1, -2)
     for n in range(len(grad) - 2, -1, -1):
@@ -175,7 +175,7 @@ def scan_back(m: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 @scan_back.register_fake
 def _(m, grad):
-    return torch.empty_like(grad)
+    return torch.empty(grad.shape, device=grad.device, dtype=grad.dtype)
 
 
 def _scan_setup(ctx, inputs, output):

@@ -33,6 +33,7 @@ BOILERPLATE = re.compile(
     r"smollm|hugging ?face|openai|chatgpt|i('m| am) sorry|i apologi[sz]e|i cannot (provide|assist|help)|i can't (provide|assist|help)|i('m| am) (unable|not able) to|"
     r"i('m| am) (designed|programmed|trained|here to (help|assist|provide))|my (training|programming)|as of my|"
     r"don't have (the )?(access|capability|ability)|user('s)? (request|input|query|question)|the (prompt|user|assistant)|prompt|http|www\.|\[[a-z ]+\]|"
+    r"(in |use |using )?simple words|be brief|in this context, the answer|metaphorical|(here's|this is|following is) (just )?an? (sample|example of)|"
     r"the answer (to (this|the) question )?is:)", re.I)
 ALLOWED = re.compile(r"^[ -~\n]*$")
 
@@ -80,7 +81,7 @@ def good(text):
 
 
 def shingles(text):
-    """Eight hashes that near-duplicates share: the smallest of the hashes of word triples, in bands of one."""
+    """The eight smallest hashes of runs of five words: near-duplicates share most of them."""
     words = re.findall(r"[a-z']+", text.lower())
     hashes = [int.from_bytes(hashlib.blake2b(" ".join(words[i : i + 5]).encode(), digest_size=8).digest(), "little") for i in range(max(1, len(words) - 4))]
     hashes = np.unique(np.array(hashes, np.uint64))
@@ -167,18 +168,21 @@ def tokenizer_of(texts, vocabulary):
     return tokenizer
 
 
-ENCODER = None
+ENCODER = PATH = None
 
 
 def start_encoder(path):
-    global ENCODER
-    from tokenizers import Tokenizer
-
+    global PATH
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    ENCODER = Tokenizer.from_file(path)
+    PATH = path
 
 
 def encode(texts):
+    global ENCODER
+    if ENCODER is None:
+        from tokenizers import Tokenizer
+
+        ENCODER = Tokenizer.from_file(PATH)
     end = ENCODER.token_to_id("<|endoftext|>")
     ids = [e.ids + [end] for e in ENCODER.encode_batch(texts, add_special_tokens=False)]
     return np.array([t for i in ids for t in i], np.uint16), np.array([len(i) for i in ids], np.int64)
@@ -224,10 +228,10 @@ def main():
             for kind, text, held, shingle in made:
                 key = hashlib.blake2b(text.encode(), digest_size=8).digest()
                 marks = shingle.tolist()
-                # Two of eight shared minima: about a quarter of the word runs in common.
+                # Half of the smallest hashes are known: about half of the runs of five words are.
                 if key in exact:
                     dropped["duplicate"] += 1
-                elif sum(m in near for m in marks) * 3 >= len(marks):
+                elif sum(m in near for m in marks) * 2 >= len(marks):
                     dropped["near duplicate"] += 1
                 else:
                     exact.add(key)
@@ -259,7 +263,8 @@ def main():
         size += len(text)
         if size > args.sample:
             break
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    # The encoders start before the library has threads in this process: forking later could lock them up.
+    encoders = context.Pool(args.jobs, start_encoder, (str(out / "tokenizer.json"),))
     # The special texts are tokens of their own and must not become merges.
     cut = re.compile("|".join(re.escape(t) for t in SPECIAL + TAGS))
     tokenizer = tokenizer_of((part for text in sample for part in cut.split(text) if part), args.vocabulary)
@@ -267,7 +272,7 @@ def main():
     log(f"tokenizer of {tokenizer.get_vocab_size()} tokens trained on {size:,} characters")
 
     stats = {"kinds": {}, "dropped": dict(dropped), "seed": args.seed}
-    with context.Pool(args.jobs, start_encoder, (str(out / "tokenizer.json"),)) as pool:
+    with encoders as pool:
         for name, part in (("train", train), ("heldout", held)):
             texts = [d[1] for d in part]
             chunks = [texts[i : i + 400] for i in range(0, len(texts), 400)]

@@ -53,7 +53,7 @@ STORY_ASKS = [
     "Tell me a short tale about a {who} and a OBJECT in the PLACE.", "Write a short story with a happy end about {hero}.",
     "Write a funny story about {hero} who {plot}.", "Write a story about a TRAIT PERSON called {name}.",
 ]
-STORY_LIMITS = ["", " Use simple words.", " Keep it short.", " Write two paragraphs.", " Use about 120 words.", " Write ten sentences."]
+STORY_LIMITS = ["", " Use simple words.", " Use short sentences and simple words.", " Keep it short.", " Write it for a small child.", " Use about 120 words."]
 OPENINGS = [
     "Once upon a time, in a small {place}, there lived a {trait} {who} named {name}.", "One day, {name} found a {object} in the {place}.",
     "{name} was a {trait} {who} who lived near a {place}.", "It was a cold morning in the {place}, and {name} was {trait}.",

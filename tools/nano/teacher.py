@@ -19,10 +19,10 @@ SAMPLED = 1 << 20
 
 
 class Teacher:
-    def __init__(self, path, slots, length, script, device, dtype, temperature=0.7, min_p=0.08, penalty=0.25):
+    def __init__(self, path, slots, length, script, device, dtype, temperature=0.7, min_p=0.08, penalty=0.25, partial=False):
         self.device, self.dtype, self.slots, self.length = device, dtype, slots, length
         self.temperature, self.min_p, self.penalty = temperature, min_p, penalty
-        file = GgufFile(path)
+        file = GgufFile(path, partial)
 
         def tensor(name, kind=dtype):
             return torch.from_numpy(file.tensor(name)).to(device=device, dtype=kind)
