@@ -197,6 +197,7 @@ def main():
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--heldout", type=float, default=0.01)
     parser.add_argument("--programs", type=float, default=0.12, help="share of program-written documents, by characters")
+    parser.add_argument("--programs-least", type=float, default=0, help="at least so many characters of them")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--sample", type=int, default=60_000_000, help="characters that the tokenizer is trained on")
     parser.add_argument("--sample-mb", type=float, default=48, help="size of train.sample.txt")
@@ -239,7 +240,7 @@ def main():
                     documents.append((kind, text, held))
         taught_characters = sum(len(d[1]) for d in documents)
         log(f"{len(documents):,} documents of the teacher, {taught_characters:,} characters; dropped {dict(dropped)}")
-        wanted, have, number = taught_characters * args.programs / (1 - args.programs), 0, 0
+        wanted, have, number = max(args.programs_least, taught_characters * args.programs / (1 - args.programs)), 0, 0
         while have < wanted:
             batch = [(args.seed, number + i * 250, number + (i + 1) * 250, args.heldout) for i in range(args.jobs)]
             number += args.jobs * 250
