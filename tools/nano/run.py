@@ -253,6 +253,8 @@ def main():
     parser.add_argument("--partial", action="store_true", help="only part of the teacher's file is there: try everything out")
     args = parser.parse_args()
     run = Run(args)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit("told to stop"))
     try:
         run.whole()
     except BaseException as error:
