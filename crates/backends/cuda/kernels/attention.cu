@@ -394,14 +394,26 @@ template <int KV, int D, int G> __device__ __forceinline__ void stream_body(cons
     }
     wait_copies<0>();
 }
-#define STREAMS(kv, KV, D, G)                                                                                   \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 1) attention_stream_##kv##_##D##_##G(const __grid_constant__ Attention p) { stream_body<KV, D, G>(p); }
-#define STREAM_SIZES(kv, KV) \
-    STREAMS(kv, KV, 64, 1) STREAMS(kv, KV, 64, 2) STREAMS(kv, KV, 64, 4) \
-    STREAMS(kv, KV, 128, 1) STREAMS(kv, KV, 128, 2) STREAMS(kv, KV, 128, 4) \
-    STREAMS(kv, KV, 256, 1) STREAMS(kv, KV, 256, 2) STREAMS(kv, KV, 256, 4)
-STREAM_SIZES(bf16, BF16)
-STREAM_SIZES(f16, F16)
+#define STREAMS(name, KV, D, G) \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 1) name(const __grid_constant__ Attention p) { stream_body<KV, D, G>(p); }
+STREAMS(attention_stream_bf16_64_1, BF16, 64, 1)
+STREAMS(attention_stream_bf16_64_2, BF16, 64, 2)
+STREAMS(attention_stream_bf16_64_4, BF16, 64, 4)
+STREAMS(attention_stream_bf16_128_1, BF16, 128, 1)
+STREAMS(attention_stream_bf16_128_2, BF16, 128, 2)
+STREAMS(attention_stream_bf16_128_4, BF16, 128, 4)
+STREAMS(attention_stream_bf16_256_1, BF16, 256, 1)
+STREAMS(attention_stream_bf16_256_2, BF16, 256, 2)
+STREAMS(attention_stream_bf16_256_4, BF16, 256, 4)
+STREAMS(attention_stream_f16_64_1, F16, 64, 1)
+STREAMS(attention_stream_f16_64_2, F16, 64, 2)
+STREAMS(attention_stream_f16_64_4, F16, 64, 4)
+STREAMS(attention_stream_f16_128_1, F16, 128, 1)
+STREAMS(attention_stream_f16_128_2, F16, 128, 2)
+STREAMS(attention_stream_f16_128_4, F16, 128, 4)
+STREAMS(attention_stream_f16_256_1, F16, 256, 1)
+STREAMS(attention_stream_f16_256_2, F16, 256, 2)
+STREAMS(attention_stream_f16_256_4, F16, 256, 4)
 
 // A block takes 64 elements of one head of one row: 16 groups of threads sum every 16th split, in rising order, then the
 // groups are added in rising order.
