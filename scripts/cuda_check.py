@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "crates/backends/cuda/kernels"
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a", "sm_120a"]
 WHEELS = ["nvidia-cuda-nvrtc==13.0.88", "nvidia-cuda-runtime==13.0.96"]
+# What goes before a source, after common.cuh: see SOURCES in src/compile.rs.
+SHARED = {"chain": ["products.cuh"], "gemv": ["products.cuh"]}
 # As the backend compiles them: see OPTIONS in src/compile.rs.
 OPTIONS = ["--std=c++17", "--fmad=true"]
 
@@ -98,7 +100,8 @@ def main():
 
     def compile_job(job):
         architecture, path = job
-        return compile_kernel(nvrtc, path.name, common + path.read_text(), architecture)
+        shared = "".join((KERNELS / name).read_text() for name in SHARED.get(path.stem, []))
+        return compile_kernel(nvrtc, path.name, common + shared + path.read_text(), architecture)
 
     failed = 0
     # ctypes lets go of the interpreter while NVRTC works, so threads share out the work.

@@ -6,46 +6,9 @@
 // One launch serves up to SEGMENTS linears of one x. A warp owns a row of weights; each lane holds four 16-byte loads
 // in flight while it multiplies the four before. Lane l sums the elements l*E..l*E+E of every chunk of 32*E in rising
 // order, then a butterfly: the order depends on K alone, so neither M, nor fusion, nor the grid changes a bit.
-//
-// Prologue: x may be the RMS norm of another row (norm_weight != null); block 0 also writes it where the plan has it.
-// Epilogues: store, add to out, store then causal convolution of one new row, SwiGLU of a pair of linears.
-// Every buffer that the separate ops would write is written with the same bits.
+// Structures and epilogues: products.cuh.
 
-#define SEGMENTS 6
-#define STORE 0
-#define ADD 1
-#define CONV 2
-#define PAIR 3
 #define UNROLL 4
-
-struct Segment {
-    const void* w;
-    const void* w2;      // PAIR: the second linear
-    const float* bias;   // of w, or null
-    const float* bias2;
-    View out;            // of w
-    View out2;           // PAIR: of w2; CONV: of the convolution
-    View out3;           // PAIR: of silu(out) * out2
-    const float* conv_weight;  // [N, taps]
-    const float* conv_bias;
-    float* conv_state;   // [taps - 1, N]
-    int rows;
-    int mode;
-    int taps;
-    int first_unit;
-};
-struct Gemv {
-    View x;              // before the norm, if there is one
-    View normed;         // where the plan has the norm's result
-    const float* norm_weight;
-    float eps;
-    int centered;
-    int k;
-    int segments;
-    int units;
-    int pad;
-    Segment segment[SEGMENTS];
-};
 
 template <int W> struct Weights;
 template <> struct Weights<F32> {
@@ -67,30 +30,12 @@ template <int E> __device__ __forceinline__ int place(int e) {
     return (e & ~255) + ((e >> 2) & 1) * 128 + ((e >> 3) & 31) * 4 + (e & 3);
 }
 
-template <int W> __device__ __forceinline__ void unpack(uint4 raw, float* w) {
-    u32 r[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        if (W == F32) {
-            w[i] = __uint_as_float(r[i]);
-        } else if (W == BF16) {
-            w[2 * i] = __uint_as_float(r[i] << 16);
-            w[2 * i + 1] = __uint_as_float(r[i] & 0xffff0000u);
-        } else {
-            w[2 * i] = f16_to_f32((u16)r[i]);
-            w[2 * i + 1] = f16_to_f32((u16)(r[i] >> 16));
-        }
-    }
-}
-
 __device__ __forceinline__ uint4 stream_load(const void* p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
     return v;
 }
-
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Four columns of an aligned row.
 template <int T> __device__ __forceinline__ float4 quad(const void* row, int c) {
@@ -102,8 +47,6 @@ template <int T> __device__ __forceinline__ float4 quad(const void* row, int c) 
     return make_float4(f16_to_f32((u16)raw.x), f16_to_f32((u16)(raw.x >> 16)),
                        f16_to_f32((u16)raw.y), f16_to_f32((u16)(raw.y >> 16)));
 }
-
-#define HELD 4  // groups of four columns that a thread loads before it uses the first
 
 // Row m of x, normed if the plan says so, to shared memory. T: type of x, whose rows are aligned.
 template <int T, int E>
@@ -226,7 +169,7 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
     if (unit + stride >= g.units) pdl_launch();
 
     const bool aligned = g.x.vec && ((u64)g.norm_weight & 15) == 0 && (g.k & 3) == 0;
-#pragma unroll
+#pragma unroll 1  // for the compiler's sake: with 8 rows it takes a minute otherwise
     for (int m = 0; m < M; ++m) {
         if (!aligned) stage_any<E>(g, m, padded, xs, part[m]);
         else if (g.x.dtype == F32) stage<F32, E>(g, m, padded, xs, part[m]);
@@ -297,33 +240,7 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
                 const float sum = warp_sum(acc[m]) + b;
                 if (M == 1 || lane == m) v = sum;
             }
-            if (p.mode == CONV) {
-                // The plan has one row.
-                v = rounded(v, p.out.dtype);
-                float sum = 0.f;
-                for (int j = 0; j + 1 < p.taps; ++j)
-                    sum = fmaf(__shfl_sync(FULL, tap, j), __shfl_sync(FULL, old, j), sum);
-                sum = fmaf(__shfl_sync(FULL, tap, p.taps - 1), v, sum);
-                if (lane > 0 && lane + 1 < p.taps) p.conv_state[(i64)(lane - 1) * p.rows + n] = old;
-                if (lane == 0) {
-                    store1(p.out, 0, n, v);
-                    if (p.taps > 1) p.conv_state[(i64)(p.taps - 2) * p.rows + n] = v;
-                    if (p.conv_bias) sum += p.conv_bias[n];
-                    store1(p.out2, 0, n, silu(sum));
-                }
-            } else if (lane < M) {
-                if (p.mode == ADD) {
-                    store1(p.out, lane, n, old + v);
-                } else if (p.mode == STORE) {
-                    store1(p.out, lane, n, v);
-                } else {
-                    const View& o = half ? p.out2 : p.out;
-                    v = rounded(v, o.dtype);
-                    store1(o, lane, n, v);
-                    if (half) store1(p.out3, lane, n, silu(first) * v);
-                    else first = v;
-                }
-            }
+            finish<M>(p, n, lane, half, v, old, tap, first);
         }
         unit = unit2;
         s = s2;

@@ -16,7 +16,11 @@ pub(crate) const SOURCES: &[(&str, &str)] = &[
     ("attention", include_str!("../kernels/attention.cu")),
     ("elementwise", include_str!("../kernels/elementwise.cu")),
     ("gemm", include_str!("../kernels/gemm.cu")),
-    ("gemv", include_str!("../kernels/gemv.cu")),
+    (
+        "chain",
+        concat!(include_str!("../kernels/products.cuh"), include_str!("../kernels/chain.cu")),
+    ),
+    ("gemv", concat!(include_str!("../kernels/products.cuh"), include_str!("../kernels/gemv.cu"))),
     ("memory", include_str!("../kernels/memory.cu")),
     ("recurrent", include_str!("../kernels/recurrent.cu")),
     ("sample", include_str!("../kernels/sample.cu")),

@@ -41,9 +41,12 @@ pub struct CudaOptions {
     pub cublaslt: bool,
     /// Blocks of the matrix-vector kernel per multiprocessor. `AMPOULE_CUDA_GEMV_BLOCKS`.
     pub gemv_blocks: u32,
-    /// Percent of a multiprocessor's memory that is asked for as shared memory, for every kernel alike; 0 leaves it to the
-    /// driver. `AMPOULE_CUDA_CARVEOUT`.
-    pub carveout: u32,
+    /// Products of decode that follow each other become one launch, from compute capability 9.0 on. `AMPOULE_CUDA_CHAIN=0`.
+    pub chain: bool,
+    /// Most pieces of weights that a warp of such a launch has on their way. `AMPOULE_CUDA_CHAIN_DEPTH`.
+    pub chain_depth: u32,
+    /// How many it has on their way in the middle of a product. `AMPOULE_CUDA_CHAIN_NEAR`.
+    pub chain_near: u32,
     /// Prints what each plan became, to standard error. `AMPOULE_CUDA_TRACE=1`.
     pub trace: bool,
     /// Slots whose graphs are captured at load; those of the others are captured when the slot is first created.
@@ -58,7 +61,9 @@ impl Default for CudaOptions {
             tune: true,
             cublaslt: true,
             gemv_blocks: 4,
-            carveout: 0,
+            chain: true,
+            chain_depth: 3,
+            chain_near: 1,
             trace: false,
             slots_at_load: 8,
         }
@@ -80,7 +85,9 @@ impl CudaOptions {
             tune: on("AMPOULE_CUDA_TUNE"),
             cublaslt: on("AMPOULE_CUDA_CUBLASLT"),
             gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks).max(1),
-            carveout: number("AMPOULE_CUDA_CARVEOUT", defaults.carveout).min(100),
+            chain: on("AMPOULE_CUDA_CHAIN"),
+            chain_depth: number("AMPOULE_CUDA_CHAIN_DEPTH", defaults.chain_depth),
+            chain_near: number("AMPOULE_CUDA_CHAIN_NEAR", defaults.chain_near).max(1),
             trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),
             slots_at_load: defaults.slots_at_load,
         }
@@ -93,6 +100,8 @@ pub(crate) struct Limits {
     pub(crate) multiprocessors: u32,
     pub(crate) shared_per_block: u32,
     pub(crate) programmatic: bool,
+    /// Bulk copies to shared memory: compute capability 9.0.
+    pub(crate) bulk: bool,
 }
 
 /// The backend on one GPU.
@@ -162,11 +171,11 @@ impl CudaBackend {
                 .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
                 as u32,
             programmatic: options.programmatic_launch && gpu.capability.0 >= 9,
+            bulk: gpu.capability.0 >= 9,
         };
         let (major, minor) = gpu.capability;
         let architecture = compile::architecture(major, minor);
-        let kernels =
-            Kernels::load(&context, &architecture, limits.shared_per_block, options.carveout)?;
+        let kernels = Kernels::load(&context, &architecture, limits.shared_per_block)?;
         let (lt, lt_missing) = if options.cublaslt {
             match Lt::new(&context) {
                 Ok(lt) => (Some(lt), None),

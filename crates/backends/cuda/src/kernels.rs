@@ -51,6 +51,7 @@ const NAMES: &[(&str, &[&str])] = &[
             "gemv_f16_8",
         ],
     ),
+    ("chain", &["chain_bf16", "chain_f16"]),
     ("gemm", &["gemm_f32", "gemm_bf16", "gemm_f16"]),
     (
         "attention",
@@ -123,7 +124,7 @@ const NAMES: &[(&str, &[&str])] = &[
 
 /// Kernels whose shared memory is sized at launch.
 const DYNAMIC: &[&str] =
-    &["gemv_", "attention_rows", "attention_stream_", "attention_tiles_", "sample"];
+    &["chain_", "gemv_", "attention_rows", "attention_stream_", "attention_tiles_", "sample"];
 
 /// A kernel and the most shared memory a launch may ask for.
 #[derive(Clone, Copy, Debug)]
@@ -151,7 +152,6 @@ impl Kernels {
         context: &Arc<Context>,
         architecture: &str,
         shared_per_block: u32,
-        carveout: u32,
     ) -> Result<Self, BackendError> {
         let cache = Cache::of_user();
         let compiled: Vec<_> = std::thread::scope(|scope| {
@@ -173,9 +173,6 @@ impl Kernels {
                 if DYNAMIC.iter().any(|d| name.starts_with(d)) {
                     shared_limit = raise_shared_limit(function, name, shared_per_block)?;
                 }
-                if carveout > 0 {
-                    prefer_shared(function, name, carveout)?;
-                }
                 by_name.insert(*name, Kernel { function, shared_limit });
             }
             modules.push(module);
@@ -190,18 +187,6 @@ impl Kernels {
             .copied()
             .ok_or_else(|| device_error(format!("there is no kernel '{name}'")))
     }
-}
-
-fn prefer_shared(function: CUfunction, name: &str, percent: u32) -> Result<(), BackendError> {
-    // SAFETY: the function is loaded.
-    let status = unsafe {
-        sys::cuFuncSetAttribute(
-            function,
-            Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
-            percent as i32,
-        )
-    };
-    check(status, &format!("asking for shared memory for '{name}'"))
 }
 
 fn raise_shared_limit(

@@ -122,8 +122,10 @@ const SAMPLE_WORK: usize = 6 * 2048 * 8 + 256;
 pub(crate) const DELTA_DONE: usize = SAMPLE_WORK;
 /// Most value heads whose blocks can be counted there.
 pub(crate) const DELTA_HEADS: usize = 1024;
-/// Bytes of both; zero between launches.
-const SAMPLE_WORK_BYTES: usize = SAMPLE_WORK + 4 * DELTA_HEADS;
+/// After that: `turn` of `Chain` in `chain.cu`, in a line of its own.
+pub(crate) const CHAIN_TURN: usize = DELTA_DONE + 4 * DELTA_HEADS;
+/// Bytes of all; zero at load.
+const SAMPLE_WORK_BYTES: usize = CHAIN_TURN + 128;
 /// Entries of the ring of mirrored tokens: `MIRRORS` in `sample.cu`.
 pub(crate) const MIRRORS: usize = 64;
 

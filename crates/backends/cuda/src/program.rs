@@ -1,6 +1,7 @@
 //! A model resident on a GPU: slots, graphs, inputs, outputs, frozen state.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -176,8 +177,8 @@ impl CudaProgram {
         for (index, plan) in model.model().plans.iter().enumerate() {
             let launcher = Launcher::new(&self.resident, slot, index, self.options, &self.products);
             let guard = CaptureGuard::begin(&self.resident.stream)?;
-            for step in &self.facts[index].steps {
-                launcher.step(plan, step)?;
+            for steps in launcher.launches(plan, &self.facts[index].steps) {
+                launcher.steps(plan, &self.facts[index].steps[steps])?;
             }
             let owned = Owned {
                 resident: Arc::clone(&self.resident),
@@ -199,19 +200,19 @@ impl CudaProgram {
         Ok(())
     }
 
-    /// Milliseconds of these steps of a plan, one after another: the median of nine replays.
+    /// Milliseconds of these launches of a plan, one after another: the median of nine replays.
     fn time_alike(
         &mut self,
         slot: usize,
         plan: usize,
         position: u32,
-        steps: &[usize],
+        launches: &[Range<usize>],
     ) -> Result<f64, BackendError> {
         let model = Arc::clone(self.model());
         let launcher = Launcher::new(&self.resident, slot, plan, self.options, &self.products);
         let guard = CaptureGuard::begin(&self.resident.stream)?;
-        for &step in steps {
-            launcher.step(&model.model().plans[plan], &self.facts[plan].steps[step])?;
+        for steps in launches {
+            launcher.steps(&model.model().plans[plan], &self.facts[plan].steps[steps.clone()])?;
         }
         let owned =
             Owned { resident: Arc::clone(&self.resident), products: Arc::clone(&self.products) };
@@ -242,10 +243,9 @@ impl CudaProgram {
         }
         // The device counts its samples, and tokens are known by their number.
         let ops = &model.model().plans[plan].ops;
-        let sampling = |i: &&usize| {
-            self.facts[plan].steps[**i].ops().iter().any(|&o| matches!(ops[o], Op::Sample(_)))
-        };
-        self.sampled += 11 * steps.iter().filter(sampling).count() as u64;
+        let sampling = |step: &&Step| step.ops().iter().any(|&o| matches!(ops[o], Op::Sample(_)));
+        let steps = launches.iter().flat_map(|l| &self.facts[plan].steps[l.clone()]);
+        self.sampled += 11 * steps.filter(sampling).count() as u64;
         self.mirrored.clear();
         times.sort_by(f64::total_cmp);
         Ok(times[times.len() / 2])
@@ -312,6 +312,17 @@ impl CudaProgram {
                 + (r.rows.start * table[r.buffer].row_bytes()) as u64
         };
         regions.iter().map(at).collect()
+    }
+
+    /// Room for regions that come from the host, with the alignment they would have in a slot, so that thawing goes by
+    /// vectors.
+    fn reserve(&self, regions: &[Region]) -> Result<CudaFrozen, BackendError> {
+        let sources = if self.slots.is_empty() {
+            vec![0; regions.len()]
+        } else {
+            self.region_addresses(0, regions)
+        };
+        self.store.reserve(regions, &sources)
     }
 }
 
@@ -504,13 +515,7 @@ impl Program for CudaProgram {
                 return Err(wrong(b, problem));
             }
         }
-        // Regions get the alignment they would have in a slot, so that thawing goes by vectors.
-        let sources = if self.slots.is_empty() {
-            vec![0; regions.len()]
-        } else {
-            self.region_addresses(0, regions)
-        };
-        let mut frozen = self.store.reserve(regions, &sources)?;
+        let mut frozen = self.reserve(regions)?;
         for (i, part) in bytes.iter().enumerate() {
             self.upload(frozen.address(i), part)?;
         }
@@ -541,13 +546,7 @@ impl Program for CudaProgram {
         if to == Residence::Host {
             return Ok(Arc::clone(frozen));
         }
-        // As in `freeze_bytes`.
-        let sources = if self.slots.is_empty() {
-            vec![0; pinned.regions().len()]
-        } else {
-            self.region_addresses(0, pinned.regions())
-        };
-        let mut moved = self.store.reserve(pinned.regions(), &sources)?;
+        let mut moved = self.reserve(pinned.regions())?;
         pinned.fill(&mut moved)?;
         Ok(Arc::new(moved))
     }
@@ -592,25 +591,31 @@ impl Program for CudaProgram {
         let Some(ops) = model.model().plans.get(plan).map(|p| &p.ops) else {
             return Err(BackendError::NoSuchPlan { plan, plans });
         };
+        let steps = &self.facts[plan].steps;
+        let launcher = Launcher::new(&self.resident, index, plan, self.options, &self.products);
+        let launches = launcher.launches(&model.model().plans[plan], steps);
         // Launches of one kind: the same ops over weights of the same shapes.
-        let kind = |step: &Step| -> Vec<(&'static str, usize)> {
+        let kind = |launch: &Range<usize>| -> Vec<(&'static str, usize)> {
             let cost = |i: usize| {
                 let at = CostPoint { position: 0, tokens: 1 };
                 (ops[i].name(), ops[i].cost(&model.model().buffers, at).bytes_read as usize)
             };
-            step.ops().into_iter().map(cost).collect()
+            steps[launch.clone()].iter().flat_map(Step::ops).map(cost).collect()
         };
-        let kinds: Vec<_> = self.facts[plan].steps.iter().map(kind).collect();
-        let mut times: Vec<StepTime> = self.facts[plan]
-            .steps
+        let kinds: Vec<_> = launches.iter().map(kind).collect();
+        let mut times: Vec<StepTime> = launches
             .iter()
-            .map(|s| StepTime { ops: s.ops(), milliseconds: 0.0 })
+            .map(|launch| StepTime {
+                ops: steps[launch.clone()].iter().flat_map(Step::ops).collect(),
+                milliseconds: 0.0,
+            })
             .collect();
         for first in 0..kinds.len() {
             let alike: Vec<usize> =
                 (0..kinds.len()).filter(|&i| kinds[i] == kinds[first]).collect();
             if alike[0] == first {
-                let total = self.time_alike(index, plan, position, &alike)?;
+                let ranges: Vec<_> = alike.iter().map(|&i| launches[i].clone()).collect();
+                let total = self.time_alike(index, plan, position, &ranges)?;
                 for &i in &alike {
                     times[i].milliseconds = total / alike.len() as f64;
                 }

@@ -158,15 +158,23 @@ fn logits_are_those_of_the_reference() {
 }
 
 #[test]
-fn fusion_and_early_launch_change_no_bit() {
+fn fusion_chains_and_early_launch_change_no_bit() {
     let on = CudaOptions::default();
     let variants = [
         on,
+        CudaOptions { chain: false, ..on },
+        CudaOptions { chain_depth: 2, chain_near: 2, ..on },
         CudaOptions { fusion: false, ..on },
         CudaOptions { programmatic_launch: false, ..on },
-        CudaOptions { fusion: false, programmatic_launch: false, gemv_blocks: 1, ..on },
+        CudaOptions {
+            fusion: false,
+            chain: false,
+            programmatic_launch: false,
+            gemv_blocks: 1,
+            ..on
+        },
     ];
-    for dtype in [DType::F32, DType::BF16] {
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
         let built = model(dtype);
         let mut expected: Option<(Vec<u32>, Vec<f32>)> = None;
         for options in variants {

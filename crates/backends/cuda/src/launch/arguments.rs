@@ -70,7 +70,7 @@ pub(crate) enum Mode {
     Pair = 3,
 }
 
-/// `Segment` of `gemv.cu`.
+/// `Segment` of `products.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Segment {
@@ -90,7 +90,7 @@ pub(crate) struct Segment {
     pub(crate) first_unit: i32,
 }
 
-/// `Gemv` of `gemv.cu`.
+/// `Gemv` of `products.cuh`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Gemv {
@@ -104,6 +104,21 @@ pub(crate) struct Gemv {
     pub(crate) units: i32,
     pub(crate) pad: i32,
     pub(crate) segment: [Segment; SEGMENTS],
+}
+
+/// Most products in one launch: `CHAIN` in `chain.cu`.
+pub(crate) const CHAIN: usize = 4;
+
+/// `Chain` of `chain.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Chain {
+    pub(crate) turn: u64,
+    pub(crate) phases: i32,
+    pub(crate) depth: i32,
+    pub(crate) near: i32,
+    pub(crate) x_bytes: i32,
+    pub(crate) phase: [Gemv; CHAIN],
 }
 
 /// `HeadNorm` of `elementwise.cu`.

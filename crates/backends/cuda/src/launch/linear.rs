@@ -5,11 +5,11 @@ use std::ops::Range;
 use ampoule_backend::BackendError;
 use ampoule_plan::{BufferTable, CausalConv, DType, Op, Phase, Plan, Role, View};
 
-use super::arguments::{Gemv, MatrixView, Mode, Segment, dtype_suffix};
+use super::arguments::{CHAIN, Chain, Gemv, MatrixView, Mode, Segment, dtype_code, dtype_suffix};
 use super::{BLOCK, DECODE_ROWS, Launcher, args};
-use crate::fuse::{GemvGroup, Then};
+use crate::fuse::{GemvGroup, Step, Then};
 use crate::lt::ProductShape;
-use crate::memory::resident_dtype;
+use crate::memory::{CHAIN_TURN, resident_dtype};
 
 /// Shared memory for x that leaves room for two blocks on a multiprocessor.
 const GEMV_SHARED: usize = 100 << 10;
@@ -67,6 +67,40 @@ pub(crate) fn product_shape(
     fits.then(|| (shape, x.clone(), weight.clone(), out.clone()))
 }
 
+/// A matrix-vector product with its operands.
+#[derive(Clone, Copy)]
+struct Ready {
+    gemv: Gemv,
+    rows: usize,
+    dtype: DType,
+    /// Whether no op writes its matrices: the kernels read them before they wait.
+    weights_only: bool,
+}
+
+impl Ready {
+    /// With its rows of weights numbered.
+    fn counted(mut self) -> Self {
+        let mut units = 0;
+        for segment in &mut self.gemv.segment[..self.gemv.segments as usize] {
+            segment.first_unit = units;
+            units += segment.rows;
+        }
+        self.gemv.units = units;
+        self
+    }
+}
+
+/// `CHAIN_WARPS`, `PIECE` and `MOST_DEPTH` of `chain.cu`, and what its chains have of shared memory besides x and rings.
+const CHAIN_WARPS: usize = 16;
+const PIECE: usize = 4096;
+const MOST_DEPTH: usize = 8;
+const CHAIN_STATIC: usize = 4 << 10;
+
+/// Bytes of shared memory that a chain's x takes, in the type of the weights.
+fn chain_x(product: &Ready) -> usize {
+    (product.gemv.k as usize).next_multiple_of(256) * 2
+}
+
 impl Launcher<'_> {
     pub(super) fn linear(
         &self,
@@ -79,12 +113,7 @@ impl Launcher<'_> {
     ) -> Result<(), BackendError> {
         let dtype = self.resident.layout.place(weight.buffer).dtype;
         if self.phase == Phase::Decode && gemv_fits(x.height(), x.width(), dtype) {
-            let part = if add { Mode::Add } else { Mode::Store };
-            let segment = self.segment(weight, bias, out, &(0..weight.height()), part);
-            let mut gemv = Gemv { x: self.matrix(x), k: x.width() as i32, ..Gemv::default() };
-            gemv.segment[0] = segment;
-            gemv.segments = 1;
-            return self.gemv(&gemv, x.height(), dtype, self.is_weight(weight));
+            return self.gemv(&self.single(x, weight, bias, out, add));
         }
         if let Some(product) = self.products.and_then(|p| p.find(self.plan, index)) {
             let device = &self.resident.device;
@@ -101,6 +130,21 @@ impl Launcher<'_> {
             return Ok(());
         }
         self.gemm(x, weight, bias, out, add)
+    }
+
+    /// One linear as a matrix-vector product.
+    fn single(&self, x: &View, weight: &View, bias: Option<&View>, out: &View, add: bool) -> Ready {
+        let part = if add { Mode::Add } else { Mode::Store };
+        let mut gemv = Gemv { x: self.matrix(x), k: x.width() as i32, ..Gemv::default() };
+        gemv.segment[0] = self.segment(weight, bias, out, &(0..weight.height()), part);
+        gemv.segments = 1;
+        Ready {
+            gemv,
+            rows: x.height(),
+            dtype: self.resident.layout.place(weight.buffer).dtype,
+            weights_only: self.is_weight(weight),
+        }
+        .counted()
     }
 
     fn gemm(
@@ -145,6 +189,105 @@ impl Launcher<'_> {
 
     /// Several linears of one x in one launch.
     pub(super) fn gemv_group(&self, plan: &Plan, group: &GemvGroup) -> Result<(), BackendError> {
+        self.gemv(&self.group(plan, group)?)
+    }
+
+    /// The steps of a plan, cut into launches: chains of products, and every other step by itself.
+    pub(crate) fn launches(&self, plan: &Plan, steps: &[Step]) -> Vec<Range<usize>> {
+        let may =
+            self.phase == Phase::Decode && self.options.chain && self.resident.device.limits.bulk;
+        let mut launches = Vec::new();
+        let mut at = 0;
+        while at < steps.len() {
+            let mut chain = Vec::new();
+            if may {
+                for step in steps[at..].iter().take(CHAIN) {
+                    match self.product(plan, step) {
+                        Ok(Some(ready)) if self.chains(&chain, &ready) => chain.push(ready),
+                        _ => break,
+                    }
+                }
+            }
+            let end = at + chain.len().max(1);
+            launches.push(at..end);
+            at = end;
+        }
+        launches
+    }
+
+    /// Whether a chain can take the product after these.
+    fn chains(&self, before: &[Ready], ready: &Ready) -> bool {
+        let Ready { gemv, dtype, .. } = ready;
+        let code = dtype_code(*dtype);
+        let normed = gemv.norm_weight != 0;
+        let aligned = |at: u64| at.is_multiple_of(16);
+        let segments = &gemv.segment[..gemv.segments as usize];
+        ready.rows == 1
+            && ready.weights_only
+            && matches!(dtype, DType::BF16 | DType::F16)
+            && before.first().is_none_or(|first| first.dtype == *dtype)
+            && (gemv.x.dtype == code || normed && gemv.x.dtype == 0)
+            && (!normed || gemv.normed.dtype == code)
+            && gemv.x.vec == 1
+            && aligned(gemv.x.at)
+            && aligned(gemv.norm_weight)
+            && segments.iter().all(|s| aligned(s.w) && aligned(s.w2))
+            && self.ring_depth(before.iter().chain([ready])).is_some()
+    }
+
+    /// Pieces of a warp's ring for a chain of these products, if there is room for enough of them.
+    fn ring_depth<'a>(&self, products: impl Iterator<Item = &'a Ready>) -> Option<usize> {
+        let room = self.resident.device.limits.shared_per_block as usize;
+        let rings = room.checked_sub(CHAIN_STATIC + products.map(chain_x).max()?)?;
+        let depth = (rings / (CHAIN_WARPS * PIECE)).min(self.options.chain_depth as usize);
+        (depth >= 2).then_some(depth.min(MOST_DEPTH))
+    }
+
+    /// The step as a matrix-vector product, if it is one.
+    fn product(&self, plan: &Plan, step: &Step) -> Result<Option<Ready>, BackendError> {
+        let single = |x: &View, weight: &View, bias: Option<&View>, out: &View, add| {
+            let dtype = self.resident.layout.place(weight.buffer).dtype;
+            gemv_fits(x.height(), x.width(), dtype).then(|| self.single(x, weight, bias, out, add))
+        };
+        Ok(match step {
+            Step::Gemv(group) => Some(self.group(plan, group)?),
+            Step::Op(index) => match &plan.ops[*index] {
+                Op::Linear(o) => single(&o.x, &o.weight, o.bias.as_ref(), &o.out, false),
+                Op::LinearAdd(o) => single(&o.x, &o.weight, o.bias.as_ref(), &o.out, true),
+                _ => None,
+            },
+            _ => None,
+        })
+    }
+
+    /// Enqueues as one chain steps that [`Self::launches`] has found together.
+    pub(super) fn chain(&self, plan: &Plan, steps: &[Step]) -> Result<(), BackendError> {
+        let wrong = || self.unsupported("the chain does not fit the plan".to_owned());
+        let mut products = Vec::new();
+        for step in steps {
+            products.push(self.product(plan, step)?.ok_or_else(wrong)?);
+        }
+        let depth = self.ring_depth(products.iter()).ok_or_else(wrong)?;
+        let x_bytes = products.iter().map(chain_x).max().unwrap_or(0);
+        let mut chain = Chain {
+            turn: self.resident.sample_work.at() + CHAIN_TURN as u64,
+            phases: products.len() as i32,
+            depth: depth as i32,
+            near: depth.min(self.options.chain_near as usize) as i32,
+            x_bytes: x_bytes as i32,
+            ..Chain::default()
+        };
+        for (phase, product) in chain.phase.iter_mut().zip(&products) {
+            *phase = product.gemv;
+        }
+        let blocks = self.resident.device.limits.multiprocessors;
+        let mut how = self.early([blocks, 1, 1], CHAIN_WARPS as u32 * 32);
+        how.shared = (x_bytes + depth * CHAIN_WARPS * PIECE) as u32;
+        let name = format!("chain_{}", dtype_suffix(dtype_code(products[0].dtype)));
+        self.go(&name, how, args![chain])
+    }
+
+    fn group(&self, plan: &Plan, group: &GemvGroup) -> Result<Ready, BackendError> {
         let wrong = || self.unsupported("the fusion does not fit the plan".to_owned());
         let mut gemv = Gemv::default();
         let mut first: Option<View> = None;
@@ -201,7 +344,7 @@ impl Launcher<'_> {
             gemv.eps = norm.eps;
             gemv.centered = i32::from(norm.centered);
         }
-        self.gemv(&gemv, x.height(), dtype, weights_only)
+        Ok(Ready { gemv, rows: x.height(), dtype, weights_only }.counted())
     }
 
     fn conv_segment(&self, linear: Segment, conv: &CausalConv) -> Segment {
@@ -217,20 +360,9 @@ impl Launcher<'_> {
     }
 
     /// Launches for 1, 2, 4 or 8 rows at a time; a row's bits do not depend on how they are grouped.
-    fn gemv(
-        &self,
-        gemv: &Gemv,
-        rows: usize,
-        dtype: DType,
-        weights_only: bool,
-    ) -> Result<(), BackendError> {
-        let mut units = 0;
-        let mut gemv = *gemv;
-        for segment in &mut gemv.segment[..gemv.segments as usize] {
-            segment.first_unit = units;
-            units += segment.rows;
-        }
-        gemv.units = units;
+    fn gemv(&self, ready: &Ready) -> Result<(), BackendError> {
+        let Ready { gemv, rows, dtype, weights_only } = *ready;
+        let units = gemv.units;
         let k = gemv.k as usize;
         let limits = &self.resident.device.limits;
         let most = limits.multiprocessors * self.options.gemv_blocks;
@@ -250,7 +382,7 @@ impl Launcher<'_> {
                 shift(&mut segment.out2);
                 shift(&mut segment.out3);
             }
-            let name = format!("gemv_{}_{take}", dtype_suffix(super::arguments::dtype_code(dtype)));
+            let name = format!("gemv_{}_{take}", dtype_suffix(dtype_code(dtype)));
             let mut how = self.early([blocks, 1, 1], BLOCK);
             how.shared = shared_bytes(take, k, dtype) as u32;
             // The kernel reads weights before it waits: only if no op can have written them.

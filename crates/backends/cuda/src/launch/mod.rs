@@ -82,11 +82,12 @@ impl<'a> Launcher<'a> {
         }
     }
 
-    /// Enqueues one of a plan's steps.
-    pub(crate) fn step(&self, plan: &Plan, step: &Step) -> Result<(), BackendError> {
+    /// Enqueues steps of a plan as one launch: one step, or a chain that [`Self::launches`] has found.
+    pub(crate) fn steps(&self, plan: &Plan, steps: &[Step]) -> Result<(), BackendError> {
+        let [step, ..] = steps else { return Ok(()) };
         let first = step.first_op();
         self.op.set(plan.ops[first].name());
-        for index in step.ops() {
+        for index in steps.iter().flat_map(Step::ops) {
             let op = &plan.ops[index];
             let blocks = |v: &View| {
                 let buffer = self.resident.model.buffer(v.buffer);
@@ -103,6 +104,7 @@ impl<'a> Launcher<'a> {
             }
         }
         let result = match step {
+            _ if steps.len() > 1 => self.chain(plan, steps),
             Step::Op(index) => self.op(*index, &plan.ops[*index]),
             Step::Gemv(group) => self.gemv_group(plan, group),
             Step::NormRopeAppend(fused) => self.norm_rope_append(plan, fused),
