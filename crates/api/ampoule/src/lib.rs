@@ -60,7 +60,7 @@ pub use ampoule_engine::{
 pub use ampoule_models::chat::{ChatError, ChatTemplate};
 pub use ampoule_models::decoder::BuildError;
 pub use ampoule_models::error::ModelFileError;
-pub use ampoule_models::model::OpenError;
+pub use ampoule_models::model::{NANO, OpenError};
 pub use ampoule_models::tokenizer::{
     EncodeOptions, Passed, StopMatcher, StreamDecoder, TokenKind, Tokenizer, TokenizerError,
 };
