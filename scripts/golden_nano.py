@@ -13,7 +13,8 @@ makes of it, its ids, and the 64 tokens that follow greedily. `expected.safetens
     NN.logits_bf16 BF16 [3, 4096]  weights and arithmetic in bfloat16, as transformers loads the folder by default
     NN.log_prob    F32 [n - 1]     float32: log probability of token i + 1 after token i
 
-`tokenizer.json`: held-out documents of every kind and texts that are hard to cut, with their ids.
+`tokenizer.json`: held-out documents of every kind and texts that are hard to cut, with their ids, and what the ids
+decode to where that is another text.
 """
 
 import argparse
@@ -180,6 +181,9 @@ def draw(tokenizer, heldout):
     texts = [(kind, text) for kind, all_texts in sorted(kinds.items()) for text in r.sample(all_texts, min(7, len(all_texts)))]
     texts += [("hard", text) for text in HARD]
     entries = [{"kind": kind, "text": text, "ids": ids_of(tokenizer, text)} for kind, text in texts]
+    for entry in entries:  # the tokenizer composes characters (NFC), so some texts come back otherwise
+        back = tokenizer.decode(entry["ids"], clean_up_tokenization_spaces=False)
+        entry |= {"decoded": back} if back != entry["text"] else {}
     (GOLDEN / "tokenizer.json").write_text(dump({"texts": entries}, "texts"))
     print(len(entries), "texts,", sum(len(e["ids"]) for e in entries), "tokens")
 

@@ -2,10 +2,11 @@
 //!
 //! `scripts/golden_nano.py` made the files in `golden/nano` and says what is in them.
 
+use std::fmt;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use ampoule::{Ampoule, Backend, DType, LoadOptions};
+use ampoule::{Ampoule, Backend, DType, LoadOptions, NANO};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -36,6 +37,24 @@ pub struct PromptReport {
     pub sums_bf16: [f64; 2],
 }
 
+impl fmt::Display for PromptReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:28} {:4} tokens  f32 {:.1e} (max {:.1e}, log p {:.1e})  bf16 {:.2e} (its own noise {:.2e})  greedy {}/{}",
+            self.kind,
+            self.tokens,
+            self.frobenius,
+            self.max_error,
+            self.log_prob,
+            self.frobenius_bf16,
+            self.bf16_noise,
+            self.greedy - self.greedy_differ,
+            self.greedy
+        )
+    }
+}
+
 /// The folder with the goldens.
 pub fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/nano")
@@ -45,8 +64,8 @@ pub fn folder() -> PathBuf {
 ///
 /// # Errors
 /// If the file cannot be read or has no such list.
-pub fn list(file: &str, key: &str) -> Result<Vec<Value>, String> {
-    let path = folder().join(file);
+pub fn list(folder: &Path, file: &str, key: &str) -> Result<Vec<Value>, String> {
+    let path = folder.join(file);
     let text = std::fs::read_to_string(&path).map_err(|e| format!("{}: {e}", path.display()))?;
     let mut value: Value =
         serde_json::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))?;
@@ -102,18 +121,18 @@ fn log_probability(row: &[f32], token: u32) -> f64 {
     f64::from(row[token as usize] - highest) - sum.ln()
 }
 
-/// Runs the prompts whose number `wanted` picks; the model is `model`, with activations and KV cache of the type given.
+/// Runs the prompts of a folder whose number `wanted` picks, with activations and KV cache of the type given.
 ///
 /// # Errors
 /// If the files cannot be read or the engine fails, in words.
 pub fn run(
     backend: &dyn Backend,
-    model: &str,
+    folder: &Path,
     precision: DType,
     wanted: &dyn Fn(usize) -> bool,
 ) -> Result<Vec<PromptReport>, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
-    let bytes = std::fs::read(folder().join("expected.safetensors")).map_err(|e| text(&e))?;
+    let bytes = std::fs::read(folder.join("expected.safetensors")).map_err(|e| text(&e))?;
     let file = SafeTensors::deserialize(&bytes).map_err(|e| text(&e))?;
     let options = LoadOptions {
         context: 1024,
@@ -122,11 +141,11 @@ pub fn run(
         ..LoadOptions::default()
     };
     let mut model =
-        Ampoule::load_on(backend, model, &options, &mut |_, _| {}).map_err(|e| text(&e))?;
+        Ampoule::load_on(backend, NANO, &options, &mut |_, _| {}).map_err(|e| text(&e))?;
     let slot = model.engine.create_slot().map_err(|e| text(&e))?;
     let vocabulary = model.engine.vocabulary();
     let mut reports = Vec::new();
-    for (number, prompt) in list("prompts.json", "prompts")?.iter().enumerate() {
+    for (number, prompt) in list(folder, "prompts.json", "prompts")?.iter().enumerate() {
         if !wanted(number) {
             continue;
         }

@@ -14,20 +14,9 @@ fn load(context: usize) -> Ampoule {
 
 /// Runs prompts, prints what each measured, and holds the bounds.
 fn hold(backend: &dyn Backend, wanted: &dyn Fn(usize) -> bool) -> Vec<PromptReport> {
-    let reports = nano::run(backend, NANO, DType::F32, wanted).unwrap();
+    let reports = nano::run(backend, &nano::folder(), DType::F32, wanted).unwrap();
     for r in &reports {
-        println!(
-            "{:28} {:4} tokens  f32 {:.1e} (max {:.1e}, log p {:.1e})  bf16 {:.2e} (its own noise {:.2e})  greedy {}/{}",
-            r.kind,
-            r.tokens,
-            r.frobenius,
-            r.max_error,
-            r.log_prob,
-            r.frobenius_bf16,
-            r.bf16_noise,
-            r.greedy - r.greedy_differ,
-            r.greedy
-        );
+        println!("{r}");
     }
     for r in &reports {
         assert!(r.same_ids, "'{}': other ids than transformers'", r.kind);
@@ -61,7 +50,7 @@ fn short_prompts_equal_transformers_on_the_reference() {
 #[test]
 fn ids_equal_transformers() {
     let model = load(64);
-    let texts = nano::list("tokenizer.json", "texts").unwrap();
+    let texts = nano::list(&nano::folder(), "tokenizer.json", "texts").unwrap();
     let kinds: std::collections::BTreeSet<_> =
         texts.iter().filter_map(|t| t["kind"].as_str()).collect();
     assert!(texts.len() >= 80 && kinds.len() == 10, "the golden is short: {kinds:?}");
@@ -69,7 +58,8 @@ fn ids_equal_transformers() {
         let text = entry["text"].as_str().unwrap();
         let ids = model.encode_prompt(text).unwrap();
         assert_eq!(ids, nano::ids(&entry["ids"]), "{text:?}");
-        assert_eq!(model.tokenizer().unwrap().decode(&ids), text);
+        let decoded = entry["decoded"].as_str().unwrap_or(text);
+        assert_eq!(model.tokenizer().unwrap().decode(&ids), decoded);
     }
 }
 
@@ -77,7 +67,7 @@ fn ids_equal_transformers() {
 fn the_chat_template_writes_what_transformers_writes() {
     let model = load(64);
     let mut with_tools = 0;
-    for prompt in nano::list("prompts.json", "prompts").unwrap() {
+    for prompt in nano::list(&nano::folder(), "prompts.json", "prompts").unwrap() {
         if prompt["prompt"].is_null() {
             let tools = Some(&prompt["tools"]).filter(|t| !t.is_null());
             with_tools += usize::from(tools.is_some());
@@ -133,7 +123,7 @@ fn exactness_levels() {
     let mut model = load(512);
     model.engine.poison_between_replays(true);
     let options =
-        VerifyOptions { trials: 60, max_tokens: 200, seed: 5, ..VerifyOptions::default() };
+        VerifyOptions { trials: 25, max_tokens: 200, seed: 5, ..VerifyOptions::default() };
     let report = model.verify(&options, &mut |_, _| {}).unwrap();
     for level in &report.levels {
         println!("{:16} {:5} checks {:4} mismatches", level.level, level.checks, level.mismatches);
@@ -169,7 +159,7 @@ fn it_predicts_what_is_held_out() {
     let mut model = load(2048);
     let slot = model.engine.create_slot().unwrap();
     let (mut nats, mut bytes) = (0.0, 0);
-    for entry in nano::list("tokenizer.json", "texts").unwrap() {
+    for entry in nano::list(&nano::folder(), "tokenizer.json", "texts").unwrap() {
         if entry["kind"] == "hard" {
             continue;
         }

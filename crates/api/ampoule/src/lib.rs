@@ -7,7 +7,7 @@
 //! use ampoule::{Ampoule, LoadOptions};
 //!
 //! # fn main() -> Result<(), ampoule::Error> {
-//! let mut model = Ampoule::load("models/SmolLM2-135M-Instruct.Q4_1.gguf", &LoadOptions::default(), &mut |_, _| {})?;
+//! let mut model = Ampoule::load(ampoule::NANO, &LoadOptions::default(), &mut |_, _| {})?;
 //! let slot = model.engine.create_slot()?;
 //! let prompt = model.encode_prompt("The quick brown fox")?;
 //! model.append(slot, &prompt)?;

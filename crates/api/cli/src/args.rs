@@ -377,7 +377,7 @@ pub(crate) struct TokenizeArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  ampoule detokenize --tokens 19556,28,905")]
+#[command(after_help = "Example:\n  ampoule detokenize --tokens 3059,11,625")]
 pub(crate) struct DetokenizeArgs {
     #[command(flatten)]
     pub(crate) model: ModelArg,
