@@ -6,7 +6,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use ampoule::{Ampoule, Backend, DType, LoadOptions, NANO};
+use ampoule::{Ampoule, Backend, DType, LoadOptions};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -33,7 +33,9 @@ pub struct PromptReport {
     pub greedy_differ: usize,
     /// Greedy tokens compared.
     pub greedy: usize,
-    /// Squared sums of the differences from bfloat16 and of what was expected, to sum over prompts.
+    /// Squared sums of the differences from float32 and of what was expected, to sum over prompts.
+    pub sums: [f64; 2],
+    /// The same for bfloat16.
     pub sums_bf16: [f64; 2],
 }
 
@@ -121,12 +123,14 @@ fn log_probability(row: &[f32], token: u32) -> f64 {
     f64::from(row[token as usize] - highest) - sum.ln()
 }
 
-/// Runs the prompts of a folder whose number `wanted` picks, with activations and KV cache of the type given.
+/// Runs the prompts of a folder whose number `wanted` picks on `model`, which is ampoule-nano by name or as a folder, with
+/// activations and KV cache of the type given.
 ///
 /// # Errors
 /// If the files cannot be read or the engine fails, in words.
 pub fn run(
     backend: &dyn Backend,
+    model: &str,
     folder: &Path,
     precision: DType,
     wanted: &dyn Fn(usize) -> bool,
@@ -141,7 +145,7 @@ pub fn run(
         ..LoadOptions::default()
     };
     let mut model =
-        Ampoule::load_on(backend, NANO, &options, &mut |_, _| {}).map_err(|e| text(&e))?;
+        Ampoule::load_on(backend, model, &options, &mut |_, _| {}).map_err(|e| text(&e))?;
     let slot = model.engine.create_slot().map_err(|e| text(&e))?;
     let vocabulary = model.engine.vocabulary();
     let mut reports = Vec::new();
@@ -194,26 +198,26 @@ pub fn run(
         for &wanted in &greedy {
             greedy_differ += usize::from(model.engine.step(slot).map_err(|e| text(&e))? != wanted);
         }
-        let sums_bf16 = sums(&got, &half);
+        let (sums_f32, sums_bf16) = (sums(&got, &wide), sums(&got, &half));
         reports.push(PromptReport {
             kind: prompt["kind"].as_str().unwrap_or_default().to_owned(),
             tokens: tokens.len(),
             same_ids: own == tokens,
-            frobenius: ratio(sums(&got, &wide)),
+            frobenius: ratio(sums_f32),
             max_error,
             frobenius_bf16: ratio(sums_bf16),
             bf16_noise: ratio(sums(&wide, &half)),
             log_prob,
             greedy_differ,
             greedy: greedy.len(),
+            sums: sums_f32,
             sums_bf16,
         });
     }
     Ok(reports)
 }
 
-/// Relative Frobenius error against transformers in bfloat16 over all prompts together.
-pub fn frobenius_bf16(reports: &[PromptReport]) -> f64 {
-    let sums = reports.iter().map(|r| r.sums_bf16);
+/// Relative Frobenius error over prompts together, from the squared sums of each.
+pub fn together(sums: impl Iterator<Item = [f64; 2]>) -> f64 {
     ratio(sums.fold([0.0, 0.0], |[a, b], [d, e]| [a + d, b + e]))
 }

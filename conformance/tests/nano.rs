@@ -14,7 +14,7 @@ fn load(context: usize) -> Ampoule {
 
 /// Runs prompts, prints what each measured, and holds the bounds.
 fn hold(backend: &dyn Backend, wanted: &dyn Fn(usize) -> bool) -> Vec<PromptReport> {
-    let reports = nano::run(backend, &nano::folder(), DType::F32, wanted).unwrap();
+    let reports = nano::run(backend, NANO, &nano::folder(), DType::F32, wanted).unwrap();
     for r in &reports {
         println!("{r}");
     }
@@ -36,7 +36,7 @@ fn twenty_prompts_equal_transformers_on_the_cpu() {
     let reports = hold(&CpuBackend::new(2), &|_| true);
     assert_eq!(reports.len(), 20);
     assert!(reports.iter().any(|r| r.tokens > 500) && reports.iter().any(|r| r.tokens == 1));
-    let all = nano::frobenius_bf16(&reports);
+    let all = nano::together(reports.iter().map(|r| r.sums_bf16));
     println!("all together: {all:.2e} from transformers in bf16");
     assert!(all <= 1e-2, "{all:.2e} from transformers in bf16");
 }

@@ -123,7 +123,7 @@ const TURNS: [(&str, &str); 26] = [
 ];
 
 /// Turns of a short tour.
-const SHORT: usize = 7;
+const SHORT: usize = 8;
 
 impl Script {
     /// The session as the model's chat template writes it; arbitrary tokens where it has none.
