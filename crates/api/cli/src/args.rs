@@ -25,8 +25,8 @@ use crate::models;
         ampoule generate --prompt 'The sea was' --max-tokens 40 --save sea.ampoule\n  \
         ampoule generate --restore sea.ampoule --prompt ' Then' --json\n  \
         ampoule verify\n\n\
-        Without --model the model is ampoule-nano, which is part of this program. Others: a .gguf file, a Hugging Face\n\
-        folder, 'smollm2', or random:NAME (random weights of a real shape).\n\
+        Without --model it is ampoule-nano, which is part of this program. Others are a .gguf file,\n\
+        a Hugging Face folder, 'smollm2', or random:NAME (random weights of a real shape).\n\
         'ampoule COMMAND --help' has the options and examples of a command."
 )]
 pub(crate) struct Cli {
