@@ -51,9 +51,9 @@ pub enum OpenError {
 /// The name of the model that is part of the program (feature `nano`).
 pub const NANO: &str = "ampoule-nano";
 
-/// The files of the model that is part of the program.
+/// Opens the model that is part of the program.
 #[cfg(feature = "nano")]
-fn built_in() -> Option<(WeightsParts, TokenizerParts)> {
+fn built_in() -> Result<ModelFiles, OpenError> {
     let weights = WeightsParts {
         config: ampoule_nano::CONFIG.to_vec(),
         index: None,
@@ -65,12 +65,12 @@ fn built_in() -> Option<(WeightsParts, TokenizerParts)> {
         generation_config: Some(ampoule_nano::GENERATION_CONFIG.to_vec()),
         chat_template: None,
     };
-    Some((weights, tokenizer))
+    ModelFiles::from_parts(NANO, weights, Some(&tokenizer))
 }
 
 #[cfg(not(feature = "nano"))]
-fn built_in() -> Option<(WeightsParts, TokenizerParts)> {
-    None
+fn built_in() -> Result<ModelFiles, OpenError> {
+    Err(OpenError::NotBuiltIn)
 }
 
 enum Weights {
@@ -116,8 +116,7 @@ impl ModelFiles {
             return Ok(Self { weights: Weights::Random { seed }, shape, tokenizer: None });
         }
         if reference == NANO {
-            let (weights, tokenizer) = built_in().ok_or(OpenError::NotBuiltIn)?;
-            return Self::from_parts(NANO, weights, Some(&tokenizer));
+            return built_in();
         }
         let path = Path::new(reference);
         if path.is_dir() {
