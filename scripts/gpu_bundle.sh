@@ -9,7 +9,8 @@ set -eu
 cd "$(dirname "$0")/.."
 profile=${PROFILE:-release}
 if [ "$profile" = release ]; then flag=--release; else flag=; fi
-cargo build $flag -p ampoule-cli -p ampoule-conformance --bins
+# Without the model that the program carries: its folder travels with the repository.
+cargo build $flag -p ampoule-cli -p ampoule-conformance --bins --no-default-features
 cargo build $flag -p ampoule-cuda --examples
 tests=$(cargo test $flag -p ampoule-cuda --test gpu --no-run --message-format=json | sed -n 's/.*"executable":"\([^"]*gpu-[^"]*\)".*/\1/p' | tail -n 1)
 mkdir -p .gpu

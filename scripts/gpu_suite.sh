@@ -22,6 +22,8 @@ export AMPOULE_REQUIRE_GPU=1
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 step gpu_tests "$bin/gpu_tests" --test-threads=1
 step goldens "$bin/goldens" --backend cuda --folder "$root/conformance/golden/qwen35"
+step goldens_nano "$bin/goldens" --backend cuda --folder "$root/conformance/golden/nano"
+step verify_nano "$bin/ampoule" verify --model "$root/assets/ampoule-nano" --device cuda --trials 50 --json
 step verify_tiny "$bin/ampoule" verify --model random:qwen3.5-tiny --device cuda --trials 200 --json
 step turns "$bin/ampoule" bench turns --model random:qwen3.5-tiny --device cuda --json
 step rollback "$bin/ampoule" bench rollback --model random:qwen3.5-tiny --device cuda --json

@@ -5,3 +5,4 @@ pub mod ops;
 
 pub mod goldens;
 pub mod lineage;
+pub mod nano;

@@ -11,12 +11,12 @@ libfuzzer_sys::fuzz_target!(|data: &[u8]| {
         WeightsParts {
             config: b"{}".to_vec(),
             index: None,
-            files: vec![("model.safetensors".into(), rest.to_vec())],
+            files: vec![("model.safetensors".into(), rest.to_vec().into())],
         }
     } else {
         let (index, shards) = rest.split_at(usize::from(first).min(rest.len()));
         let (a, b) = shards.split_at(shards.len() / 2);
-        let files = vec![("a".into(), a.to_vec()), ("b".into(), b.to_vec())];
+        let files = vec![("a".into(), a.to_vec().into()), ("b".into(), b.to_vec().into())];
         WeightsParts { config: b"{}".to_vec(), index: Some(index.to_vec()), files }
     };
     let dir = match WeightsDir::from_parts("fuzz", parts) {

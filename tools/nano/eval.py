@@ -166,12 +166,13 @@ def curve(args):
     values = [y for _, points in series for x, y in points if x > 0.01 * most]
     low, top = min([*values, *args.line_values]) * 0.97, min(max([*values, *args.line_values]) * 1.03, args.top)
     x_of = lambda x: left + (wide - left - 16) * x / most
-    y_of = lambda y: 16 + (high - 16 - bottom) * (top - min(y, top)) / (top - low)
+    # Logarithmic: what matters at the end is small beside what happens at the beginning.
+    y_of = lambda y: 16 + (high - 16 - bottom) * math.log(top / min(y, top)) / math.log(top / low)
     colors = ["#1b6ca8", "#c2571a", "#3a7d44"]
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
              f'<rect width="{wide}" height="{high}" fill="white"/>']
     for i in range(6):
-        y = low + (top - low) * i / 5
+        y = low * (top / low) ** (i / 5)
         parts.append(f'<line x1="{left}" x2="{wide - 16}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}" stroke="#ddd"/><text x="{left - 6}" y="{y_of(y) + 4:.1f}" text-anchor="end">{y:.2f}</text>')
         x = most * i / 5
         parts.append(f'<text x="{x_of(x):.1f}" y="{high - bottom + 18}" text-anchor="middle">{x:.0f}</text>')
@@ -181,7 +182,7 @@ def curve(args):
         d = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in points)
         parts.append(f'<polyline points="{d}" fill="none" stroke="{colors[i % 3]}" stroke-width="2"/><text x="{wide - 24}" y="{34 + 16 * i}" text-anchor="end" fill="{colors[i % 3]}">{name}: {points[-1][1]:.3f}</text>')
     for name, y in zip(args.line_names, args.line_values):
-        parts.append(f'<line x1="{left}" x2="{wide - 16}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}" stroke="#555" stroke-dasharray="5 4"/><text x="{left + 6}" y="{y_of(y) - 5:.1f}" fill="#555">{name}: {y:.3f}</text>')
+        parts.append(f'<line x1="{left}" x2="{wide - 16}" y1="{y_of(y):.1f}" y2="{y_of(y):.1f}" stroke="#555" stroke-dasharray="5 4"/><text x="{left + 130}" y="{y_of(y) - 5:.1f}" fill="#555">{name}: {y:.3f}</text>')
     parts.append("</svg>")
     Path(args.out).write_text("\n".join(parts) + "\n")
 

@@ -20,7 +20,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("ampoule-reference", &["ampoule-plan", "ampoule-backend"]),
     ("ampoule-cpu", &["ampoule-plan", "ampoule-backend"]),
     ("ampoule-cuda", &["ampoule-plan", "ampoule-backend"]),
-    ("ampoule-models", &["ampoule-plan"]),
+    ("ampoule-models", &["ampoule-plan", "ampoule-nano"]),
+    ("ampoule-nano", &[]),
     ("ampoule-store", &["ampoule-capsule"]),
     (
         "ampoule",

@@ -1,16 +1,17 @@
 //! Holds a backend of this machine against Hugging Face transformers' answers, which are float32.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use ampoule::{Backend, DType};
-use ampoule_conformance::goldens;
+use ampoule_conformance::{goldens, nano};
 use ampoule_cpu::CpuBackend;
 use ampoule_cuda::CudaBackend;
 use ampoule_reference::ReferenceBackend;
 
 const USAGE: &str = "usage: goldens [--backend cpu|cuda|reference] [--folder DIR] [--precision f32|bf16]
 
+    --folder: conformance/golden/qwen35, or conformance/golden/nano for assets/ampoule-nano
 \
     f32: every logit within 1e-4 of the largest, every greedy token equal
 \
@@ -46,6 +47,9 @@ fn run() -> Result<bool, String> {
         "reference" => Box::new(ReferenceBackend),
         _ => return Err(USAGE.to_owned()),
     };
+    if folder.join("prompts.json").exists() {
+        return carried(backend.as_ref(), &folder, precision);
+    }
     let checkpoints =
         goldens::checkpoints(&folder).map_err(|e| format!("{}: {e}", folder.display()))?;
     let mut passed = !checkpoints.is_empty();
@@ -68,6 +72,32 @@ fn run() -> Result<bool, String> {
         } else {
             r.frobenius <= TOLERANCE_BF16 && r.top1_differ as f64 <= TOP1_BF16 * r.rows as f64
         };
+    }
+    println!("{}", if passed { "passed" } else { "FAILED" });
+    Ok(passed)
+}
+
+/// The prompts of ampoule-nano.
+fn carried(backend: &dyn Backend, folder: &Path, precision: DType) -> Result<bool, String> {
+    // From its folder, which lies beside the goldens: this binary need not carry it.
+    let model = folder.join("../../../assets/ampoule-nano");
+    let model = model.to_str().ok_or("the path is not UTF-8")?;
+    let reports = nano::run(backend, model, folder, precision, &|_| true)?;
+    let mut passed = !reports.is_empty();
+    for r in &reports {
+        println!("{r}");
+        passed &= r.same_ids
+            && if precision == DType::F32 {
+                r.max_error <= TOLERANCE && r.frobenius <= TOLERANCE && r.greedy_differ == 0
+            } else {
+                // Some prompts are far from what the model learnt: transformers' own bfloat16 is 1.5e-2 off there.
+                r.frobenius <= 2.0 * TOLERANCE_BF16
+            };
+    }
+    if precision != DType::F32 {
+        let all = nano::together(reports.iter().map(|r| r.sums));
+        println!("all together: {all:.2e} from float32");
+        passed &= all <= TOLERANCE_BF16;
     }
     println!("{}", if passed { "passed" } else { "FAILED" });
     Ok(passed)

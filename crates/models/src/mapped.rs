@@ -1,5 +1,6 @@
 //! Files as read-only bytes.
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ pub struct MappedFile {
 #[derive(Debug)]
 enum Bytes {
     Mapped(Mmap),
-    Owned(Vec<u8>),
+    Held(Cow<'static, [u8]>),
 }
 
 impl MappedFile {
@@ -45,7 +46,7 @@ impl MappedFile {
         }
         let file = File::open(path).map_err(io("open"))?;
         let bytes = if metadata.len() == 0 {
-            Bytes::Owned(Vec::new())
+            Bytes::Held(Cow::Borrowed(&[]))
         } else {
             // SAFETY: the map is read-only and private to this value. Its bytes could change only if somebody
             // wrote to the file meanwhile, which the type's documentation forbids; the readers check every
@@ -56,8 +57,8 @@ impl MappedFile {
     }
 
     /// Bytes that are in memory already, under a name for error messages. No file is touched.
-    pub fn from_bytes(name: impl Into<PathBuf>, bytes: Vec<u8>) -> Self {
-        Self { path: name.into(), bytes: Bytes::Owned(bytes) }
+    pub fn from_bytes(name: impl Into<PathBuf>, bytes: impl Into<Cow<'static, [u8]>>) -> Self {
+        Self { path: name.into(), bytes: Bytes::Held(bytes.into()) }
     }
 
     /// The path as given to [`open`](Self::open).
@@ -72,7 +73,7 @@ impl Deref for MappedFile {
     fn deref(&self) -> &[u8] {
         match &self.bytes {
             Bytes::Mapped(map) => map,
-            Bytes::Owned(bytes) => bytes,
+            Bytes::Held(bytes) => bytes,
         }
     }
 }

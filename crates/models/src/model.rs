@@ -12,9 +12,9 @@ use crate::llama::{self, LlamaParts};
 use crate::qwen35::{Qwen35, Qwen35Parts};
 use crate::random::{self, RandomParts};
 use crate::tensors::TensorSource;
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::tokenizer::{Tokenizer, TokenizerError, TokenizerParts};
 use crate::weights::ModelWeights;
-use crate::weights_dir::WeightsDir;
+use crate::weights_dir::{WeightsDir, WeightsParts};
 
 /// A model cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -32,14 +32,45 @@ pub enum OpenError {
         /// The name.
         name: String,
     },
+    /// The built-in model was left out of this program.
+    #[error(
+        "this program was built without the model '{NANO}' (feature 'nano'); build it with default features, or give \
+         the folder assets/ampoule-nano, another Hugging Face folder, or a .gguf file"
+    )]
+    NotBuiltIn,
     /// The path leads nowhere.
     #[error(
-        "{path}: no such file or folder; give a .gguf file, a Hugging Face folder, or random:NAME"
+        "{path}: no such file or folder; give '{NANO}', a .gguf file, a Hugging Face folder, or random:NAME"
     )]
     NotFound {
         /// The path.
         path: String,
     },
+}
+
+/// The name of the model that is part of the program (feature `nano`).
+pub const NANO: &str = "ampoule-nano";
+
+/// Opens the model that is part of the program.
+#[cfg(feature = "nano")]
+fn built_in() -> Result<ModelFiles, OpenError> {
+    let weights = WeightsParts {
+        config: ampoule_nano::CONFIG.to_vec(),
+        index: None,
+        files: vec![("model.safetensors".to_owned(), ampoule_nano::WEIGHTS.into())],
+    };
+    let tokenizer = TokenizerParts {
+        tokenizer: ampoule_nano::TOKENIZER.to_vec(),
+        tokenizer_config: Some(ampoule_nano::TOKENIZER_CONFIG.to_vec()),
+        generation_config: Some(ampoule_nano::GENERATION_CONFIG.to_vec()),
+        chat_template: None,
+    };
+    ModelFiles::from_parts(NANO, weights, Some(&tokenizer))
+}
+
+#[cfg(not(feature = "nano"))]
+fn built_in() -> Result<ModelFiles, OpenError> {
+    Err(OpenError::NotBuiltIn)
 }
 
 enum Weights {
@@ -69,7 +100,8 @@ pub struct BuiltModel {
 }
 
 impl ModelFiles {
-    /// Opens `random:NAME`, `random:NAME@SEED`, a `.gguf` file or a Hugging Face folder.
+    /// Opens [`NANO`], `random:NAME`, `random:NAME@SEED`, a `.gguf` file or a Hugging Face folder. A name goes before a
+    /// folder of the same name, which is opened as `./ampoule-nano`.
     ///
     /// # Errors
     /// If nothing is there, or what is there cannot be understood; the message names file and tensor or key.
@@ -83,21 +115,18 @@ impl ModelFiles {
             let shape = random::shape(base).ok_or_else(unknown)?;
             return Ok(Self { weights: Weights::Random { seed }, shape, tokenizer: None });
         }
+        if reference == NANO {
+            return built_in();
+        }
         let path = Path::new(reference);
         if path.is_dir() {
             let folder = WeightsDir::open(path)?;
-            let model = Qwen35::open(&folder)?;
             let tokenizer = path
                 .join("tokenizer.json")
                 .exists()
                 .then(|| Tokenizer::from_dir(path))
                 .transpose()?;
-            let shape = model.shape.clone();
-            return Ok(Self {
-                weights: Weights::Folder(Arc::new(folder), Box::new(model)),
-                shape,
-                tokenizer: tokenizer.map(Arc::new),
-            });
+            return Self::folder(folder, tokenizer);
         }
         if !path.exists() {
             return Err(OpenError::NotFound { path: reference.to_owned() });
@@ -106,6 +135,28 @@ impl ModelFiles {
         let shape = llama::shape(&file)?;
         let tokenizer = Some(Arc::new(Tokenizer::from_gguf(&file)?));
         Ok(Self { weights: Weights::Gguf(Arc::new(file)), shape, tokenizer })
+    }
+
+    /// A Hugging Face folder whose files are in memory already; `name` stands for the folder, and the model is called by
+    /// it.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), without the system's errors.
+    pub fn from_parts(
+        name: &str,
+        weights: WeightsParts,
+        tokenizer: Option<&TokenizerParts>,
+    ) -> Result<Self, OpenError> {
+        let folder = WeightsDir::from_parts(name, weights)?;
+        let tokenizer = tokenizer.map(|t| Tokenizer::from_dir_parts(name, t)).transpose()?;
+        Self::folder(folder, tokenizer)
+    }
+
+    fn folder(folder: WeightsDir, tokenizer: Option<Tokenizer>) -> Result<Self, OpenError> {
+        let model = Qwen35::open(&folder)?;
+        let shape = model.shape.clone();
+        let weights = Weights::Folder(Arc::new(folder), Box::new(model));
+        Ok(Self { weights, shape, tokenizer: tokenizer.map(Arc::new) })
     }
 
     /// The decoder's shape.

@@ -7,6 +7,7 @@
 //! The header entries have the types of the `safetensors` crate; the checks are ours. The crate's own reader
 //! keeps the last of two entries of one name, and most of its messages do not say which tensor is at fault.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
@@ -67,7 +68,7 @@ pub struct WeightsParts {
     /// `model.safetensors.index.json`, unless there is one weights file only.
     pub index: Option<Vec<u8>>,
     /// Weights files by name; `model.safetensors` where there is no index.
-    pub files: Vec<(String, Vec<u8>)>,
+    pub files: Vec<(String, Cow<'static, [u8]>)>,
 }
 
 impl WeightsDir {

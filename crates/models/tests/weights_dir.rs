@@ -33,7 +33,7 @@ fn small() -> Vec<u8> {
 }
 
 fn single(bytes: Vec<u8>) -> Result<WeightsDir, ModelFileError> {
-    let files = vec![("model.safetensors".to_owned(), bytes)];
+    let files = vec![("model.safetensors".to_owned(), bytes.into())];
     WeightsDir::from_parts(
         "folder",
         WeightsParts { config: b"{\"model_type\": \"llama\"}".to_vec(), index: None, files },
@@ -41,7 +41,8 @@ fn single(bytes: Vec<u8>) -> Result<WeightsDir, ModelFileError> {
 }
 
 fn sharded(index: &str, files: &[(&str, Vec<u8>)]) -> Result<WeightsDir, ModelFileError> {
-    let files = files.iter().map(|(name, bytes)| (name.to_string(), bytes.clone())).collect();
+    let files =
+        files.iter().map(|(name, bytes)| (name.to_string(), bytes.clone().into())).collect();
     WeightsDir::from_parts(
         "folder",
         WeightsParts { config: b"{}".to_vec(), index: Some(index.into()), files },

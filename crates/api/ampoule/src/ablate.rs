@@ -110,7 +110,13 @@ impl Ampoule {
             .collect()
     }
 
-    fn restore_ablated(
+    /// For experiments: restores a capsule, but with the recurrent and convolution state of `donor`, or zero where there
+    /// is none; [`Ablation::Whole`] restores all of it. What follows is not the model's answer: that is the point. The
+    /// slot refuses to be snapshotted or rolled back until it is restored or reset.
+    ///
+    /// # Errors
+    /// As [`Engine::restore`](crate::Engine::restore).
+    pub fn restore_ablated(
         &mut self,
         slot: SlotId,
         whole: &Capsule,

@@ -7,7 +7,7 @@
 //! use ampoule::{Ampoule, LoadOptions};
 //!
 //! # fn main() -> Result<(), ampoule::Error> {
-//! let mut model = Ampoule::load("models/SmolLM2-135M-Instruct.Q4_1.gguf", &LoadOptions::default(), &mut |_, _| {})?;
+//! let mut model = Ampoule::load(ampoule::NANO, &LoadOptions::default(), &mut |_, _| {})?;
 //! let slot = model.engine.create_slot()?;
 //! let prompt = model.encode_prompt("The quick brown fox")?;
 //! model.append(slot, &prompt)?;
@@ -60,7 +60,7 @@ pub use ampoule_engine::{
 pub use ampoule_models::chat::{ChatError, ChatTemplate};
 pub use ampoule_models::decoder::BuildError;
 pub use ampoule_models::error::ModelFileError;
-pub use ampoule_models::model::OpenError;
+pub use ampoule_models::model::{NANO, OpenError};
 pub use ampoule_models::tokenizer::{
     EncodeOptions, Passed, StopMatcher, StreamDecoder, TokenKind, Tokenizer, TokenizerError,
 };

@@ -144,7 +144,8 @@ fn available_memory() -> Option<u64> {
 }
 
 impl Ampoule {
-    /// Loads a `.gguf` file, a Hugging Face folder, or `random:NAME`; `progress` is told bytes done and in all.
+    /// Loads [`NANO`](crate::NANO) (feature `nano`), a `.gguf` file, a Hugging Face folder, or `random:NAME`; `progress` is
+    /// told bytes done and in all.
     ///
     /// # Errors
     /// If the model cannot be opened or built, the device is missing, or memory is short.

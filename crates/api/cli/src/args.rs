@@ -20,12 +20,13 @@ use crate::models;
     max_term_width = 110,
     after_help = "Examples:\n  \
         ampoule demo\n  \
-        ampoule fetch smollm2\n  \
-        ampoule chat --model smollm2\n  \
-        ampoule generate --model smollm2 --prompt 'The sea was' --max-tokens 40 --save sea.ampoule\n  \
-        ampoule generate --model smollm2 --restore sea.ampoule --prompt ' Then' --json\n  \
-        ampoule verify --model random:qwen3.5-tiny\n\n\
-        A model is a .gguf file, a Hugging Face folder, 'smollm2', or random:NAME (random weights of a real shape).\n\
+        ampoule chat\n  \
+        ampoule fetch smollm2 && ampoule chat --model smollm2\n  \
+        ampoule generate --prompt 'The sea was' --max-tokens 40 --save sea.ampoule\n  \
+        ampoule generate --restore sea.ampoule --prompt ' Then' --json\n  \
+        ampoule verify\n\n\
+        Without --model it is ampoule-nano, which is part of this program. Others are a .gguf file,\n\
+        a Hugging Face folder, 'smollm2', or random:NAME (random weights of a real shape).\n\
         'ampoule COMMAND --help' has the options and examples of a command."
 )]
 pub(crate) struct Cli {
@@ -139,8 +140,8 @@ fn kv_dtype(text: &str) -> Result<DType, String> {
 /// Which model.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ModelArg {
-    /// A .gguf file, a Hugging Face folder, 'smollm2', or random:NAME.
-    #[arg(long, short, value_name = "MODEL")]
+    /// 'ampoule-nano' (part of this program), a .gguf file, a Hugging Face folder, 'smollm2', or random:NAME.
+    #[arg(long, short, default_value = ampoule::NANO, value_name = "MODEL")]
     pub(crate) model: models::ModelRef,
 }
 
@@ -256,10 +257,10 @@ fn above_zero(text: &str) -> Result<usize, String> {
 #[command(
     group(ArgGroup::new("input").args(["prompt", "prompt_file", "tokens"])),
     after_help = "Examples:\n  \
-        ampoule generate --model smollm2 --prompt 'Once upon a time' --max-tokens 60\n  \
-        ampoule generate --model smollm2 --chat --prompt 'Name three rivers.' --temperature 0.7 --seed 1\n  \
-        ampoule generate --model smollm2 --prompt-file manual.txt --max-tokens 0 --save manual.ampoule\n  \
-        ampoule generate --model smollm2 --restore manual.ampoule --prompt 'In short:' --json\n  \
+        ampoule generate --prompt 'Once upon a time' --max-tokens 60\n  \
+        ampoule generate --chat --prompt 'Name three rivers.' --temperature 0.7 --seed 1\n  \
+        ampoule generate --prompt-file manual.txt --max-tokens 0 --save manual.ampoule\n  \
+        ampoule generate --restore manual.ampoule --prompt 'In short:' --json\n  \
         ampoule generate --model random:qwen3.5-tiny --tokens 1,2,3 --max-tokens 8 --json\n\n\
         With --restore the prompt is appended to the capsule's state. Without a prompt the capsule's reply goes on as if\n\
         it had never been interrupted. Sampling comes from the capsule too: --seed changes the random stream alone, and\n\
@@ -306,9 +307,9 @@ pub(crate) struct GenerateArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-        ampoule chat --model smollm2\n  \
-        ampoule chat --model smollm2 --system 'You answer in one sentence.' --temperature 0\n  \
-        printf 'Hello\\n/fork idea\\nTell me more\\n/switch main\\n' | ampoule chat --model smollm2\n\n\
+        ampoule chat\n  \
+        ampoule chat --system 'You answer in one sentence.' --temperature 0\n  \
+        printf 'Hello\\n/fork idea\\nTell me more\\n/switch main\\n' | ampoule chat\n\n\
         Type /help inside for the commands: /fork, /switch, /branches, /undo, /retry, /save, /load, /stats, /quit.\n\
         Unless told otherwise the temperature is 0.6, top-p 0.95, and the seed 0.")]
 pub(crate) struct ChatArgs {
@@ -334,7 +335,7 @@ pub(crate) struct ChatArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  \
-        ampoule logits --model smollm2 --tokens-file ids.txt --out logits.safetensors\n\n\
+        ampoule logits --tokens-file ids.txt --out logits.safetensors\n\n\
         The file holds one tensor, 'logits', f32 of shape [tokens, vocabulary]: row i is what the model\n\
         predicts after token i.")]
 pub(crate) struct LogitsArgs {
@@ -355,8 +356,8 @@ pub(crate) struct LogitsArgs {
 #[command(
     group(ArgGroup::new("input").args(["text", "file"]).required(true)),
     after_help = "Examples:\n  \
-        ampoule tokenize --model smollm2 --text 'Hello, world'\n  \
-        ampoule tokenize --model smollm2 --file prompt.txt --special --json"
+        ampoule tokenize --text 'Hello, world'\n  \
+        ampoule tokenize --file prompt.txt --special --json"
 )]
 pub(crate) struct TokenizeArgs {
     #[command(flatten)]
@@ -376,7 +377,7 @@ pub(crate) struct TokenizeArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  ampoule detokenize --model smollm2 --tokens 19556,28,905")]
+#[command(after_help = "Example:\n  ampoule detokenize --tokens 3059,11,625")]
 pub(crate) struct DetokenizeArgs {
     #[command(flatten)]
     pub(crate) model: ModelArg,
@@ -390,7 +391,7 @@ pub(crate) struct DetokenizeArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  \
-        ampoule perplexity --model smollm2 --file book.txt --context 1024\n\n\
+        ampoule perplexity --file book.txt --context 1024\n\n\
         The text is cut into windows of --context tokens (1024 unless given), each read from an empty state; every\n\
         token but a window's first is predicted. Printed are the mean negative log-likelihood in nats and its exponential.")]
 pub(crate) struct PerplexityArgs {
@@ -406,7 +407,7 @@ pub(crate) struct PerplexityArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-        ampoule verify --model smollm2\n  \
+        ampoule verify\n  \
         ampoule verify --model random:qwen3.5-tiny --trials 200 --seed 7 --poison\n\n\
         The exit code is 1 if anything differs by a single bit.")]
 pub(crate) struct VerifyArgs {
@@ -428,7 +429,7 @@ pub(crate) struct VerifyArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  \
-        ampoule ablate --model random:qwen3.5-tiny --prefix 200\n\n\
+        ampoule ablate --prefix 200\n\n\
         A runtime that caches attention rows alone gives back the other state zeroed or stale. This shows how many of\n\
         the next 48 greedy tokens are then different. The exit code is 1 if the whole capsule changes a token.")]
 pub(crate) struct AblateArgs {
@@ -457,19 +458,17 @@ pub(crate) enum CapsuleCommand {
     Verify(StoreOneArgs),
     /// Read a text with a model and save the state under a name.
     #[command(after_help = "Example:\n  \
-        ampoule capsule save manual --store capsules --model smollm2 --prompt-file README.md\n\n\
+        ampoule capsule save manual --store capsules --prompt-file README.md\n\n\
         What the store has of the same branch already is not written again.")]
     Save(StoreSaveArgs),
     /// Load a capsule, check every byte, restore it; prints what each took.
-    #[command(
-        after_help = "Example:\n  ampoule capsule load manual --store capsules --model smollm2"
-    )]
+    #[command(after_help = "Example:\n  ampoule capsule load manual --store capsules")]
     Load(StoreLoadArgs),
     /// List the capsules of a store with their own and shared bytes.
     #[command(after_help = "Example:\n  ampoule capsule list --store s3://bucket/agents")]
     List(StoreListArgs),
     /// Draw the capsules of a store as a tree.
-    #[command(after_help = "Example:\n  ampoule capsule tree --store capsules --text smollm2")]
+    #[command(after_help = "Example:\n  ampoule capsule tree --store capsules --text ampoule-nano")]
     Tree(StoreListArgs),
     /// Write a capsule of a store, with its whole chain, to one file.
     #[command(
@@ -618,10 +617,10 @@ pub(crate) enum PlanCommand {
     #[command(after_help = "Example:\n  ampoule plan print --model random:qwen3.5-tiny | less")]
     Print(PlanArgs),
     /// Prove that all carried state is in State buffers; count buffers, plans and state bytes.
-    #[command(after_help = "Example:\n  ampoule plan check --model smollm2 --context 4096")]
+    #[command(after_help = "Example:\n  ampoule plan check --context 4096")]
     Check(PlanArgs),
     /// What one decode step must move and compute at least, by kind of op.
-    #[command(after_help = "Example:\n  ampoule plan roofline --model smollm2 --position 2048\n\n\
+    #[command(after_help = "Example:\n  ampoule plan roofline --position 2048\n\n\
         The floor is bytes over the read bandwidth measured now, on this machine.")]
     Roofline(PlanArgs),
 }
@@ -640,15 +639,14 @@ pub(crate) struct PlanArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
-        ampoule serve --model smollm2\n  \
-        ampoule serve --model smollm2 --port 0 --port-file port.txt --store sessions\n  \
-        AMPOULE_API_KEYS=secret ampoule serve --model smollm2 --host 0.0.0.0\n\n\
+        ampoule serve\n  \
+        ampoule serve --port 0 --port-file port.txt --store sessions\n  \
+        AMPOULE_API_KEYS=secret ampoule serve --host 0.0.0.0\n\n\
         The first line on standard output is the address. docs/server.md has the APIs, with clients in curl, Python and\n\
         JavaScript. SIGTERM and Ctrl-C end it in order: sessions are parked in the store.")]
 pub(crate) struct ServeArgs {
-    /// A .gguf file, a Hugging Face folder, 'smollm2', or random:NAME.
-    #[arg(long, short, default_value = models::SMOLLM2, value_name = "MODEL")]
-    pub(crate) model: models::ModelRef,
+    #[command(flatten)]
+    pub(crate) model: ModelArg,
     /// The address to listen on; other machines reach it only if this says so.
     #[arg(long, default_value = "127.0.0.1", value_name = "IP")]
     pub(crate) host: std::net::IpAddr,
@@ -702,16 +700,14 @@ pub(crate) struct DoctorArgs {
 pub(crate) enum BenchCommand {
     /// Time to first token: reading everything, against restoring a capsule of the prefix.
     #[command(after_help = "Example:\n  \
-        ampoule bench ttft --model smollm2 --prefix 512,1024,2048 --suffix 24 --reps 5 --out ttft.json --svg ttft.svg")]
+        ampoule bench ttft --prefix 512,1024,2048 --suffix 24 --reps 5 --out ttft.json --svg ttft.svg")]
     Ttft(BenchArgs),
     /// Decode: milliseconds per token after each prefix.
-    #[command(
-        after_help = "Example:\n  ampoule bench decode --model smollm2 --prefix 1,512,2048 --reps 5"
-    )]
+    #[command(after_help = "Example:\n  ampoule bench decode --prefix 1,512,2048 --reps 5")]
     Decode(BenchArgs),
     /// The capsule verbs: snapshot, restore, rollback, export, import, beside a plain memory copy.
     #[command(
-        after_help = "Example:\n  ampoule bench capsule --model smollm2 --prefix 512,2048 --out capsule.json"
+        after_help = "Example:\n  ampoule bench capsule --prefix 512,2048 --out capsule.json"
     )]
     Capsule(BenchArgs),
     /// Taking back one turn, at several lengths of context: it should take the same time at each.
@@ -723,11 +719,11 @@ pub(crate) enum BenchCommand {
     Rollback(BenchArgs),
     /// Restoring from each memory that a capsule can lie in: the device's, the host's, a store on disk (in the folder for
     /// temporary files).
-    #[command(after_help = "Example:\n  ampoule bench tiers --model smollm2 --prefix 512,2048")]
+    #[command(after_help = "Example:\n  ampoule bench tiers --prefix 512,2048")]
     Tiers(BenchArgs),
     /// What a conversation costs with a boundary after each turn, against full copies; restores each and compares.
     #[command(after_help = "Example:\n  \
-        ampoule bench turns --model smollm2 --turns 40 --out turns.json --svg turns.svg\n\n\
+        ampoule bench turns --turns 40 --out turns.json --svg turns.svg\n\n\
         With --store every turn is also saved there, and the bytes written are reported.")]
     Turns(TurnsArgs),
 }
@@ -778,11 +774,10 @@ pub(crate) struct BenchArgs {
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  ampoule demo\n  ampoule demo --fast\n\n\
-        Without --model the demo runs on smollm2 (94 MiB), which it downloads where it is missing.")]
+        Without --model it runs on ampoule-nano, which is part of this program: no network is needed.")]
 pub(crate) struct DemoArgs {
-    /// The model to show.
-    #[arg(long, short, default_value = models::SMOLLM2, value_name = "MODEL")]
-    pub(crate) model: models::ModelRef,
+    #[command(flatten)]
+    pub(crate) model: ModelArg,
     /// Shorter texts, fewer repetitions.
     #[arg(long)]
     pub(crate) fast: bool,

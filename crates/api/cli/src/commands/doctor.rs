@@ -17,6 +17,8 @@ struct Doctor {
     bandwidth: Bandwidth,
     devices: Vec<DeviceReport>,
     gpus: Vec<Gpu>,
+    /// Part of this program.
+    built_in_models: Vec<&'static str>,
     model_folders: Vec<Folder>,
 }
 
@@ -116,6 +118,7 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
         bandwidth: Bandwidth::measure(global.threads, Progress::new(args.json)),
         devices,
         gpus: gpus(),
+        built_in_models: if cfg!(feature = "nano") { vec![ampoule::NANO] } else { Vec::new() },
         model_folders: models::folders().iter().map(|f| folder(f)).collect(),
     };
     if args.json {
@@ -166,6 +169,9 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
             speed(g.to_host_gb_s),
             speed(g.from_host_gb_s)
         ))?;
+    }
+    for name in &doctor.built_in_models {
+        output::line(format!("models     in this program: {name}"))?;
     }
     for f in &doctor.model_folders {
         let what = match (f.there, f.models.is_empty()) {

@@ -57,10 +57,10 @@ pub(crate) fn run(args: &ServeArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let slots = global.slots;
     // One more, for the verbs of the native API.
     let more = GlobalArgs { slots: slots + 1, ..global.clone() };
-    let model = load(&args.model, &more, None, Progress::new(false))?;
+    let model = load(&args.model.model, &more, None, Progress::new(false))?;
     let config = Config {
         address: SocketAddr::new(args.host, args.port),
-        model_name: Some(args.model_name.clone().unwrap_or_else(|| name(&args.model))),
+        model_name: Some(args.model_name.clone().unwrap_or_else(|| name(&args.model.model))),
         slots,
         queue: args.queue,
         body_bytes: args.body_mib << 20,
