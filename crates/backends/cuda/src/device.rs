@@ -1,6 +1,6 @@
 //! Which GPUs there are, and the backend on one of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use ampoule_backend::{
     Backend, BackendError, DeviceInfo, LoadOptions, Program, Progress, WeightSource,
@@ -8,7 +8,7 @@ use ampoule_backend::{
 use ampoule_plan::Sealed;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
-use crate::driver::{Context, check, device_attribute, device_error};
+use crate::driver::{Context, Event, check, device_attribute, device_error};
 use crate::kernels::Kernels;
 use crate::lt::Lt;
 use crate::{compile, libs, program};
@@ -118,6 +118,9 @@ pub(crate) struct Device {
     pub(crate) lt: Option<Lt>,
     pub(crate) lt_missing: Option<String>,
     pub(crate) limits: Limits,
+    /// After the last launch whose blocks wait for each other: a chain of products has a block on every multiprocessor, and
+    /// two of them from different streams could each get a part of the device and wait for ever.
+    pub(crate) chained: Mutex<Option<Arc<Event>>>,
 }
 
 impl CudaBackend {
@@ -184,7 +187,14 @@ impl CudaBackend {
         } else {
             (None, Some("cuBLASLt is turned off".to_owned()))
         };
-        let shared = Arc::new(Device { context, kernels, lt, lt_missing, limits });
+        let shared = Arc::new(Device {
+            context,
+            kernels,
+            lt,
+            lt_missing,
+            limits,
+            chained: Mutex::new(None),
+        });
         Ok(Self { gpu, options, shared })
     }
 

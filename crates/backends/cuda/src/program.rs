@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use ampoule_backend::{
@@ -62,6 +62,8 @@ struct PlanFacts {
     /// Outputs it writes; those with `true` are token outputs of its only sample op, mirrored to the host.
     outputs: Vec<(BufferId, bool)>,
     samples: u64,
+    /// Whether a launch of it does several products, with blocks that wait for each other.
+    chained: bool,
 }
 
 pub(crate) struct CudaProgram {
@@ -80,6 +82,8 @@ pub(crate) struct CudaProgram {
     /// Sample ops enqueued since load.
     sampled: u64,
     counters: Counters,
+    /// After this program's last graph with chains.
+    chain_end: Arc<Event>,
 }
 
 /// Loads a model.
@@ -101,6 +105,7 @@ pub(crate) fn load(
         .map(|plan| PlanFacts {
             steps: fuse::steps(&model.model().buffers, plan, options.fusion),
             outputs: outputs_of(model, &plan.ops),
+            chained: false,
             samples: plan.ops.iter().filter(|op| matches!(op, Op::Sample(_))).count() as u64,
         })
         .collect();
@@ -117,6 +122,7 @@ pub(crate) fn load(
         uploads: UploadRing::new(context, UPLOAD_SEGMENT)?,
         downloads: Downloader::new(context, DOWNLOAD)?,
         counters: Counters { allocations: resident.allocations, ..Counters::default() },
+        chain_end: Arc::new(Event::new(context, false)?),
         resident,
         products,
         store,
@@ -177,7 +183,9 @@ impl CudaProgram {
         for (index, plan) in model.model().plans.iter().enumerate() {
             let launcher = Launcher::new(&self.resident, slot, index, self.options, &self.products);
             let guard = CaptureGuard::begin(&self.resident.stream)?;
-            for steps in launcher.launches(plan, &self.facts[index].steps) {
+            let launches = launcher.launches(plan, &self.facts[index].steps);
+            self.facts[index].chained = launches.iter().any(|l| l.len() > 1);
+            for steps in launches {
                 launcher.steps(plan, &self.facts[index].steps[steps])?;
             }
             let owned = Owned {
@@ -382,9 +390,20 @@ impl Program for CudaProgram {
         let Some(graph) = self.slots[index].graphs.get(plan) else {
             return Err(BackendError::NoSuchPlan { plan, plans });
         };
-        graph.launch()?;
-        self.counters.launches += 1;
         let facts = &self.facts[plan];
+        if facts.chained {
+            let device = &self.resident.device;
+            let mut last = device.chained.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(event) = last.as_ref().filter(|e| !Arc::ptr_eq(e, &self.chain_end)) {
+                self.resident.stream.wait(event)?;
+            }
+            graph.launch()?;
+            self.chain_end.record(&self.resident.stream)?;
+            *last = Some(Arc::clone(&self.chain_end));
+        } else {
+            graph.launch()?;
+        }
+        self.counters.launches += 1;
         self.sampled += facts.samples;
         for &(output, mirrored) in &facts.outputs {
             if mirrored {
