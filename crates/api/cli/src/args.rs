@@ -730,6 +730,8 @@ pub(crate) enum BenchCommand {
         ampoule bench turns --model smollm2 --turns 40 --out turns.json --svg turns.svg\n\n\
         With --store every turn is also saved there, and the bytes written are reported.")]
     Turns(TurnsArgs),
+    /// The server: time to first token over HTTP against the engine's, or (--load) what many clients do to it.
+    Serve(crate::bench::serve::ServeBenchArgs),
 }
 
 #[derive(Debug, Args)]

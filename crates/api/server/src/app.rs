@@ -17,8 +17,9 @@ use crate::fields::Fields;
 use crate::grammar::Constraint;
 use crate::metrics::Metrics;
 use crate::prompt::{ModelInfo, Prompt};
+use crate::sse::Events;
 use crate::vault::Vault;
-use crate::worker::{Begun, Command, Event, Job, OnEnd, Start, Worker};
+use crate::worker::{Begun, Command, Event, Job, OnEnd, Start, Step, Worker};
 
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub(crate) struct Caller {
     pub request: u64,
     /// Whether the test of faults was asked for.
     pub fault: bool,
+    /// When the head of the request had been read.
+    pub arrived: Instant,
 }
 
 impl Caller {
@@ -39,10 +42,15 @@ impl Caller {
 
     /// The namespace of the caller's capsules under a cache key.
     pub(crate) fn space(&self, cache_key: Option<&str>) -> Space {
-        let mut hasher = blake3::Hasher::new_derive_key("ampoule server v1 namespace");
-        hasher.update(&self.key).update(cache_key.unwrap_or_default().as_bytes());
-        *hasher.finalize().as_bytes()
+        space(&self.key, cache_key)
     }
+}
+
+/// The namespace of a key's capsules under a cache key.
+pub(crate) fn space(key: &[u8; 32], cache_key: Option<&str>) -> Space {
+    let mut hasher = blake3::Hasher::new_derive_key("ampoule server v1 namespace");
+    hasher.update(key).update(cache_key.unwrap_or_default().as_bytes());
+    *hasher.finalize().as_bytes()
 }
 
 /// The server's state.
@@ -70,10 +78,37 @@ pub(crate) struct Wanted {
 
 /// A generation under way.
 pub(crate) struct Generation {
-    pub events: UnboundedReceiver<Event>,
+    events: UnboundedReceiver<Event>,
     pub sent: Arc<AtomicU64>,
-    pub arrived: Instant,
+    arrived: Instant,
+    queued: Instant,
     pub interrupt: Arc<AtomicBool>,
+}
+
+impl Generation {
+    /// The next step of any choice; `None` after the last. What the engine says of the prompt goes to the tally.
+    pub(crate) async fn step(&mut self, tally: &mut Tally) -> ApiResult<Option<Step>> {
+        loop {
+            match self.events.recv().await {
+                None => return Ok(None),
+                Some(Event::Begun(begun)) => tally.begun = begun,
+                Some(Event::Failed(error)) => return Err(error),
+                Some(Event::Step(step)) => return Ok(Some(step)),
+            }
+        }
+    }
+
+    /// As [`Generation::step`] for a stream; `None` where its client has gone.
+    pub(crate) async fn step_for(
+        &mut self,
+        events: &Events,
+        tally: &mut Tally,
+    ) -> Option<ApiResult<Option<Step>>> {
+        tokio::select! {
+            step = self.step(tally) => Some(step),
+            () = events.gone() => None,
+        }
+    }
 }
 
 impl App {
@@ -111,7 +146,7 @@ impl App {
         }
         let (out, events) = unbounded_channel();
         let (sent, interrupt) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let arrived = Instant::now();
+        let (arrived, queued) = (caller.arrived, Instant::now());
         let job = Job {
             space: wanted.space,
             tenant: caller.tenant(),
@@ -125,6 +160,7 @@ impl App {
             caching: wanted.caching && self.config.caching,
             on_end,
             arrived,
+            queued,
             deadline: arrived + self.config.deadline,
             out,
             sent: Some(Arc::clone(&sent)),
@@ -133,7 +169,7 @@ impl App {
             _place: permit,
         };
         self.engine.send(Command::Generate(Box::new(job))).map_err(|_| ApiError::stopping())?;
-        Ok(Generation { events, sent, arrived, interrupt })
+        Ok(Generation { events, sent, arrived, queued, interrupt })
     }
 
     /// Runs something on the engine's thread.
@@ -279,6 +315,7 @@ pub(crate) fn now() -> u64 {
 pub(crate) struct Tally {
     pub begun: Begun,
     arrived: Instant,
+    queued: Instant,
     first: Option<Instant>,
     last: Instant,
     pub generated: usize,
@@ -286,12 +323,13 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    pub(crate) fn new(arrived: Instant) -> Self {
+    pub(crate) fn new(generation: &Generation) -> Self {
         Self {
             begun: Begun::default(),
-            arrived,
+            arrived: generation.arrived,
+            queued: generation.queued,
             first: None,
-            last: arrived,
+            last: generation.queued,
             generated: 0,
             reasoning: 0,
         }
@@ -318,6 +356,7 @@ impl Tally {
         let ms = |d: Duration| (d.as_secs_f64() * 1e6).round() / 1e3;
         let first = self.first.unwrap_or(self.last);
         json!({
+            "prepare_ms": ms(self.queued - self.arrived),
             "queue_ms": ms(self.begun.queue),
             "match_ms": ms(self.begun.matching),
             "restore_ms": ms(self.begun.restore),

@@ -76,6 +76,15 @@ impl ApiError {
         }
     }
 
+    /// 507: all memory for capsules is in use by what must stay.
+    pub(crate) fn no_room() -> Self {
+        Self::new(
+            StatusCode::INSUFFICIENT_STORAGE,
+            "server_error",
+            "there is no memory for another capsule: delete sessions or capsules",
+        )
+    }
+
     pub(crate) fn stopping() -> Self {
         Self {
             code: Some("stopping"),

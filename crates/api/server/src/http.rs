@@ -90,7 +90,12 @@ async fn outer(State(app): AppState, mut request: Request, next: Next) -> Respon
     let origin = app.config.cors.as_deref().and_then(|o| HeaderValue::from_str(o).ok());
     let begun = std::time::Instant::now();
     let fault = app.config.faults && request.headers().contains_key("x-ampoule-fault");
-    request.extensions_mut().insert(Caller { key: [0; 32], request: number, fault });
+    request.extensions_mut().insert(Caller {
+        key: [0; 32],
+        request: number,
+        fault,
+        arrived: begun,
+    });
     let mut response = if method == Method::OPTIONS && origin.is_some() {
         StatusCode::NO_CONTENT.into_response()
     } else {
@@ -233,11 +238,7 @@ with_body! {
     chat_completions => chat::handle,
     text_completions => completions::handle,
     create_response => responses::create,
-}
-
-async fn tokenize(State(app): AppState, request: Request) -> ApiResult<Response> {
-    let body = body(&app, request).await?;
-    completions::tokenize(app, body).await
+    tokenize => completions::tokenize,
 }
 
 async fn detokenize(State(app): AppState, request: Request) -> ApiResult<Response> {

@@ -17,6 +17,7 @@ mod metrics;
 mod native;
 mod openapi;
 mod output;
+mod pieces;
 mod prompt;
 mod responses;
 mod sse;
@@ -56,6 +57,13 @@ pub struct Config {
     pub caching: bool,
     /// Responses that can be continued, at most.
     pub responses: usize,
+    /// Sessions of one key in memory, at most. With a store those used least recently go there, without one the answer
+    /// is 429.
+    pub sessions: usize,
+    /// After so long without a call a session leaves memory; without a store it is gone.
+    pub session_idle: Duration,
+    /// Capsules of one key that were asked for, at most.
+    pub capsules: usize,
     /// A folder for a durable store, and how to open it.
     pub store: Option<(String, ampoule::StoreOptions)>,
     /// Capsules of the store to have in memory from the start, by name.
@@ -81,6 +89,9 @@ impl Default for Config {
             cors: None,
             caching: true,
             responses: 1024,
+            sessions: 256,
+            session_idle: Duration::from_secs(3600),
+            capsules: 1024,
             store: None,
             warm: Vec::new(),
             faults: false,

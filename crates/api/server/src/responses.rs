@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::app::{App, Body, Caller, Generation, Prepared, Tally, Wanted, blocking, new_id, now};
 use crate::chat::{Conversation, Format, logprob_entry, prepare};
-use crate::durable::Durable;
+use crate::durable::Record;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
 use crate::output::{Piece, Splitter};
@@ -18,7 +18,7 @@ use crate::prompt::content_text;
 use crate::sse::{self, Events};
 use crate::start::{from_hex, to_hex};
 use crate::vault::{StoredResponse, Vault, lock};
-use crate::worker::{End, Event, OnEnd, Start};
+use crate::worker::{End, OnEnd, Start, Step};
 
 struct Request {
     conversation: Conversation,
@@ -235,9 +235,11 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     {
         let (info, conversation) = (Arc::clone(&app.info), request.conversation.clone());
         let (known, end) = (instructed(instructions, before), previous.end_token);
+        let space = request.wanted.space;
         started = blocking(move || {
             let extra = &conversation.extra;
-            let prompt = info.continuation(&known, &new, &conversation.tools, extra, end)?;
+            let prompt =
+                info.continuation(&space, &known, &new, &conversation.tools, extra, end)?;
             let Some(prompt) = prompt else { return Ok(None) };
             let constraint = conversation.constraint(&info, &prompt)?;
             Ok(Some((Start::After(capsule), Prepared { prompt, constraint })))
@@ -247,7 +249,7 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     let (start, prepared) = match started {
         Some(started) => started,
         None => {
-            let mut prepared = prepare(&app, &request.conversation).await?;
+            let mut prepared = prepare(&app, &request.conversation, request.wanted.space).await?;
             let marks = std::mem::take(&mut prepared.prompt.marks);
             (Start::Prompt { marks }, prepared)
         }
@@ -267,7 +269,7 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
         app.generate(&caller, permit, request.wanted, start, prompt.tokens, constraint, on_end)?;
     let keep =
         request.store.then_some(Keep { key: caller.key, input: request.input, history, ended });
-    let builder = Builder::new(Arc::clone(&app), body, splitter, with_logprobs, generation.arrived);
+    let builder = Builder::new(Arc::clone(&app), body, splitter, with_logprobs, &generation);
     if request.stream {
         let (events, response) = sse::response(Arc::clone(&generation.sent));
         tokio::spawn(stream(builder, generation, keep, events));
@@ -292,7 +294,7 @@ async fn state(app: &App, id: &str, response: &Arc<StoredResponse>) -> Option<am
     let (vault, id) = (Arc::clone(&app.vault), id.to_owned());
     let loaded = app.call(move |worker| {
         let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-        Ok(durable.capsule(&mut worker.model, "response", &id)?)
+        worker.with_room(|worker| durable.capsule(&mut worker.model, "response", &id))
     });
     let capsule = loaded.await.ok()?;
     *lock(&response.end) = Some(capsule.clone());
@@ -346,7 +348,7 @@ impl Keep {
             let (vault, id) = (Arc::clone(&app.vault), id.clone());
             blocking(move || {
                 let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-                Ok(durable.save("response", &id, &detached, record)?)
+                Ok(durable.save("response", &id, Some(&detached), record)?)
             })
             .await?;
         }
@@ -383,7 +385,7 @@ impl Builder {
         body: Value,
         splitter: Splitter,
         with_logprobs: bool,
-        arrived: std::time::Instant,
+        generation: &Generation,
     ) -> Self {
         Self {
             app,
@@ -395,7 +397,7 @@ impl Builder {
             open: None,
             events: Vec::new(),
             sequence: 0,
-            tally: Tally::new(arrived),
+            tally: Tally::new(generation),
             finished: None,
         }
     }
@@ -501,16 +503,8 @@ impl Builder {
         self.finish_item(item);
     }
 
-    /// Takes an event of the engine's.
-    fn take(&mut self, event: Event) -> ApiResult<()> {
-        let step = match event {
-            Event::Begun(begun) => {
-                self.tally.begun = begun;
-                return Ok(());
-            }
-            Event::Failed(error) => return Err(error),
-            Event::Step(step) => step,
-        };
+    /// Takes a step of the reply.
+    fn take(&mut self, step: &Step) {
         let mut pieces = self.splitter.push(&step.text);
         if let Some(token) = step.token {
             self.tally.token(step.at, self.splitter.in_thoughts());
@@ -532,7 +526,6 @@ impl Builder {
             }
         }
         self.finished = step.finished.or(self.finished);
-        Ok(())
     }
 
     /// Ends the response: its body, and its message in the chat API's words.
@@ -595,8 +588,8 @@ async fn collect(
     mut generation: Generation,
     keep: Option<Keep>,
 ) -> ApiResult<Value> {
-    while let Some(event) = generation.events.recv().await {
-        builder.take(event)?;
+    while let Some(step) = generation.step(&mut builder.tally).await? {
+        builder.take(&step);
         builder.events.clear();
     }
     let message = builder.end()?;
@@ -619,17 +612,11 @@ async fn stream(
                 return;
             }
         }
-        let event = tokio::select! {
-            event = generation.events.recv() => event,
-            () = events.gone() => return,
-        };
-        match event {
-            None => break None,
-            Some(event) => {
-                if let Err(error) = builder.take(event) {
-                    break Some(error);
-                }
-            }
+        match generation.step_for(&events, &mut builder.tally).await {
+            None => return,
+            Some(Ok(None)) => break None,
+            Some(Ok(Some(step))) => builder.take(&step),
+            Some(Err(error)) => break Some(error),
         }
     };
     let ended = match failed {
@@ -753,8 +740,8 @@ pub(crate) fn input_items(
 }
 
 /// Responses of the store; their states are loaded when somebody continues them.
-pub(crate) fn bring_back(vault: &Vault, durable: &Durable) {
-    for (id, record) in durable.records("response") {
+pub(crate) fn bring_back(vault: &Vault, records: &[Record]) {
+    for Record { id, value: record, .. } in records.iter().filter(|r| r.kind == "response") {
         let Some(key) = record["key"].as_str().and_then(from_hex) else { continue };
         let list = |name: &str| record[name].as_array().cloned().unwrap_or_default();
         let end = record["end_token"].as_u64().map(|t| t as u32);
@@ -766,6 +753,6 @@ pub(crate) fn bring_back(vault: &Vault, durable: &Durable) {
             end,
             None,
         );
-        vault.add_response(&id, stored);
+        vault.add_response(id, stored);
     }
 }

@@ -14,6 +14,9 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
+use crate::app::Tally;
+use crate::error::ApiError;
+
 /// Pieces on their way to the connection: few, so that what counts as sent has nearly been sent.
 const PIECES: usize = 4;
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -43,6 +46,22 @@ impl Events {
 
     pub(crate) async fn raw(&self, text: String, tokens: u64) -> bool {
         self.out.send(Piece { bytes: Bytes::from(text), tokens }).await.is_ok()
+    }
+
+    /// Ends a stream of the chat and completion APIs with an error.
+    pub(crate) async fn fail(&self, error: &ApiError) {
+        self.data(&error.body(), 0).await;
+    }
+
+    /// Ends a stream of the chat and completion APIs: `last` gets usage and times, where the client asked for them.
+    pub(crate) async fn end(&self, last: Option<Value>, tally: &Tally) {
+        let sent = tally.generated as u64;
+        if let Some(mut last) = last {
+            last["usage"] = tally.usage();
+            last["timings"] = tally.timings();
+            self.data(&last, sent).await;
+        }
+        self.raw("data: [DONE]\n\n".to_owned(), sent).await;
     }
 
     /// Ends when the client has gone.
