@@ -48,6 +48,8 @@ impl Known {
 /// Pieces by namespace: how long a text takes tells nothing of other namespaces' texts.
 pub(crate) struct Pieces {
     special: Vec<String>,
+    /// Whether any of them begins with this byte.
+    begins: [bool; 256],
     known: Mutex<Known>,
 }
 
@@ -57,7 +59,11 @@ impl Pieces {
         let mut special = special.to_vec();
         // Of two that fit the longer one counts.
         special.sort_by_key(|s| std::cmp::Reverse(s.len()));
-        let pieces = Self { special, known: Mutex::default() };
+        let mut begins = [false; 256];
+        for byte in special.iter().filter_map(|s| s.bytes().next()) {
+            begins[usize::from(byte)] = true;
+        }
+        let pieces = Self { special, begins, known: Mutex::default() };
         let encode = |text: &str| tokenizer.encode(text, EncodeOptions::TEMPLATE).ok();
         for special in &pieces.special {
             for (before, after) in
@@ -86,7 +92,8 @@ impl Pieces {
         let bytes = text.as_bytes();
         while at < bytes.len() {
             let fits = |s: &&String| bytes[at..].starts_with(s.as_bytes());
-            match self.special.iter().find(fits) {
+            let maybe = self.begins[usize::from(bytes[at])];
+            match self.special.iter().find(|s| maybe && fits(s)) {
                 Some(special) => {
                     if at > from {
                         out.push(&text[from..at]);

@@ -102,6 +102,8 @@ pub(crate) struct Session {
     used: Mutex<Instant>,
     /// Whether the store has it as it stands.
     saved: AtomicBool,
+    /// Whether its owner deleted it: then it must not be saved again.
+    deleted: AtomicBool,
 }
 
 impl Session {
@@ -112,7 +114,8 @@ impl Session {
         state: SessionState,
     ) -> Self {
         let (state, used) = (Mutex::new(state), Mutex::new(Instant::now()));
-        Self { key, created, parent, state, used, saved: AtomicBool::new(false) }
+        let (saved, deleted) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { key, created, parent, state, used, saved, deleted }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, SessionState> {
@@ -131,9 +134,13 @@ impl Session {
         *lock(&self.used) = Instant::now();
     }
 
-    /// Whether it can leave memory and be fetched again.
-    fn can_park(&self) -> bool {
-        self.saved.load(Ordering::Acquire) && !self.lock().busy
+    pub(crate) fn is_deleted(&self) -> bool {
+        self.deleted.load(Ordering::Acquire)
+    }
+
+    /// Whether it can leave memory and be fetched again: the store has it, and no call is about to use it.
+    fn can_park(self: &Arc<Self>) -> bool {
+        self.saved.load(Ordering::Acquire) && Arc::strong_count(self) == 1
     }
 }
 
@@ -266,7 +273,7 @@ impl Vault {
         let mut all = lock(&self.sessions);
         let mut expired = lock(&self.expired);
         all.retain(|id, session| {
-            if session.idle() < idle || session.lock().busy {
+            if session.idle() < idle || Arc::strong_count(session) > 1 {
                 return true;
             }
             if session.can_park() {
@@ -356,6 +363,7 @@ impl Vault {
     pub(crate) fn remove_session(&self, key: &[u8; 32], id: &str) -> Option<Arc<Session>> {
         let mut all = lock(&self.sessions);
         let found = all.get(id).filter(|s| s.key == *key).cloned()?;
+        found.deleted.store(true, Ordering::Release);
         all.remove(id);
         self.metrics.sessions.set(all.len());
         Some(found)

@@ -591,6 +591,7 @@ impl Worker {
                 constraint.drawn(token, self.info.tokenizer.is_eos(token))?;
             }
         }
+        let first = said.len() == 1;
         let logprobs = match (logits, step.token, shared.job.logprobs) {
             (Some(logits), Some(token), Some(top)) => Some(log_probabilities(&logits, token, top)),
             _ => None,
@@ -603,6 +604,10 @@ impl Worker {
             finished: step.finished,
             at: *last,
         }));
+        if first {
+            // Whoever sends it may need this core: the next token can wait for that.
+            std::thread::yield_now();
+        }
         Ok(step.finished)
     }
 

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use ampoule::Capsule;
 use serde_json::{Value, json};
 
+use super::forget;
 use super::sessions::add_mark;
 use crate::app::{App, Caller, blocking};
 use crate::durable::{Durable, Record};
@@ -55,7 +56,7 @@ fn session(record: &Value, capsule: Option<Capsule>) -> Option<Session> {
 
 /// Saves a session as it stands, where there is a store: on return it survives the process.
 pub(super) async fn save(app: &Arc<App>, id: &str, session: &Session) -> ApiResult<()> {
-    if app.vault.durable.is_none() {
+    if app.vault.durable.is_none() || session.is_deleted() {
         return Ok(());
     }
     session.set_saved(false);
@@ -64,12 +65,16 @@ pub(super) async fn save(app: &Arc<App>, id: &str, session: &Session) -> ApiResu
         Some(capsule) => Some(app.call(move |worker| Ok(worker.model.detach(&capsule)?)).await?),
         None => None,
     };
-    let (vault, id) = (Arc::clone(&app.vault), id.to_owned());
+    let (vault, id, gone) = (Arc::clone(&app.vault), id.to_owned(), id.to_owned());
     blocking(move || {
         let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
         Ok(durable.save("session", &id, detached.as_ref(), record)?)
     })
     .await?;
+    if session.is_deleted() {
+        // While it was being saved.
+        return forget(app, "session", gone).await;
+    }
     session.set_saved(true);
     Ok(())
 }
