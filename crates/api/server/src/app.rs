@@ -74,6 +74,8 @@ pub(crate) struct Generation {
     pub sent: Arc<AtomicU64>,
     pub arrived: Instant,
     pub interrupt: Arc<AtomicBool>,
+    /// Whether what is read stays behind for later prompts.
+    pub keeps: bool,
 }
 
 impl App {
@@ -112,6 +114,7 @@ impl App {
         let (out, events) = unbounded_channel();
         let (sent, interrupt) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let arrived = Instant::now();
+        let caching = wanted.caching && self.config.caching;
         let job = Job {
             space: wanted.space,
             tenant: caller.tenant(),
@@ -122,7 +125,7 @@ impl App {
             reply: wanted.reply,
             constraint,
             logprobs: wanted.logprobs,
-            caching: wanted.caching && self.config.caching,
+            caching,
             on_end,
             arrived,
             deadline: arrived + self.config.deadline,
@@ -133,7 +136,7 @@ impl App {
             _place: permit,
         };
         self.engine.send(Command::Generate(Box::new(job))).map_err(|_| ApiError::stopping())?;
-        Ok(Generation { events, sent, arrived, interrupt })
+        Ok(Generation { events, sent, arrived, interrupt, keeps: caching })
     }
 
     /// Runs something on the engine's thread.
@@ -279,6 +282,7 @@ pub(crate) fn now() -> u64 {
 pub(crate) struct Tally {
     pub begun: Begun,
     arrived: Instant,
+    keeps: bool,
     first: Option<Instant>,
     last: Instant,
     pub generated: usize,
@@ -290,11 +294,26 @@ impl Tally {
         Self {
             begun: Begun::default(),
             arrived,
+            keeps: false,
             first: None,
             last: arrived,
             generated: 0,
             reasoning: 0,
         }
+    }
+
+    /// Of a generation under way.
+    pub(crate) fn of(generation: &Generation) -> Self {
+        Self { keeps: generation.keeps, ..Self::new(generation.arrived) }
+    }
+
+    /// Tokens that a capsule brought, and those that were read and left behind for later prompts.
+    pub(crate) fn cache_details(&self) -> Value {
+        let read = self.begun.prompt_tokens - self.begun.cached_tokens;
+        json!({
+            "cached_tokens": self.begun.cached_tokens,
+            "cache_write_tokens": if self.keeps { read } else { 0 },
+        })
     }
 
     pub(crate) fn token(&mut self, at: Instant, thought: bool) {
@@ -309,7 +328,7 @@ impl Tally {
             "prompt_tokens": self.begun.prompt_tokens,
             "completion_tokens": self.generated,
             "total_tokens": self.begun.prompt_tokens + self.generated,
-            "prompt_tokens_details": { "cached_tokens": self.begun.cached_tokens },
+            "prompt_tokens_details": self.cache_details(),
             "completion_tokens_details": { "reasoning_tokens": self.reasoning },
         })
     }

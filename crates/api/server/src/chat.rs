@@ -364,7 +364,7 @@ async fn collect(
 ) -> ApiResult<Response> {
     let mut choices: BTreeMap<u32, Choice> =
         (0..count).map(|i| (i, Choice::new(splitter))).collect();
-    let mut tally = Tally::new(generation.arrived);
+    let mut tally = Tally::of(&generation);
     while let Some(event) = generation.events.recv().await {
         match event {
             Event::Begun(begun) => tally.begun = begun,
@@ -429,7 +429,7 @@ fn stream(
             object
         };
         let mut choices: Vec<Choice> = (0..count).map(|_| Choice::new(&splitter)).collect();
-        let mut tally = Tally::new(generation.arrived);
+        let mut tally = Tally::of(&generation);
         let mut calls = vec![0_usize; choices.len()];
         for index in 0..count {
             let delta = json!({ "role": "assistant", "content": "" });

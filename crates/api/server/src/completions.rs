@@ -147,7 +147,7 @@ async fn collect(
 ) -> ApiResult<Response> {
     let mut choices: BTreeMap<u32, (String, Lists, Option<&str>)> =
         (0..count).map(|i| (i, (echoed.to_owned(), Lists::default(), None))).collect();
-    let mut tally = Tally::new(generation.arrived);
+    let mut tally = Tally::of(&generation);
     while let Some(event) = generation.events.recv().await {
         match event {
             Event::Begun(begun) => tally.begun = begun,
@@ -192,7 +192,7 @@ fn streamed(
     let (events, response) = sse::response(Arc::clone(&generation.sent));
     let run = async move {
         let mut lists: Vec<Lists> = (0..count).map(|_| Lists::default()).collect();
-        let mut tally = Tally::new(generation.arrived);
+        let mut tally = Tally::of(&generation);
         let mut open = count;
         if !echoed.is_empty() {
             for index in 0..count {
