@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::Config;
 use crate::cache::Space;
-use crate::error::{ApiError, ApiResult};
+use crate::error::{ApiError, ApiResult, REQUEST};
 use crate::fields::Fields;
 use crate::grammar::Constraint;
 use crate::metrics::Metrics;
@@ -79,6 +79,11 @@ pub(crate) struct Generation {
 }
 
 impl App {
+    /// What a client and the log call a request.
+    pub(crate) fn request_id(&self, number: u64) -> String {
+        format!("req_{:08x}{number:08x}", self.info.created as u32)
+    }
+
     /// A place in the queue, or 429.
     pub(crate) fn place(&self) -> ApiResult<OwnedSemaphorePermit> {
         if self.stopping.load(Ordering::Relaxed) {
@@ -118,6 +123,7 @@ impl App {
         let job = Job {
             space: wanted.space,
             tenant: caller.tenant(),
+            request: self.request_id(caller.request),
             start,
             tokens,
             choices: wanted.choices,
@@ -145,8 +151,9 @@ impl App {
         work: impl FnOnce(&mut Worker) -> ApiResult<T> + Send + 'static,
     ) -> ApiResult<T> {
         let (tell, told) = oneshot::channel();
+        let request = REQUEST.try_with(Clone::clone).unwrap_or_default();
         let command = Command::Call(Box::new(move |worker| {
-            let _ = tell.send(work(worker));
+            let _ = tell.send(REQUEST.sync_scope(request, || work(worker)));
         }));
         self.engine.send(command).map_err(|_| ApiError::stopping())?;
         told.await.map_err(|_| ApiError::internal())?
@@ -255,6 +262,8 @@ impl App {
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> ApiResult<T> + Send + 'static,
 ) -> ApiResult<T> {
+    let request = REQUEST.try_with(Clone::clone).unwrap_or_default();
+    let work = move || REQUEST.sync_scope(request, work);
     tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
 }
 

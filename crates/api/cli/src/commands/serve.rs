@@ -46,9 +46,13 @@ fn name(model: &ModelRef) -> String {
 pub(crate) fn run(args: &ServeArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let keys = keys(args)?;
     if keys.is_empty() && !args.host.is_loopback() {
-        output::note(
-            "there are no API keys: whoever reaches this address may use it; set AMPOULE_API_KEYS",
+        ensure!(
+            args.without_keys,
+            "other machines reach {} and there are no API keys: set AMPOULE_API_KEYS or --api-key-file, \
+             or say --without-keys if whoever reaches it may use it",
+            args.host
         );
+        output::note("there are no API keys: whoever reaches this address may use it");
     }
     let store = match &args.store.store {
         Some(place) => Some((place.clone(), super::store::options(&args.store)?)),

@@ -1,0 +1,52 @@
+"""schemathesis against /openapi.json: requests of all kinds, no 500, and answers that are what the document says."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import urllib.request
+
+from conftest import running
+
+SECONDS = int(os.environ.get("SCHEMATHESIS_SECONDS", "75"))
+CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,response_schema_conformance"
+
+
+def test_no_500_and_answers_as_documented(tmp_path):
+    for server in running("--model-name", "tiny", "--context", "512", "--deadline", "20"):
+        headers = {"content-type": "application/json"}
+        post = lambda path, body: json.load(urllib.request.urlopen(
+            urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)))
+        # Things that ids can name, so that more is tried than what is not there.
+        session = post("/v1/sessions", {})["id"]
+        post(f"/v1/sessions/{session}/generate", {"text": "Hello", "max_tokens": 4})
+        capsule = post(f"/v1/sessions/{session}/snapshot", {"name": "here"})["id"]
+        response = post("/v1/responses", {"input": "Hello", "max_output_tokens": 4})["id"]
+        ids = [session, capsule, response, "tiny", "here", "nothing"]
+        document = json.load(urllib.request.urlopen(f"{server.url}/openapi.json"))
+        for path in document["paths"].values():
+            for operation in path.values():
+                for parameter in operation.get("parameters", []):
+                    if parameter["in"] == "path":
+                        parameter["schema"] = {"anyOf": [{"enum": ids}, {"type": "string", "minLength": 1}]}
+        # Replies need not be long, and few at a time: what is tried is the door.
+        schemas = document["components"]["schemas"]
+        for name, field in [("ChatRequest", "max_tokens"), ("CompletionRequest", "max_tokens"),
+                            ("ResponseRequest", "max_output_tokens"), ("GenerateRequest", "max_tokens")]:
+            schemas[name]["properties"][field]["maximum"] = 8
+            schemas[name].setdefault("required", []).append(field)
+            if "n" in schemas[name]["properties"]:
+                schemas[name]["properties"]["n"] = {"enum": [1, 2]}
+        file = tmp_path / "openapi.json"
+        file.write_text(json.dumps(document))
+        program = pathlib.Path(sys.executable).parent / "schemathesis"
+        done = subprocess.run(
+            [program, "run", str(file), "--url", server.url, "--checks", CHECKS, "--seed", "20240607", "--generation-database", "none",
+             "--phases", "examples,coverage,fuzzing", "--max-time", str(SECONDS), "--request-timeout", "30", "--continue-on-failure",
+             "--workers", "2", "--no-color"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS + 120)
+        assert done.returncode == 0, done.stdout[-12_000:] + done.stderr[-2000:]
+        print(done.stdout[-1500:])
+        assert server.alive()
+        assert server.metric("ampoule_engine_panics_total") == 0
