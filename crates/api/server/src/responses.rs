@@ -20,6 +20,9 @@ use crate::start::{from_hex, to_hex};
 use crate::vault::{StoredResponse, Vault, lock};
 use crate::worker::{End, Event, OnEnd, Start};
 
+/// What an item may be.
+const STATUS: [&str; 3] = ["in_progress", "completed", "incomplete"];
+
 struct Request {
     conversation: Conversation,
     wanted: Wanted,
@@ -120,7 +123,9 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     {
         return Err(ApiError::param("metadata", "'metadata' maps at most 16 names to texts"));
     }
-    fields.ignore(&["user", "safety_identifier", "prompt_cache_retention"]);
+    fields.text("user", 1024)?;
+    fields.text("safety_identifier", 1024)?;
+    fields.ignore(&["prompt_cache_retention"]);
     fields.only("truncation", &[json!("disabled")], "what does not fit the context is refused")?;
     fields.only("background", &[json!(false)], "responses are made while the client waits")?;
     fields.only("service_tier", &[json!("auto"), json!("default")], "there is one tier")?;
@@ -161,7 +166,13 @@ fn items_to_messages(items: &[Value]) -> ApiResult<Vec<Value>> {
         let path = format!("input[{index}]");
         let mut fields = Fields::of(item.clone(), &path)?;
         let kind = fields.text("type", 64)?.unwrap_or_else(|| "message".to_owned());
-        fields.ignore(&["id", "status"]);
+        fields.text("id", 256)?;
+        if fields.text("status", 16)?.is_some_and(|s| !STATUS.contains(&s.as_str())) {
+            return Err(ApiError::param(
+                format!("{path}.status"),
+                "there are in_progress, completed and incomplete",
+            ));
+        }
         match kind.as_str() {
             "message" => {
                 let role: String = fields.require("role")?;
