@@ -1,5 +1,6 @@
 """Servers for the tests of clients: the binary itself, on a free port, with a model that needs no download."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -62,31 +63,41 @@ class Server:
         assert "panicked" not in log, log[-4000:]
 
 
+@contextlib.contextmanager
 def running(*arguments, **options):
+    """A server for a test; it must end in order."""
     server = Server(*arguments, **options)
-    yield server
+    try:
+        yield server
+    except BaseException:
+        server.process.kill()
+        raise
     server.stop()
 
 
 @pytest.fixture(scope="session")
 def server():
     """Random weights, no keys."""
-    yield from running("--model-name", "tiny")
+    with running("--model-name", "tiny") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def guarded():
     """A server that wants a key."""
-    yield from running("--model-name", "tiny", keys=["first-key-of-tests", "second-key-of-tests"])
+    with running("--model-name", "tiny", keys=["first-key-of-tests", "second-key-of-tests"]) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def narrow():
     """A server with one slot and a queue of one."""
-    yield from running("--model-name", "tiny", "--queue", "1", "--slots", "1")
+    with running("--model-name", "tiny", "--queue", "1", "--slots", "1") as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
 def nano():
     """The model of the repository."""
-    yield from running(model=NANO)
+    with running(model=NANO) as server:
+        yield server

@@ -20,7 +20,8 @@ def documented():
     """A server under the name that the examples use."""
     names = {name for _, block in BLOCKS for name in re.findall(r"""["']?model["']?\s*[:=]\s*["']([^"']+)""", block)}
     assert len(names) == 1, f"the examples name one model, not {names}"
-    yield from running("--model-name", names.pop(), model=NANO)
+    with running("--model-name", names.pop(), model=NANO) as server:
+        yield server
 
 
 def test_there_is_an_example_of_each():

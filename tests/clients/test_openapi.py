@@ -14,7 +14,7 @@ CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,re
 
 
 def test_no_500_and_answers_as_documented(tmp_path):
-    for server in running("--model-name", "tiny", "--context", "512", "--deadline", "20"):
+    with running("--model-name", "tiny", "--context", "512", "--deadline", "20") as server:
         headers = {"content-type": "application/json"}
         post = lambda path, body: json.load(urllib.request.urlopen(
             urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)))
@@ -46,9 +46,10 @@ def test_no_500_and_answers_as_documented(tmp_path):
         done = subprocess.run(
             [program, "run", str(file), "--url", server.url, "--checks", CHECKS, "--seed", "20240607", "--generation-database", "none",
              "--phases", "examples,coverage,fuzzing", "--max-time", str(SECONDS), "--request-timeout", "30", "--continue-on-failure",
-             "--workers", "2", "--no-color"],
+             # One worker: in Python 3.11 the parser that Hypothesis calls is not safe among threads.
+             "--workers", "1", "--no-color"],
             cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS + 120)
-        assert done.returncode == 0, done.stdout[-12_000:] + done.stderr[-2000:]
+        assert done.returncode == 0, done.stdout[-24_000:] + done.stderr[-2000:]
         print(done.stdout[-1500:])
         assert server.alive()
         assert server.metric("ampoule_engine_panics_total") == 0

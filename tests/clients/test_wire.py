@@ -149,7 +149,7 @@ def test_pages_of_others_cannot_use_the_server(server):
 
 
 def test_one_origin_may_be_allowed():
-    for server in running("--model-name", "tiny", "--cors", "https://a.example"):
+    with running("--model-name", "tiny", "--cors", "https://a.example") as server:
         body = json.dumps(HELLO).encode()
         code, headers, _ = post(server, "/v1/chat/completions", body, origin="https://a.example")
         assert code == 200 and headers["access-control-allow-origin"] == "https://a.example"
@@ -160,8 +160,8 @@ def test_other_machines_need_keys():
     with pytest.raises(RuntimeError, match="AMPOULE_API_KEYS"):
         Server("--host", "0.0.0.0")
     for extra, keys in [(["--without-keys"], None), ([], ["a-key-of-tests"])]:
-        server = Server("--host", "0.0.0.0", *extra, keys=keys)
-        server.stop()
+        with running("--host", "0.0.0.0", *extra, keys=keys) as server:
+            assert server.alive()
 
 
 def test_keys_guard_all_but_health_and_the_document(guarded):
@@ -249,7 +249,7 @@ def test_calls_come_whole_or_not_at_all(server):
 
 def test_the_first_byte_comes_early():
     """Before the prompt has been read: a proxy or a client that waits sees that it was heard."""
-    for server in running("--model-name", "tiny", "--context", "16384"):
+    with running("--model-name", "tiny", "--context", "16384") as server:
         prompt = "words of a long prompt " * 600
         body = json.dumps({**HELLO, "messages": [{"role": "user", "content": prompt}], "stream": True, "max_tokens": 2}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
