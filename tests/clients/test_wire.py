@@ -153,7 +153,12 @@ def test_one_origin_may_be_allowed():
         body = json.dumps(HELLO).encode()
         code, headers, _ = post(server, "/v1/chat/completions", body, origin="https://a.example")
         assert code == 200 and headers["access-control-allow-origin"] == "https://a.example"
+        assert headers["access-control-expose-headers"] == "x-request-id, retry-after"
         assert post(server, "/v1/chat/completions", body, origin="https://b.example")[0] == 403
+        preflight = send(server, b"OPTIONS /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\norigin: https://a.example\r\n"
+                                 b"access-control-request-headers: authorization,content-type,x-stainless-lang\r\n"
+                                 b"access-control-request-method: POST\r\nconnection: close\r\n\r\n")
+        assert status(preflight) == 204 and b"x-stainless-lang" in preflight and b"GET, POST, DELETE" in preflight
 
 
 def test_other_machines_need_keys():
@@ -406,3 +411,21 @@ def test_metrics_are_what_prometheus_reads(server):
     for name in ["queue_depth", "requests_running", "http_connections", "capsule_bytes"]:
         assert kinds[f"ampoule_{name}"] == "gauge"
     assert {s.labels["tier"] for s in families["ampoule_capsule_bytes"].samples} >= {"memory", "disk"}
+
+
+def test_a_file_of_keys(tmp_path):
+    """Keys of a file are those that count; one that others can read is told of."""
+    file = tmp_path / "keys"
+    file.write_text("# not a comment: a key\nkey-in-a-file\n\n")
+    for mode, noted in [(0o644, True), (0o600, False)]:
+        file.chmod(mode)
+        with running("--model-name", "tiny", "--api-key-file", str(file)) as server:
+            assert ("others can read" in server.log.read_text()) is noted
+            assert post(server, "/v1/chat/completions", HELLO, authorization="Bearer key-in-a-file")[0] == 200
+            assert post(server, "/v1/chat/completions", HELLO, authorization="Bearer key-in-a-fil")[0] == 401
+            assert post(server, "/v1/chat/completions", HELLO)[0] == 401
+            assert "key-in-a-file" not in server.log.read_text()
+    for text in ["", "\n\n", "short\n"]:
+        file.write_text(text)
+        with pytest.raises(RuntimeError, match="key"):
+            Server("--api-key-file", str(file))

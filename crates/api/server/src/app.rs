@@ -152,11 +152,15 @@ impl App {
     ) -> ApiResult<T> {
         let (tell, told) = oneshot::channel();
         let request = REQUEST.try_with(Clone::clone).unwrap_or_default();
+        let scope = request.clone();
         let command = Command::Call(Box::new(move |worker| {
-            let _ = tell.send(REQUEST.sync_scope(request, || work(worker)));
+            let _ = tell.send(REQUEST.sync_scope(scope, || work(worker)));
         }));
         self.engine.send(command).map_err(|_| ApiError::stopping())?;
-        told.await.map_err(|_| ApiError::internal())?
+        told.await.map_err(|_| {
+            tracing::error!(request, "the engine gave no answer");
+            ApiError::internal()
+        })?
     }
 
     /// That the request is for the model there is.

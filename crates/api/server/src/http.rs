@@ -89,6 +89,8 @@ async fn outer(State(app): AppState, mut request: Request, next: Next) -> Respon
     let id = app.request_id(number);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let origin = app.config.cors.as_deref().and_then(|o| HeaderValue::from_str(o).ok());
+    // Clients in browsers send headers of their own; which ones changes nothing here.
+    let asked = request.headers().get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned();
     let begun = std::time::Instant::now();
     let fault = app.config.faults && request.headers().contains_key("x-ampoule-fault");
     request.extensions_mut().insert(Caller { key: [0; 32], request: number, fault });
@@ -106,9 +108,11 @@ async fn outer(State(app): AppState, mut request: Request, next: Next) -> Respon
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if let Some(origin) = origin {
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        let usual = HeaderValue::from_static("authorization, content-type");
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, asked.unwrap_or(usual));
         headers.insert(
-            header::ACCESS_CONTROL_ALLOW_HEADERS,
-            HeaderValue::from_static("authorization, content-type"),
+            header::ACCESS_CONTROL_EXPOSE_HEADERS,
+            HeaderValue::from_static("x-request-id, retry-after"),
         );
         headers.insert(
             header::ACCESS_CONTROL_ALLOW_METHODS,
