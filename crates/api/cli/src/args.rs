@@ -665,6 +665,9 @@ pub(crate) struct ServeArgs {
     /// reaches the address may ask.
     #[arg(long, value_name = "FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
+    /// Listen where other machines reach it without API keys: whoever does may use it.
+    #[arg(long)]
+    pub(crate) without_keys: bool,
     /// Let pages of this origin call from browsers.
     #[arg(long, value_name = "ORIGIN")]
     pub(crate) cors: Option<String>,

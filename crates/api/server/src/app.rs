@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::Config;
 use crate::cache::Space;
-use crate::error::{ApiError, ApiResult};
+use crate::error::{ApiError, ApiResult, REQUEST};
 use crate::fields::Fields;
 use crate::grammar::Constraint;
 use crate::metrics::Metrics;
@@ -83,6 +83,8 @@ pub(crate) struct Generation {
     arrived: Instant,
     queued: Instant,
     pub interrupt: Arc<AtomicBool>,
+    /// Whether what is read stays behind for later prompts.
+    pub keeps: bool,
 }
 
 impl Generation {
@@ -112,6 +114,11 @@ impl Generation {
 }
 
 impl App {
+    /// What a client and the log call a request.
+    pub(crate) fn request_id(&self, number: u64) -> String {
+        format!("req_{:08x}{number:08x}", self.info.created as u32)
+    }
+
     /// A place in the queue, or 429.
     pub(crate) fn place(&self) -> ApiResult<OwnedSemaphorePermit> {
         if self.stopping.load(Ordering::Relaxed) {
@@ -147,9 +154,11 @@ impl App {
         let (out, events) = unbounded_channel();
         let (sent, interrupt) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (arrived, queued) = (caller.arrived, Instant::now());
+        let caching = wanted.caching && self.config.caching;
         let job = Job {
             space: wanted.space,
             tenant: caller.tenant(),
+            request: self.request_id(caller.request),
             start,
             tokens,
             choices: wanted.choices,
@@ -157,7 +166,7 @@ impl App {
             reply: wanted.reply,
             constraint,
             logprobs: wanted.logprobs,
-            caching: wanted.caching && self.config.caching,
+            caching,
             on_end,
             arrived,
             queued,
@@ -169,7 +178,7 @@ impl App {
             _place: permit,
         };
         self.engine.send(Command::Generate(Box::new(job))).map_err(|_| ApiError::stopping())?;
-        Ok(Generation { events, sent, arrived, queued, interrupt })
+        Ok(Generation { events, sent, arrived, queued, interrupt, keeps: caching })
     }
 
     /// Runs something on the engine's thread.
@@ -178,11 +187,16 @@ impl App {
         work: impl FnOnce(&mut Worker) -> ApiResult<T> + Send + 'static,
     ) -> ApiResult<T> {
         let (tell, told) = oneshot::channel();
+        let request = REQUEST.try_with(Clone::clone).unwrap_or_default();
+        let scope = request.clone();
         let command = Command::Call(Box::new(move |worker| {
-            let _ = tell.send(work(worker));
+            let _ = tell.send(REQUEST.sync_scope(scope, || work(worker)));
         }));
         self.engine.send(command).map_err(|_| ApiError::stopping())?;
-        told.await.map_err(|_| ApiError::internal())?
+        told.await.map_err(|_| {
+            tracing::error!(request, "the engine gave no answer");
+            ApiError::internal()
+        })?
     }
 
     /// That the request is for the model there is.
@@ -288,6 +302,8 @@ impl App {
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> ApiResult<T> + Send + 'static,
 ) -> ApiResult<T> {
+    let request = REQUEST.try_with(Clone::clone).unwrap_or_default();
+    let work = move || REQUEST.sync_scope(request, work);
     tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
 }
 
@@ -316,6 +332,7 @@ pub(crate) struct Tally {
     pub begun: Begun,
     arrived: Instant,
     queued: Instant,
+    keeps: bool,
     first: Option<Instant>,
     last: Instant,
     pub generated: usize,
@@ -328,11 +345,21 @@ impl Tally {
             begun: Begun::default(),
             arrived: generation.arrived,
             queued: generation.queued,
+            keeps: generation.keeps,
             first: None,
             last: generation.queued,
             generated: 0,
             reasoning: 0,
         }
+    }
+
+    /// Tokens that a capsule brought, and those that were read and left behind for later prompts.
+    pub(crate) fn cache_details(&self) -> Value {
+        let read = self.begun.prompt_tokens - self.begun.cached_tokens;
+        json!({
+            "cached_tokens": self.begun.cached_tokens,
+            "cache_write_tokens": if self.keeps { read } else { 0 },
+        })
     }
 
     pub(crate) fn token(&mut self, at: Instant, thought: bool) {
@@ -347,7 +374,7 @@ impl Tally {
             "prompt_tokens": self.begun.prompt_tokens,
             "completion_tokens": self.generated,
             "total_tokens": self.begun.prompt_tokens + self.generated,
-            "prompt_tokens_details": { "cached_tokens": self.begun.cached_tokens },
+            "prompt_tokens_details": self.cache_details(),
             "completion_tokens_details": { "reasoning_tokens": self.reasoning },
         })
     }

@@ -17,6 +17,7 @@ mod metrics;
 mod native;
 mod openapi;
 mod output;
+mod patience;
 mod pieces;
 mod prompt;
 mod responses;
@@ -45,6 +46,12 @@ pub struct Config {
     pub connections: usize,
     /// Bytes of a request's body at most.
     pub body_bytes: usize,
+    /// For the head of a request to arrive.
+    pub head_time: Duration,
+    /// Between the requests of a connection that is kept open.
+    pub idle_time: Duration,
+    /// For the body of a request to arrive.
+    pub body_time: Duration,
     /// From a request's arrival to its end.
     pub deadline: Duration,
     /// Given to what runs when the server is told to stop.
@@ -83,6 +90,9 @@ impl Default for Config {
             queue: 64,
             connections: 1024,
             body_bytes: 8 << 20,
+            head_time: Duration::from_secs(15),
+            idle_time: Duration::from_secs(600),
+            body_time: Duration::from_secs(60),
             deadline: Duration::from_secs(600),
             grace: Duration::from_secs(10),
             keys: Vec::new(),

@@ -191,10 +191,10 @@ impl Metrics {
         for (name, help, histogram) in [
             ("time_to_first_token_seconds", "From arrival to the first token.", &self.ttft),
             ("inter_token_latency_seconds", "Between tokens of a reply.", &self.inter_token),
-            ("queue_time_seconds", "From arrival to a slot.", &self.queue_time),
-            ("prefill_time_seconds", "Reading a prompt.", &self.prefill_time),
-            ("restore_time_seconds", "Restoring a capsule.", &self.restore_time),
-            ("request_duration_seconds", "From arrival to the last token.", &self.request_time),
+            ("request_queue_time_seconds", "From arrival to a slot.", &self.queue_time),
+            ("request_prefill_time_seconds", "Reading a prompt.", &self.prefill_time),
+            ("capsule_restore_time_seconds", "Restoring a capsule.", &self.restore_time),
+            ("e2e_request_latency_seconds", "From arrival to the last token.", &self.request_time),
         ] {
             histogram.write(&mut out, &format!("ampoule_{name}"), help);
         }

@@ -352,7 +352,7 @@ impl ModelInfo {
                 ));
             }
             function.text("description", 64 << 10)?;
-            function.ignore(&["strict"]);
+            function.take::<bool>("strict")?;
             let parameters = function
                 .value("parameters")
                 .unwrap_or_else(|| json!({ "type": "object", "properties": {} }));

@@ -65,6 +65,8 @@ pub(crate) struct Job {
     pub space: Space,
     /// Whose turn it is counted as.
     pub tenant: u64,
+    /// What the log calls it.
+    pub request: String,
     pub start: Start,
     /// The prompt, or what is read after the boundary.
     pub tokens: Vec<u32>,
@@ -664,6 +666,11 @@ impl Worker {
         shared.left -= 1;
         if let Some(error) = failed {
             self.metrics.failures.add(1);
+            tracing::warn!(
+                request = shared.job.request,
+                status = error.status.as_u16(),
+                "generation failed"
+            );
             let _ = shared.job.out.send(Event::Failed(error));
             // The other choices are of no use without this one.
             shared.left = 0;
