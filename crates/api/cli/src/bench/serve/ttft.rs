@@ -2,7 +2,7 @@
 //! engine alone, which restores the same boundary, reads the same tokens and draws one.
 
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ampoule::{Ampoule, Capsule, SlotId, TEXTS};
 use ampoule_server::Config;
@@ -21,6 +21,9 @@ use crate::output::{Progress, Table, figure, ms};
 const REPLY: usize = 8;
 /// Tokens that a turn may add: enough for every model's way of dividing the texts.
 const TURN: usize = 96;
+
+/// Before each turn, on both sides: who talks to a model pauses, and threads and caches are cold then.
+const PAUSE: Duration = Duration::from_millis(30);
 
 /// How a client sends its conversation.
 #[derive(Clone, Copy)]
@@ -73,7 +76,7 @@ pub(super) fn run(
         server.stop()?;
         let said = said?;
         let mut model = load(&args.model.model, &global, enough, Progress::new(true))?;
-        let engine = replay(&mut model, &said, &mut || bar.inc(1))?;
+        let (engine, engine_read) = replay(&mut model, &said, &mut || bar.inc(1))?;
         bar.finish_and_clear();
         // The first turn is cold.
         let http = Times::from(said[1..].iter().map(|t| t.http_ms).collect::<Vec<_>>());
@@ -102,13 +105,13 @@ pub(super) fn run(
                 said[1..].iter().filter_map(|t| t.timings[part].as_f64()).collect();
             Times::from(times).median_ms
         };
-        let names = ["queue_ms", "match_ms", "restore_ms", "prefill_ms", "ttft_ms"];
+        let names = ["prepare_ms", "queue_ms", "match_ms", "restore_ms", "prefill_ms", "ttft_ms"];
         let parts: serde_json::Map<String, Value> =
             names.iter().map(|n| ((*n).to_owned(), json!(part(n)))).collect();
         points.push(json!({
             "conversation": name, "turns": turns, "final_tokens": total, "tokens_read_a_turn": read,
             "http": measured(&http), "engine": measured(&engine), "added_median_ms": added,
-            "server_medians": parts,
+            "engine_read_median_ms": engine_read.median_ms, "server_medians": parts,
         }));
         last = Some(model);
     }
@@ -152,6 +155,7 @@ fn talk(
             "stream_options": { "include_usage": true },
         });
         let (mut first, mut text, mut end) = (None, String::new(), Value::Null);
+        std::thread::sleep(PAUSE);
         let sent = client.stream("/v1/chat/completions", &ask.to_string(), |event| {
             let delta = &event.data["choices"][0]["delta"];
             for name in ["content", "reasoning_content"] {
@@ -179,20 +183,28 @@ fn talk(
     Ok(out)
 }
 
-/// The same turns in the engine: milliseconds for each but the first.
-fn replay(model: &mut Ampoule, turns: &[Turn], step: &mut dyn FnMut()) -> anyhow::Result<Times> {
+/// The same turns in the engine: milliseconds for each but the first, in all and before the token is drawn.
+fn replay(
+    model: &mut Ampoule,
+    turns: &[Turn],
+    step: &mut dyn FnMut(),
+) -> anyhow::Result<(Times, Times)> {
     let slot = model.engine.create_slot()?;
-    let (mut times, mut known): (Vec<f64>, Option<(Capsule, Vec<u32>)>) = (Vec::new(), None);
+    let (mut times, mut prefill) = (Vec::new(), Vec::new());
+    let mut known: Option<(Capsule, Vec<u32>)> = None;
     for (index, turn) in turns.iter().enumerate() {
         // A whole prompt that was known is restored whole.
         let (before, new) = turn.tokens.split_at(turn.cached.min(turn.tokens.len()));
         let capsule = boundary(model, slot, known.take(), before)?;
         if index > 0 {
+            std::thread::sleep(PAUSE);
             let start = Instant::now();
             model.engine.restore(slot, &capsule)?;
             model.append(slot, new)?;
+            let read = start.elapsed();
             model.engine.step(slot)?;
             times.push(ms(start.elapsed()));
+            prefill.push(ms(read));
         } else {
             model.append(slot, new)?;
         }
@@ -204,7 +216,7 @@ fn replay(model: &mut Ampoule, turns: &[Turn], step: &mut dyn FnMut()) -> anyhow
         step();
     }
     ensure!(times.len() + 1 == turns.len(), "a turn for each");
-    Ok(Times::from(times))
+    Ok((Times::from(times), Times::from(prefill)))
 }
 
 /// The boundary after these tokens, from the one before it where that is a prefix.
