@@ -19,7 +19,7 @@ CHECKS = ("not_a_server_error,status_code_conformance,content_type_conformance,r
 
 
 def test_no_500_and_answers_as_documented(tmp_path):
-    with running("--model-name", "tiny", "--context", "512", "--deadline", "20") as server:
+    with running("--model-name", "tiny", "--context", "256", "--deadline", "20") as server:
         headers = {"content-type": "application/json"}
         post = lambda path, body: json.load(urllib.request.urlopen(
             urllib.request.Request(server.url + path, json.dumps(body).encode(), headers)))
@@ -43,14 +43,6 @@ def test_no_500_and_answers_as_documented(tmp_path):
         document = json.loads(json.dumps(document).replace("4294967295", str(vocabulary - 1)))
         # This server asks for no keys; test_wire has those that are wrong.
         del document["security"], document["components"]["securitySchemes"]
-        # Replies need not be long, and few at a time: what is tried is the door.
-        schemas = document["components"]["schemas"]
-        for name, field in [("ChatRequest", "max_tokens"), ("CompletionRequest", "max_tokens"),
-                            ("ResponseRequest", "max_output_tokens"), ("GenerateRequest", "max_tokens")]:
-            schemas[name]["properties"][field]["maximum"] = 8
-            schemas[name].setdefault("required", []).append(field)
-            if "n" in schemas[name]["properties"]:
-                schemas[name]["properties"]["n"] = {"enum": [1, 2]}
         file = tmp_path / "openapi.json"
         file.write_text(json.dumps(document))
         program = pathlib.Path(sys.executable).parent / "schemathesis"
