@@ -345,7 +345,7 @@ def test_input_items(client):
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Three"}]},
         {"type": "function_call", "call_id": "call_1", "name": "look", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "call_1", "output": "rain"},
-        {"role": "user", "content": "Six"},
+        {"role": "user", "content": "Six", "id": None, "status": None},
     ]
     response = respond(client, input=items, tools=[flat("look")])
     page = client.responses.input_items.list(response.id, order="asc", limit=4)

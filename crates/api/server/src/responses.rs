@@ -763,6 +763,7 @@ pub(crate) fn input_items(
     for (index, item) in found.input.iter().enumerate() {
         let mut item = item.clone();
         if let Some(map) = item.as_object_mut() {
+            map.retain(|_, value| !value.is_null());
             map.entry("type").or_insert(json!("message"));
             map.entry("id")
                 .or_insert(json!(format!("item_{}_{index}", id.trim_start_matches("resp_"))));
