@@ -36,6 +36,7 @@ pub(crate) enum Kind {
     Head = 5,
     Segment = 6,
     Condemned = 7,
+    Memo = 8,
 }
 
 #[derive(Clone, Debug)]

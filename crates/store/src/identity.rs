@@ -61,6 +61,7 @@ pub(crate) enum Named {
     Capsule,
     Head,
     Segment,
+    Memo,
 }
 
 impl Named {
@@ -71,6 +72,7 @@ impl Named {
             Self::Capsule => "ampoule store v1 capsule",
             Self::Head => "ampoule store v1 head",
             Self::Segment => "ampoule store v1 segment",
+            Self::Memo => "ampoule store v1 memo",
         }
     }
 

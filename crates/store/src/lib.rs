@@ -86,6 +86,7 @@ mod heads;
 mod identity;
 mod load;
 mod maintain;
+mod memos;
 mod records;
 #[cfg(feature = "s3")]
 mod remote;
@@ -104,6 +105,7 @@ pub use heads::{Expected, Head};
 pub use identity::{CapsuleId, KeyId, NodeId, ScopeId, SegmentId, StoreKey};
 pub use load::{PartBytes, StoredCapsule, StoredNode};
 pub use maintain::{Amount, Catalog, FsckReport, GcReport, Listed, Problem};
+pub use memos::Memo;
 /// The crate whose types [`RemoteStorage::over`] takes.
 #[cfg(feature = "s3")]
 pub use object_store;

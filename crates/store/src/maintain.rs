@@ -251,6 +251,7 @@ impl Store {
             Folder::Nodes => named(Kind::Node, Named::Node),
             Folder::Capsules => named(Kind::Capsule, Named::Capsule),
             Folder::Heads => self.check_head(object),
+            Folder::Memos => self.check_memo(object),
             Folder::Condemned => self.condemned_objects(&object.name).map(|_| ()),
             Folder::Segments => {
                 let (digest, _) = segment_of(&object.name)
@@ -411,6 +412,14 @@ impl Store {
                 let reason = format!("head '{}' points to no capsule", head.name);
                 let damage = Damage::Record { reason };
                 blame(Damaged { object: Key::new(Folder::Heads, name), damage }, &[]);
+            }
+        }
+        for entry in self.storage.list(Folder::Memos)? {
+            report.objects += 1;
+            match self.check_memo(&Key::new(Folder::Memos, entry.name)) {
+                Ok(()) => {}
+                Err(ReadError::Storage(error)) => return Err(error),
+                Err(ReadError::Damaged(error)) => blame(error, &[]),
             }
         }
         report.problems = problems.into_values().collect();

@@ -25,12 +25,21 @@ pub enum Folder {
     Heads,
     /// Lists of objects that a gc will delete after the grace.
     Condemned,
+    /// Small contents with a name.
+    Memos,
 }
 
 impl Folder {
     /// Every folder but the root.
-    pub const ALL: [Self; 6] =
-        [Self::Scopes, Self::Segments, Self::Nodes, Self::Capsules, Self::Heads, Self::Condemned];
+    pub const ALL: [Self; 7] = [
+        Self::Scopes,
+        Self::Segments,
+        Self::Nodes,
+        Self::Capsules,
+        Self::Heads,
+        Self::Condemned,
+        Self::Memos,
+    ];
 
     /// Its name; empty for the root.
     pub const fn name(self) -> &'static str {
@@ -42,6 +51,7 @@ impl Folder {
             Self::Capsules => "capsules",
             Self::Heads => "heads",
             Self::Condemned => "condemned",
+            Self::Memos => "memos",
         }
     }
 }

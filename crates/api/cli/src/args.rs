@@ -663,6 +663,9 @@ pub(crate) struct ServeArgs {
     /// reaches the address may ask.
     #[arg(long, value_name = "FILE")]
     pub(crate) api_key_file: Option<PathBuf>,
+    /// Listen where other machines reach it without API keys: whoever does may use it.
+    #[arg(long)]
+    pub(crate) without_keys: bool,
     /// Let pages of this origin call from browsers.
     #[arg(long, value_name = "ORIGIN")]
     pub(crate) cors: Option<String>,
@@ -726,6 +729,8 @@ pub(crate) enum BenchCommand {
         ampoule bench turns --turns 40 --out turns.json --svg turns.svg\n\n\
         With --store every turn is also saved there, and the bytes written are reported.")]
     Turns(TurnsArgs),
+    /// The server: time to first token over HTTP against the engine's, or (--load) what many clients do to it.
+    Serve(crate::bench::serve::ServeBenchArgs),
 }
 
 #[derive(Debug, Args)]

@@ -12,13 +12,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use crate::Config;
 use crate::cache::Space;
-use crate::error::{ApiError, ApiResult};
+use crate::error::{ApiError, ApiResult, REQUEST};
 use crate::fields::Fields;
 use crate::grammar::Constraint;
 use crate::metrics::Metrics;
 use crate::prompt::{ModelInfo, Prompt};
+use crate::sse::Events;
 use crate::vault::Vault;
-use crate::worker::{Begun, Command, Event, Job, OnEnd, Start, Worker};
+use crate::worker::{Begun, Command, Event, Job, OnEnd, Start, Step, Worker};
 
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub(crate) struct Caller {
     pub request: u64,
     /// Whether the test of faults was asked for.
     pub fault: bool,
+    /// When the head of the request had been read.
+    pub arrived: Instant,
 }
 
 impl Caller {
@@ -39,10 +42,15 @@ impl Caller {
 
     /// The namespace of the caller's capsules under a cache key.
     pub(crate) fn space(&self, cache_key: Option<&str>) -> Space {
-        let mut hasher = blake3::Hasher::new_derive_key("ampoule server v1 namespace");
-        hasher.update(&self.key).update(cache_key.unwrap_or_default().as_bytes());
-        *hasher.finalize().as_bytes()
+        space(&self.key, cache_key)
     }
+}
+
+/// The namespace of a key's capsules under a cache key.
+pub(crate) fn space(key: &[u8; 32], cache_key: Option<&str>) -> Space {
+    let mut hasher = blake3::Hasher::new_derive_key("ampoule server v1 namespace");
+    hasher.update(key).update(cache_key.unwrap_or_default().as_bytes());
+    *hasher.finalize().as_bytes()
 }
 
 /// The server's state.
@@ -70,13 +78,47 @@ pub(crate) struct Wanted {
 
 /// A generation under way.
 pub(crate) struct Generation {
-    pub events: UnboundedReceiver<Event>,
+    events: UnboundedReceiver<Event>,
     pub sent: Arc<AtomicU64>,
-    pub arrived: Instant,
+    arrived: Instant,
+    queued: Instant,
     pub interrupt: Arc<AtomicBool>,
+    /// Whether what is read stays behind for later prompts.
+    pub keeps: bool,
+}
+
+impl Generation {
+    /// The next step of any choice; `None` after the last. What the engine says of the prompt goes to the tally.
+    pub(crate) async fn step(&mut self, tally: &mut Tally) -> ApiResult<Option<Step>> {
+        loop {
+            match self.events.recv().await {
+                None => return Ok(None),
+                Some(Event::Begun(begun)) => tally.begun = begun,
+                Some(Event::Failed(error)) => return Err(error),
+                Some(Event::Step(step)) => return Ok(Some(step)),
+            }
+        }
+    }
+
+    /// As [`Generation::step`] for a stream; `None` where its client has gone.
+    pub(crate) async fn step_for(
+        &mut self,
+        events: &Events,
+        tally: &mut Tally,
+    ) -> Option<ApiResult<Option<Step>>> {
+        tokio::select! {
+            step = self.step(tally) => Some(step),
+            () = events.gone() => None,
+        }
+    }
 }
 
 impl App {
+    /// What a client and the log call a request.
+    pub(crate) fn request_id(&self, number: u64) -> String {
+        format!("req_{:08x}{number:08x}", self.info.created as u32)
+    }
+
     /// A place in the queue, or 429.
     pub(crate) fn place(&self) -> ApiResult<OwnedSemaphorePermit> {
         if self.stopping.load(Ordering::Relaxed) {
@@ -111,10 +153,12 @@ impl App {
         }
         let (out, events) = unbounded_channel();
         let (sent, interrupt) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
-        let arrived = Instant::now();
+        let (arrived, queued) = (caller.arrived, Instant::now());
+        let caching = wanted.caching && self.config.caching;
         let job = Job {
             space: wanted.space,
             tenant: caller.tenant(),
+            request: self.request_id(caller.request),
             start,
             tokens,
             choices: wanted.choices,
@@ -122,9 +166,10 @@ impl App {
             reply: wanted.reply,
             constraint,
             logprobs: wanted.logprobs,
-            caching: wanted.caching && self.config.caching,
+            caching,
             on_end,
             arrived,
+            queued,
             deadline: arrived + self.config.deadline,
             out,
             sent: Some(Arc::clone(&sent)),
@@ -133,7 +178,7 @@ impl App {
             _place: permit,
         };
         self.engine.send(Command::Generate(Box::new(job))).map_err(|_| ApiError::stopping())?;
-        Ok(Generation { events, sent, arrived, interrupt })
+        Ok(Generation { events, sent, arrived, queued, interrupt, keeps: caching })
     }
 
     /// Runs something on the engine's thread.
@@ -142,11 +187,16 @@ impl App {
         work: impl FnOnce(&mut Worker) -> ApiResult<T> + Send + 'static,
     ) -> ApiResult<T> {
         let (tell, told) = oneshot::channel();
+        let request = REQUEST.try_with(Clone::clone).unwrap_or_default();
+        let scope = request.clone();
         let command = Command::Call(Box::new(move |worker| {
-            let _ = tell.send(work(worker));
+            let _ = tell.send(REQUEST.sync_scope(scope, || work(worker)));
         }));
         self.engine.send(command).map_err(|_| ApiError::stopping())?;
-        told.await.map_err(|_| ApiError::internal())?
+        told.await.map_err(|_| {
+            tracing::error!(request, "the engine gave no answer");
+            ApiError::internal()
+        })?
     }
 
     /// That the request is for the model there is.
@@ -252,6 +302,8 @@ impl App {
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> ApiResult<T> + Send + 'static,
 ) -> ApiResult<T> {
+    let request = REQUEST.try_with(Clone::clone).unwrap_or_default();
+    let work = move || REQUEST.sync_scope(request, work);
     tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
 }
 
@@ -279,6 +331,8 @@ pub(crate) fn now() -> u64 {
 pub(crate) struct Tally {
     pub begun: Begun,
     arrived: Instant,
+    queued: Instant,
+    keeps: bool,
     first: Option<Instant>,
     last: Instant,
     pub generated: usize,
@@ -286,15 +340,26 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    pub(crate) fn new(arrived: Instant) -> Self {
+    pub(crate) fn new(generation: &Generation) -> Self {
         Self {
             begun: Begun::default(),
-            arrived,
+            arrived: generation.arrived,
+            queued: generation.queued,
+            keeps: generation.keeps,
             first: None,
-            last: arrived,
+            last: generation.queued,
             generated: 0,
             reasoning: 0,
         }
+    }
+
+    /// Tokens that a capsule brought, and those that were read and left behind for later prompts.
+    pub(crate) fn cache_details(&self) -> Value {
+        let read = self.begun.prompt_tokens - self.begun.cached_tokens;
+        json!({
+            "cached_tokens": self.begun.cached_tokens,
+            "cache_write_tokens": if self.keeps { read } else { 0 },
+        })
     }
 
     pub(crate) fn token(&mut self, at: Instant, thought: bool) {
@@ -309,7 +374,7 @@ impl Tally {
             "prompt_tokens": self.begun.prompt_tokens,
             "completion_tokens": self.generated,
             "total_tokens": self.begun.prompt_tokens + self.generated,
-            "prompt_tokens_details": { "cached_tokens": self.begun.cached_tokens },
+            "prompt_tokens_details": self.cache_details(),
             "completion_tokens_details": { "reasoning_tokens": self.reasoning },
         })
     }
@@ -318,6 +383,7 @@ impl Tally {
         let ms = |d: Duration| (d.as_secs_f64() * 1e6).round() / 1e3;
         let first = self.first.unwrap_or(self.last);
         json!({
+            "prepare_ms": ms(self.queued - self.arrived),
             "queue_ms": ms(self.begun.queue),
             "match_ms": ms(self.begun.matching),
             "restore_ms": ms(self.begun.restore),

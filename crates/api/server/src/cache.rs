@@ -128,6 +128,8 @@ pub(crate) struct Match {
     pub capsule: Option<Capsule>,
     /// How many of its tokens were read before, in this order, by whatever prompt.
     pub common: usize,
+    /// Whether it begins with all that was read in its branch, and a boundary is there.
+    pub continues: bool,
 }
 
 /// All boundaries that are kept without anybody having asked.
@@ -156,13 +158,18 @@ impl Cache {
     }
 
     pub(crate) fn find(&mut self, space: &Space, tokens: &[u32]) -> Match {
-        let Some(trie) = self.spaces.get(space) else { return Match { capsule: None, common: 0 } };
+        let Some(trie) = self.spaces.get(space) else {
+            return Match { capsule: None, common: 0, continues: false };
+        };
         let (found, common) = trie.walk(tokens);
+        let leaf = found.filter(|&i| i != 0 && trie.node(i).children.is_empty());
         let capsule = found.and_then(|i| trie.node(i).boundary.as_ref().map(|b| b.capsule.clone()));
         if let Some(index) = found {
             self.touch(space, index);
         }
-        Match { capsule, common }
+        let continues =
+            leaf.is_some() && capsule.as_ref().is_some_and(|c| c.position() as usize == common);
+        Match { capsule, common, continues }
     }
 
     /// Keeps a boundary whose tokens are `tokens`. One that is there already stays.

@@ -10,13 +10,14 @@ use serde_json::{Map, Value, json};
 use crate::app::{
     App, Body, Caller, Generation, Prepared, Tally, Wanted, blocking, finish_word, new_id, now,
 };
+use crate::cache::Space;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
 use crate::grammar::{Constraint, Trigger};
 use crate::output::{Piece, Splitter};
 use crate::prompt::{ModelInfo, Prompt, Tool, messages};
 use crate::sse;
-use crate::worker::{Event, Start, Step, TokenLogprobs};
+use crate::worker::{Start, Step, TokenLogprobs};
 
 /// What the model may do with tools.
 #[derive(Clone, Debug, PartialEq)]
@@ -249,10 +250,15 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
 }
 
 /// Makes prompt and grammar.
-pub(crate) async fn prepare(app: &Arc<App>, conversation: &Conversation) -> ApiResult<Prepared> {
+pub(crate) async fn prepare(
+    app: &Arc<App>,
+    conversation: &Conversation,
+    space: Space,
+) -> ApiResult<Prepared> {
     let (info, conversation) = (Arc::clone(&app.info), conversation.clone());
     blocking(move || {
-        let prompt = info.chat(&conversation.messages, &conversation.tools, &conversation.extra)?;
+        let prompt =
+            info.chat(&space, &conversation.messages, &conversation.tools, &conversation.extra)?;
         if prompt.tokens.len() >= info.context {
             return Err(ApiError::context(prompt.tokens.len(), info.context));
         }
@@ -266,7 +272,8 @@ pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     let request = parse(&app, &caller, &body)?;
     drop(body);
     let permit = app.place()?;
-    let Prepared { prompt, constraint } = prepare(&app, &request.conversation).await?;
+    let Prepared { prompt, constraint } =
+        prepare(&app, &request.conversation, request.wanted.space).await?;
     let (choices, with_logprobs) = (request.wanted.choices, request.wanted.logprobs.is_some());
     let splitter =
         Splitter::new(app.info.think.is_some(), prompt.thinking, request.conversation.calls());
@@ -364,21 +371,15 @@ async fn collect(
 ) -> ApiResult<Response> {
     let mut choices: BTreeMap<u32, Choice> =
         (0..count).map(|i| (i, Choice::new(splitter))).collect();
-    let mut tally = Tally::new(generation.arrived);
-    while let Some(event) = generation.events.recv().await {
-        match event {
-            Event::Begun(begun) => tally.begun = begun,
-            Event::Failed(error) => return Err(error),
-            Event::Step(step) => {
-                let Some(choice) = choices.get_mut(&step.choice) else { continue };
-                for piece in choice.step(&head.app, &mut tally, &step) {
-                    match piece {
-                        Piece::Thought(text) => choice.message.thoughts.push_str(&text),
-                        Piece::Content(text) => choice.message.content.push_str(&text),
-                        Piece::Call { name, arguments } => {
-                            choice.message.calls.push(call_value(&name, &arguments));
-                        }
-                    }
+    let mut tally = Tally::new(&generation);
+    while let Some(step) = generation.step(&mut tally).await? {
+        let Some(choice) = choices.get_mut(&step.choice) else { continue };
+        for piece in choice.step(&head.app, &mut tally, &step) {
+            match piece {
+                Piece::Thought(text) => choice.message.thoughts.push_str(&text),
+                Piece::Content(text) => choice.message.content.push_str(&text),
+                Piece::Call { name, arguments } => {
+                    choice.message.calls.push(call_value(&name, &arguments));
                 }
             }
         }
@@ -429,7 +430,7 @@ fn stream(
             object
         };
         let mut choices: Vec<Choice> = (0..count).map(|_| Choice::new(&splitter)).collect();
-        let mut tally = Tally::new(generation.arrived);
+        let mut tally = Tally::new(&generation);
         let mut calls = vec![0_usize; choices.len()];
         for index in 0..count {
             let delta = json!({ "role": "assistant", "content": "" });
@@ -438,21 +439,11 @@ fn stream(
             }
         }
         loop {
-            let event = tokio::select! {
-                event = generation.events.recv() => event,
-                () = events.gone() => return,
-            };
-            let Some(event) = event else { break };
-            let step = match event {
-                Event::Begun(begun) => {
-                    tally.begun = begun;
-                    continue;
-                }
-                Event::Failed(error) => {
-                    events.data(&error.body(), 0).await;
-                    return;
-                }
-                Event::Step(step) => step,
+            let step = match generation.step_for(&events, &mut tally).await {
+                None => return,
+                Some(Err(error)) => return events.fail(&error).await,
+                Some(Ok(None)) => break,
+                Some(Ok(Some(step))) => step,
             };
             let index = step.choice;
             let Some(choice) = choices.get_mut(index as usize) else { continue };
@@ -496,16 +487,9 @@ fn stream(
             }
         }
         if choices.iter().any(|c| c.finish.is_none()) {
-            events.data(&ApiError::stopping().body(), 0).await;
-            return;
+            return events.fail(&ApiError::stopping()).await;
         }
-        if usage {
-            let mut object = head.object("chat.completion.chunk", &json!([]));
-            object["usage"] = tally.usage();
-            object["timings"] = tally.timings();
-            events.data(&object, tally.generated as u64).await;
-        }
-        events.raw("data: [DONE]\n\n".to_owned(), tally.generated as u64).await;
+        events.end(usage.then(|| head.object("chat.completion.chunk", &json!([]))), &tally).await;
     };
     tokio::spawn(run);
     response

@@ -13,7 +13,7 @@ use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
 use crate::prompt::messages;
 use crate::sse;
-use crate::worker::{Event, Start, TokenLogprobs};
+use crate::worker::{Start, Step, TokenLogprobs};
 
 /// Tokens of a completion where nobody says how many.
 const DEFAULT_TOKENS: usize = 16;
@@ -70,11 +70,7 @@ pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
             Ok((tokens, text))
         }
         Text::Tokens(tokens) => {
-            if let Some(token) = tokens.iter().find(|t| **t as usize >= info.vocabulary) {
-                let text =
-                    format!("token {token} is outside the vocabulary of {}", info.vocabulary);
-                return Err(ApiError::param("prompt", text));
-            }
+            known(&tokens, info.vocabulary, "prompt")?;
             let text = info.tokenizer.decode(&tokens);
             Ok((tokens, text))
         }
@@ -90,6 +86,17 @@ pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
         return Ok(streamed(head, generation, echoed, count, with_logprobs, usage));
     }
     collect(&head, generation, &echoed, count, with_logprobs).await
+}
+
+/// Refuses ids that the model has no token for.
+fn known(tokens: &[u32], vocabulary: usize, param: &str) -> ApiResult<()> {
+    match tokens.iter().find(|token| **token as usize >= vocabulary) {
+        Some(token) => {
+            let text = format!("token {token} is outside the vocabulary of {vocabulary}");
+            Err(ApiError::param(param, text))
+        }
+        None => Ok(()),
+    }
 }
 
 struct Head {
@@ -118,6 +125,14 @@ struct Lists {
 }
 
 impl Lists {
+    fn take_step(&mut self, app: &App, tally: &mut Tally, step: &Step) {
+        let Some(token) = step.token else { return };
+        tally.token(step.at, false);
+        if let Some(logprobs) = &step.logprobs {
+            self.push(app, token, logprobs);
+        }
+    }
+
     fn push(&mut self, app: &App, token: u32, logprobs: &TokenLogprobs) {
         let text =
             |token: u32| app.info.tokenizer.token_text(token).unwrap_or_default().into_owned();
@@ -147,23 +162,12 @@ async fn collect(
 ) -> ApiResult<Response> {
     let mut choices: BTreeMap<u32, (String, Lists, Option<&str>)> =
         (0..count).map(|i| (i, (echoed.to_owned(), Lists::default(), None))).collect();
-    let mut tally = Tally::new(generation.arrived);
-    while let Some(event) = generation.events.recv().await {
-        match event {
-            Event::Begun(begun) => tally.begun = begun,
-            Event::Failed(error) => return Err(error),
-            Event::Step(step) => {
-                let Some((text, lists, finish)) = choices.get_mut(&step.choice) else { continue };
-                text.push_str(&step.text);
-                if let Some(token) = step.token {
-                    tally.token(step.at, false);
-                    if let Some(logprobs) = &step.logprobs {
-                        lists.push(&head.app, token, logprobs);
-                    }
-                }
-                *finish = step.finished.map(|reason| finish_word(reason, false)).or(*finish);
-            }
-        }
+    let mut tally = Tally::new(&generation);
+    while let Some(step) = generation.step(&mut tally).await? {
+        let Some((text, lists, finish)) = choices.get_mut(&step.choice) else { continue };
+        text.push_str(&step.text);
+        lists.take_step(&head.app, &mut tally, &step);
+        *finish = step.finished.map(|reason| finish_word(reason, false)).or(*finish);
     }
     if choices.values().any(|(.., finish)| finish.is_none()) {
         return Err(ApiError::stopping());
@@ -192,7 +196,7 @@ fn streamed(
     let (events, response) = sse::response(Arc::clone(&generation.sent));
     let run = async move {
         let mut lists: Vec<Lists> = (0..count).map(|_| Lists::default()).collect();
-        let mut tally = Tally::new(generation.arrived);
+        let mut tally = Tally::new(&generation);
         let mut open = count;
         if !echoed.is_empty() {
             for index in 0..count {
@@ -201,29 +205,14 @@ fn streamed(
             }
         }
         loop {
-            let event = tokio::select! {
-                event = generation.events.recv() => event,
-                () = events.gone() => return,
-            };
-            let Some(event) = event else { break };
-            let step = match event {
-                Event::Begun(begun) => {
-                    tally.begun = begun;
-                    continue;
-                }
-                Event::Failed(error) => {
-                    events.data(&error.body(), 0).await;
-                    return;
-                }
-                Event::Step(step) => step,
+            let step = match generation.step_for(&events, &mut tally).await {
+                None => return,
+                Some(Err(error)) => return events.fail(&error).await,
+                Some(Ok(None)) => break,
+                Some(Ok(Some(step))) => step,
             };
             let Some(lists) = lists.get_mut(step.choice as usize) else { continue };
-            if let Some(token) = step.token {
-                tally.token(step.at, false);
-                if let Some(logprobs) = &step.logprobs {
-                    lists.push(&head.app, token, logprobs);
-                }
-            }
+            lists.take_step(&head.app, &mut tally, &step);
             let finish = step.finished.map(|reason| finish_word(reason, false));
             open -= u32::from(finish.is_some());
             if step.text.is_empty() && finish.is_none() {
@@ -236,22 +225,15 @@ fn streamed(
             }
         }
         if open > 0 {
-            events.data(&ApiError::stopping().body(), 0).await;
-            return;
+            return events.fail(&ApiError::stopping()).await;
         }
-        if usage {
-            let mut object = head.object(&json!([]));
-            object["usage"] = tally.usage();
-            object["timings"] = tally.timings();
-            events.data(&object, 0).await;
-        }
-        events.raw("data: [DONE]\n\n".to_owned(), tally.generated as u64).await;
+        events.end(usage.then(|| head.object(&json!([]))), &tally).await;
     };
     tokio::spawn(run);
     response
 }
 
-pub(crate) async fn tokenize(app: Arc<App>, body: Body) -> ApiResult<Response> {
+pub(crate) async fn tokenize(app: Arc<App>, caller: Caller, body: Body) -> ApiResult<Response> {
     let mut fields = Fields::parse(&body)?;
     app.check_model(&mut fields)?;
     let text = fields.text("prompt", usize::MAX)?;
@@ -259,13 +241,13 @@ pub(crate) async fn tokenize(app: Arc<App>, body: Body) -> ApiResult<Response> {
     let list = fields.take::<Vec<Value>>("messages")?;
     let special = fields.take::<bool>("add_special_tokens")?.unwrap_or(true);
     fields.finish()?;
-    let info = Arc::clone(&app.info);
+    let (info, space) = (Arc::clone(&app.info), caller.space(None));
     let tokens = blocking(move || match (text, list) {
         (Some(text), None) => {
             let options = EncodeOptions { add_special: special, parse_special: special };
             Ok(info.tokenizer.encode(&text, options).map_err(ampoule::Error::from)?)
         }
-        (None, Some(list)) => Ok(info.chat(&messages(list)?, &[], &Map::new())?.tokens),
+        (None, Some(list)) => Ok(info.chat(&space, &messages(list)?, &[], &Map::new())?.tokens),
         _ => Err(ApiError::param("prompt", "give either 'prompt' or 'messages'")),
     })
     .await?;
@@ -278,6 +260,7 @@ pub(crate) fn detokenize(app: &App, body: &Body) -> ApiResult<Response> {
     app.check_model(&mut fields)?;
     let tokens: Vec<u32> = fields.require("tokens")?;
     fields.finish()?;
+    known(&tokens, app.info.vocabulary, "tokens")?;
     let text = app.info.tokenizer.decode(&tokens);
     Ok(Json(json!({ "prompt": text })).into_response())
 }

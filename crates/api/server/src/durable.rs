@@ -1,50 +1,58 @@
-//! What survives the process: capsules in a store, and beside them small records of what they belong to.
-//!
-//! Records lie in the folder `server` of the store, one file each, named by a digest of the id: no text from a request
-//! ever becomes a path. A record is written after its capsule is durable, so whatever a record names is there.
+//! What survives the process: capsules in a store, and beside them, as memos of the store, small records of what they
+//! belong to. A record is written after its capsule is durable, so whatever a record names is there.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use ampoule::store::Expected;
-use ampoule::{Ampoule, Capsule, CapsuleStore, DetachedCapsule, StoreOptions};
+use ampoule::store::{CapsuleId, Expected};
+use ampoule::{Ampoule, Capsule, CapsuleStore, DetachedCapsule, StoreError, StoreOptions};
 use serde_json::{Value, json};
 
-/// Bytes of a record at most: a conversation's messages.
-const RECORD_LIMIT: u64 = 256 << 20;
+use crate::vault::lock;
 
-/// A store, and the folder of records in it.
+/// A store of capsules and records.
 pub(crate) struct Durable {
-    store: Arc<CapsuleStore>,
-    folder: PathBuf,
+    store: CapsuleStore,
+    /// Every name and its capsule: what no name points to any more is removed.
+    names: Mutex<HashMap<String, CapsuleId>>,
+    /// Capsules removed since the last gc.
+    removed: AtomicUsize,
+}
+
+/// A record of the store.
+pub(crate) struct Record {
+    /// `response`, `session`, `capsule` or `boundary`.
+    pub kind: String,
+    pub id: String,
+    pub value: Value,
+}
+
+/// The name of a record, and of the capsule that belongs to it.
+fn name(kind: &str, id: &str) -> String {
+    // An id may come from a request: whatever it is, the name is short and plain.
+    let digest = blake3::hash(id.as_bytes()).to_hex();
+    let plain = id.len() <= 64 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
+    format!("server {kind} {}", if plain { id } else { &digest[..40] })
 }
 
 impl Durable {
-    /// Opens or makes a store in a folder.
+    /// Opens or makes a store.
     ///
     /// # Errors
-    /// If it cannot be opened, or the folder of records cannot be made.
+    /// If it cannot be opened.
     pub(crate) fn open(place: &str, options: StoreOptions) -> Result<Self, ampoule::Error> {
         let store = CapsuleStore::open(place, options)?;
-        let folder = Path::new(place).join("server");
-        std::fs::create_dir_all(&folder).map_err(|source| ampoule::Error::Io {
-            path: folder.clone(),
-            action: "create",
-            source,
-        })?;
-        Ok(Self { store: Arc::new(store), folder })
+        let (heads, _) = store.store().heads().map_err(StoreError::from)?;
+        let names = heads.into_iter().map(|head| (head.name, head.capsule)).collect();
+        Ok(Self { store, names: Mutex::new(names), removed: AtomicUsize::new(0) })
     }
 
-    pub(crate) fn store(&self) -> &CapsuleStore {
+    pub(crate) const fn store(&self) -> &CapsuleStore {
         &self.store
     }
 
-    fn path(&self, kind: &str, id: &str) -> PathBuf {
-        let digest = blake3::hash(format!("{kind} {id}").as_bytes()).to_hex();
-        self.folder.join(format!("{kind}-{}.json", &digest[..40]))
-    }
-
-    /// Saves a capsule under a name of the server's own, and the record. Blocks until both are durable.
+    /// Saves a capsule, if there is one, under a name of the server's own, and the record. Blocks until both are durable.
     ///
     /// # Errors
     /// If either cannot be written.
@@ -52,22 +60,44 @@ impl Durable {
         &self,
         kind: &str,
         id: &str,
-        capsule: &DetachedCapsule,
+        capsule: Option<&DetachedCapsule>,
         mut record: Value,
     ) -> Result<(), ampoule::Error> {
-        let name = format!("server {kind} {id}");
-        self.store.save_detached(capsule, Some((&name, Expected::Anything)), None)?;
+        let name = name(kind, id);
+        let mut before = None;
+        if let Some(capsule) = capsule {
+            let saved =
+                self.store.save_detached(capsule, Some((&name, Expected::Anything)), None)?;
+            before = lock(&self.names).insert(name.clone(), saved.id);
+        }
         record["id"] = json!(id);
-        let path = self.path(kind, id);
-        ampoule::write_privately(&path, |out| {
-            let bytes = record.to_string();
-            out.write_all(bytes.as_bytes()).map_err(|source| ampoule::Error::Io {
-                path: path.clone(),
-                action: "write",
-                source,
-            })
-        })?;
+        let saved = self.store.store().set_memo(&name, record.to_string().as_bytes());
+        saved.map_err(StoreError::from)?;
+        self.drop_unnamed(before);
         Ok(())
+    }
+
+    /// Removes a capsule that no name points to any more.
+    fn drop_unnamed(&self, capsule: Option<CapsuleId>) {
+        let Some(capsule) = capsule else { return };
+        if lock(&self.names).values().any(|named| *named == capsule) {
+            return;
+        }
+        match self.store.store().remove(capsule) {
+            Ok(_) => {
+                self.removed.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(error) => tracing::warn!(%error, "a capsule was not removed from the store"),
+        }
+    }
+
+    /// Deletes what was removed since the last time, if anything was.
+    pub(crate) fn gc(&self) {
+        if self.removed.swap(0, Ordering::Relaxed) > 0
+            && let Err(error) = self.store.gc()
+        {
+            tracing::warn!(%error, "the store's garbage was not collected");
+        }
     }
 
     /// The capsule that was saved with a record.
@@ -80,44 +110,46 @@ impl Durable {
         kind: &str,
         id: &str,
     ) -> Result<Capsule, ampoule::Error> {
-        let found = self.store.find(&format!("server {kind} {id}"))?;
+        let found = self.store.find(&name(kind, id))?;
         self.store.load(model, found)
     }
 
-    /// The records of a kind. One that cannot be read is left out, and said.
-    pub(crate) fn records(&self, kind: &str) -> Vec<(String, Value)> {
-        let Ok(entries) = std::fs::read_dir(&self.folder) else { return Vec::new() };
+    /// One record, where it can be read.
+    pub(crate) fn record(&self, kind: &str, id: &str) -> Option<Value> {
+        let text = self.store.store().memo(&name(kind, id)).ok()??;
+        let record = serde_json::from_slice::<Value>(&text).ok()?;
+        Some(record).filter(|record| record["id"] == id)
+    }
+
+    /// All records, by name. Those that cannot be read are left out, and said.
+    ///
+    /// # Errors
+    /// If the storage fails.
+    pub(crate) fn records(&self) -> Result<Vec<Record>, ampoule::Error> {
+        let (memos, damaged) = self.store.store().memos().map_err(StoreError::from)?;
+        for error in damaged {
+            tracing::warn!(%error, "a record cannot be read and is left alone");
+        }
         let mut out = Vec::new();
-        for entry in entries.flatten() {
-            let path = entry.path();
-            let stem = path.file_stem().and_then(|stem| stem.to_str());
-            let ours = stem.is_some_and(|stem| stem.starts_with(&format!("{kind}-")))
-                && path.extension().is_some_and(|ending| ending == "json");
-            if !ours || entry.metadata().is_ok_and(|m| m.len() > RECORD_LIMIT) {
-                continue;
-            }
-            let text = std::fs::read(entry.path()).ok();
-            let record = text.and_then(|t| serde_json::from_slice::<Value>(&t).ok());
-            match record.as_ref().and_then(|r| r["id"].as_str()) {
-                Some(id) => out.push((id.to_owned(), record.clone().unwrap_or_default())),
-                None => tracing::warn!(kind, "a record cannot be read and is left alone"),
+        for (name, text) in memos {
+            let mut words = name.split(' ');
+            let (Some("server"), Some(kind)) = (words.next(), words.next()) else { continue };
+            let value = serde_json::from_slice::<Value>(&text).unwrap_or_default();
+            match value["id"].as_str().map(str::to_owned) {
+                Some(id) => out.push(Record { kind: kind.to_owned(), id, value }),
+                None => tracing::warn!(kind, "a record has no id and is left alone"),
             }
         }
-        out.sort_by(|a, b| a.0.cmp(&b.0));
-        out
+        Ok(out)
     }
 
     /// Forgets a record and its capsule.
     pub(crate) fn forget(&self, kind: &str, id: &str) {
-        let _ = std::fs::remove_file(self.path(kind, id));
-        if let Ok(found) = self.store.find(&format!("server {kind} {id}")) {
-            // Others may share the capsule's id: only the name goes, gc takes what nothing names.
-            let _ = self.store.store().remove_head(&format!("server {kind} {id}"));
-            let heads = self.store.store().catalog().map(|c| c.heads).unwrap_or_default();
-            if !heads.iter().any(|head| head.capsule == found) {
-                let _ = self.store.remove(found);
-            }
-        }
+        let name = name(kind, id);
+        let _ = self.store.store().remove_memo(&name);
+        let _ = self.store.store().remove_head(&name);
+        let before = lock(&self.names).remove(&name);
+        self.drop_unnamed(before);
     }
 
     pub(crate) fn forget_response(&self, id: &str) {

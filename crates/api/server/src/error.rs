@@ -76,6 +76,15 @@ impl ApiError {
         }
     }
 
+    /// 507: all memory for capsules is in use by what must stay.
+    pub(crate) fn no_room() -> Self {
+        Self::new(
+            StatusCode::INSUFFICIENT_STORAGE,
+            "server_error",
+            "there is no memory for another capsule: delete sessions or capsules",
+        )
+    }
+
     pub(crate) fn stopping() -> Self {
         Self {
             code: Some("stopping"),
@@ -129,6 +138,11 @@ impl IntoResponse for ApiError {
     }
 }
 
+tokio::task_local! {
+    /// The id of the request that this task answers.
+    pub(crate) static REQUEST: String;
+}
+
 impl From<ampoule::Error> for ApiError {
     fn from(error: ampoule::Error) -> Self {
         match &error {
@@ -169,6 +183,7 @@ impl From<EngineError> for ApiError {
 }
 
 fn internal(error: &ampoule::Error) -> ApiError {
-    tracing::error!(%error, "request failed");
+    let request = REQUEST.try_with(Clone::clone).unwrap_or_default();
+    tracing::error!(request, %error, "request failed");
     ApiError::internal()
 }

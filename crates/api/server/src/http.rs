@@ -14,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Extension, Json};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use serde_json::{Value, json};
@@ -21,16 +22,16 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
 use crate::app::{App, Caller};
-use crate::error::{ApiError, ApiResult};
+use crate::error::{ApiError, ApiResult, REQUEST};
+use crate::patience::Patient;
 use crate::{chat, completions, native, openapi, responses};
 
-/// For a body to arrive.
-const BODY_TIME: Duration = Duration::from_secs(60);
-/// For the head of a request to arrive.
-const HEAD_TIME: Duration = Duration::from_secs(15);
 /// Bytes and fields of the head of a request.
 const HEAD_BYTES: usize = 32 << 10;
 const HEAD_FIELDS: usize = 64;
+
+/// For who connects where all connections are taken.
+const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 
 type AppState = State<Arc<App>>;
 type Caught = Extension<Caller>;
@@ -85,16 +86,25 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
 /// Request ids, CORS where asked for, and a line in the log.
 async fn outer(State(app): AppState, mut request: Request, next: Next) -> Response {
     let number = app.requests.fetch_add(1, Ordering::Relaxed) + 1;
-    let id = format!("req_{:08x}{number:08x}", app.info.created as u32);
+    let id = app.request_id(number);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let origin = app.config.cors.as_deref().and_then(|o| HeaderValue::from_str(o).ok());
+    // Clients in browsers send headers of their own; which ones changes nothing here.
+    let asked = request.headers().get(header::ACCESS_CONTROL_REQUEST_HEADERS).cloned();
     let begun = std::time::Instant::now();
     let fault = app.config.faults && request.headers().contains_key("x-ampoule-fault");
-    request.extensions_mut().insert(Caller { key: [0; 32], request: number, fault });
+    request.extensions_mut().insert(Caller {
+        key: [0; 32],
+        request: number,
+        fault,
+        arrived: begun,
+    });
     let mut response = if method == Method::OPTIONS && origin.is_some() {
         StatusCode::NO_CONTENT.into_response()
+    } else if let Err(error) = foreign(&app, &request) {
+        error.into_response()
     } else {
-        next.run(request).await
+        REQUEST.scope(id.clone(), next.run(request)).await
     };
     let headers = response.headers_mut();
     if let Ok(value) = HeaderValue::from_str(&id) {
@@ -103,9 +113,11 @@ async fn outer(State(app): AppState, mut request: Request, next: Next) -> Respon
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     if let Some(origin) = origin {
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        let usual = HeaderValue::from_static("authorization, content-type");
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, asked.unwrap_or(usual));
         headers.insert(
-            header::ACCESS_CONTROL_ALLOW_HEADERS,
-            HeaderValue::from_static("authorization, content-type"),
+            header::ACCESS_CONTROL_EXPOSE_HEADERS,
+            HeaderValue::from_static("x-request-id, retry-after"),
         );
         headers.insert(
             header::ACCESS_CONTROL_ALLOW_METHODS,
@@ -117,6 +129,80 @@ async fn outer(State(app): AppState, mut request: Request, next: Next) -> Respon
     let micros = begun.elapsed().as_micros() as u64;
     tracing::info!(request = id, %method, path, status, micros, "answered");
     response
+}
+
+/// Refuses what no client sends on purpose: requests that a page of somebody else's makes a browser send to this machine,
+/// bodies that say they are no JSON, and paths that are no text.
+fn foreign(app: &App, request: &Request) -> ApiResult<()> {
+    let text = |name: HeaderName| request.headers().get(name).map(|v| v.to_str().unwrap_or(""));
+    let forbidden =
+        |message: &str| Err(ApiError::new(StatusCode::FORBIDDEN, "permission_error", message));
+    let changes = !matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
+    // Browsers say where a page came from. Clients that are no browsers do not.
+    if let Some(origin) = text(header::ORIGIN)
+        && changes
+        && app.config.cors.as_deref().is_none_or(|allowed| allowed != "*" && allowed != origin)
+    {
+        return forbidden(
+            "requests from this origin are not allowed; --cors names the one that is",
+        );
+    }
+    // A name that was made to point here makes a page's requests look like those of the same origin.
+    if app.config.keys.is_empty()
+        && app.config.address.ip().is_loopback()
+        && let Some(host) = text(header::HOST)
+        && !local(host)
+    {
+        return forbidden(
+            "this server answers to names of this machine; with API keys it answers to any",
+        );
+    }
+    let import = request.uri().path() == "/v1/capsules/import";
+    if changes
+        && !import
+        && let Some(kind) = text(header::CONTENT_TYPE)
+        && !kind.split(';').next().unwrap_or("").trim().eq_ignore_ascii_case("application/json")
+    {
+        let message = "the body must be application/json";
+        let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        return Err(ApiError::new(status, "invalid_request_error", message));
+    }
+    if !is_text(request.uri().path()) {
+        return Err(ApiError::invalid("the path is not UTF-8"));
+    }
+    Ok(())
+}
+
+/// Whether a path is UTF-8 once its percent signs are resolved.
+fn is_text(path: &str) -> bool {
+    let mut bytes = Vec::with_capacity(path.len());
+    let mut rest = path.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let hex = after.get(..2).filter(|_| *first == b'%');
+        let code = hex.and_then(|h| std::str::from_utf8(h).ok());
+        let (byte, used) = match code.and_then(|h| u8::from_str_radix(h, 16).ok()) {
+            Some(byte) => (byte, 3),
+            None => (*first, 1),
+        };
+        bytes.push(byte);
+        rest = &rest[used..];
+    }
+    std::str::from_utf8(&bytes).is_ok()
+}
+
+/// Whether a host is an address, or a name that nobody can own on the Internet.
+fn local(host: &str) -> bool {
+    if host.parse::<SocketAddr>().is_ok() || host.parse::<std::net::IpAddr>().is_ok() {
+        return true;
+    }
+    let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+    let name = name.trim_end_matches('.').to_ascii_lowercase();
+    let bracketed = name.strip_prefix('[').and_then(|n| n.strip_suffix(']'));
+    bracketed.is_some()
+        || name.parse::<std::net::IpAddr>().is_ok()
+        || name
+            .rsplit_once('.')
+            .is_none_or(|(_, last)| matches!(last, "localhost" | "local" | "internal"))
 }
 
 /// Lets only keys in that are known.
@@ -155,8 +241,20 @@ fn known_key(app: &App, headers: &HeaderMap) -> Option<[u8; 32]> {
 
 /// A body within limits.
 pub(crate) async fn body(app: &App, request: Request) -> ApiResult<axum::body::Bytes> {
+    let large = || {
+        ApiError::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "invalid_request_error",
+            format!("the body has more than {} bytes", app.config.body_bytes),
+        )
+    };
+    // Where the head says so there is nothing to wait for.
+    let said = request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok());
+    if said.and_then(|v| v.parse().ok()).is_some_and(|n: u64| n > app.config.body_bytes as u64) {
+        return Err(large());
+    }
     let limited = Limited::new(request.into_body(), app.config.body_bytes);
-    let collected = tokio::time::timeout(BODY_TIME, limited.collect()).await;
+    let collected = tokio::time::timeout(app.config.body_time, limited.collect()).await;
     let slow = || {
         ApiError::new(
             StatusCode::REQUEST_TIMEOUT,
@@ -166,11 +264,7 @@ pub(crate) async fn body(app: &App, request: Request) -> ApiResult<axum::body::B
     };
     match collected.map_err(|_| slow())? {
         Ok(body) => Ok(body.to_bytes()),
-        Err(error) if error.downcast_ref::<LengthLimitError>().is_some() => Err(ApiError::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "invalid_request_error",
-            format!("the body has more than {} bytes", app.config.body_bytes),
-        )),
+        Err(error) if error.downcast_ref::<LengthLimitError>().is_some() => Err(large()),
         Err(_) => Err(ApiError::invalid("the body ended early")),
     }
 }
@@ -180,7 +274,11 @@ async fn health(State(app): AppState) -> Response {
         return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "status": "stopping" })))
             .into_response();
     }
-    Json(json!({ "status": "ok", "model": app.info.name })).into_response()
+    let mut said = json!({ "status": "ok" });
+    if app.config.keys.is_empty() {
+        said["model"] = json!(app.info.name);
+    }
+    Json(said).into_response()
 }
 
 async fn metrics(State(app): AppState, headers: HeaderMap) -> Response {
@@ -233,11 +331,7 @@ with_body! {
     chat_completions => chat::handle,
     text_completions => completions::handle,
     create_response => responses::create,
-}
-
-async fn tokenize(State(app): AppState, request: Request) -> ApiResult<Response> {
-    let body = body(&app, request).await?;
-    completions::tokenize(app, body).await
+    tokenize => completions::tokenize,
 }
 
 async fn detokenize(State(app): AppState, request: Request) -> ApiResult<Response> {
@@ -295,13 +389,26 @@ pub(crate) async fn serve(
             }
         };
         // Beyond the limit a connection is closed at once: nothing is held for it.
-        let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else { continue };
+        let Ok(permit) = Arc::clone(&connections).try_acquire_owned() else {
+            let _ = stream.try_write(FULL);
+            continue;
+        };
         let _ = stream.set_nodelay(true);
-        let service = TowerToHyperService::new(router.clone());
+        let (stream, phase) = Patient::new(stream, app.config.head_time);
+        let routes = TowerToHyperService::new(router.clone());
+        let service = service_fn(move |request| {
+            phase.busy();
+            let (answer, phase) = (routes.call(request), phase.clone());
+            async move {
+                let answer = answer.await;
+                phase.idle();
+                answer
+            }
+        });
         let mut builder = hyper::server::conn::http1::Builder::new();
         builder
             .timer(TokioTimer::new())
-            .header_read_timeout(HEAD_TIME)
+            .header_read_timeout(app.config.idle_time)
             .max_buf_size(HEAD_BYTES)
             .max_headers(HEAD_FIELDS);
         let connection = graceful.watch(builder.serve_connection(TokioIo::new(stream), service));
@@ -316,4 +423,50 @@ pub(crate) async fn serve(
     drop(listener);
     let _ = tokio::time::timeout(grace, graceful.shutdown()).await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_names_of_this_machine_are_local() {
+        let yes = [
+            "localhost",
+            "localhost:8080",
+            "LOCALHOST.",
+            "127.0.0.1",
+            "127.0.0.1:8080",
+            "[::1]:8080",
+            "[::1]",
+            "::1",
+            "box",
+            "box:80",
+            "box.local",
+            "host.docker.internal:1",
+            "a.localhost",
+        ];
+        for host in yes {
+            assert!(local(host), "{host}");
+        }
+        for host in [
+            "evil.example",
+            "evil.example:8080",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example",
+            "a.b:c",
+        ] {
+            assert!(!local(host), "{host}");
+        }
+    }
+
+    #[test]
+    fn paths_are_text() {
+        for path in ["/v1/models/a%20b", "/v1/%E6%9D%B1", "/%zz", "/%", "/%4", "/100%25"] {
+            assert!(is_text(path), "{path}");
+        }
+        for path in ["/%ff", "/v1/models/%E6%9D", "/a%C3(b"] {
+            assert!(!is_text(path), "{path}");
+        }
+    }
 }

@@ -17,6 +17,8 @@ mod metrics;
 mod native;
 mod openapi;
 mod output;
+mod patience;
+mod pieces;
 mod prompt;
 mod responses;
 mod sse;
@@ -44,6 +46,12 @@ pub struct Config {
     pub connections: usize,
     /// Bytes of a request's body at most.
     pub body_bytes: usize,
+    /// For the head of a request to arrive.
+    pub head_time: Duration,
+    /// Between the requests of a connection that is kept open.
+    pub idle_time: Duration,
+    /// For the body of a request to arrive.
+    pub body_time: Duration,
     /// From a request's arrival to its end.
     pub deadline: Duration,
     /// Given to what runs when the server is told to stop.
@@ -56,6 +64,13 @@ pub struct Config {
     pub caching: bool,
     /// Responses that can be continued, at most.
     pub responses: usize,
+    /// Sessions of one key in memory, at most. With a store those used least recently go there, without one the answer
+    /// is 429.
+    pub sessions: usize,
+    /// After so long without a call a session leaves memory; without a store it is gone.
+    pub session_idle: Duration,
+    /// Capsules of one key that were asked for, at most.
+    pub capsules: usize,
     /// A folder for a durable store, and how to open it.
     pub store: Option<(String, ampoule::StoreOptions)>,
     /// Capsules of the store to have in memory from the start, by name.
@@ -75,12 +90,18 @@ impl Default for Config {
             queue: 64,
             connections: 1024,
             body_bytes: 8 << 20,
+            head_time: Duration::from_secs(15),
+            idle_time: Duration::from_secs(600),
+            body_time: Duration::from_secs(60),
             deadline: Duration::from_secs(600),
             grace: Duration::from_secs(10),
             keys: Vec::new(),
             cors: None,
             caching: true,
             responses: 1024,
+            sessions: 256,
+            session_idle: Duration::from_secs(3600),
+            capsules: 1024,
             store: None,
             warm: Vec::new(),
             faults: false,

@@ -90,6 +90,9 @@ pub(crate) struct Metrics {
     pub restores: Counter,
     pub snapshots: Counter,
     pub evictions: Counter,
+    pub sessions_parked: Counter,
+    pub sessions_fetched: Counter,
+    pub sessions_expired: Counter,
     pub queue_depth: Gauge,
     pub running: Gauge,
     pub connections: Gauge,
@@ -98,6 +101,7 @@ pub(crate) struct Metrics {
     pub capsule_budget: Gauge,
     pub disk_bytes: Gauge,
     pub sessions: Gauge,
+    pub named: Gauge,
     pub responses: Gauge,
     pub ttft: Histogram,
     pub inter_token: Histogram,
@@ -139,6 +143,21 @@ impl Metrics {
             ("capsule_restores_total", "Capsules restored.", &self.restores),
             ("capsule_snapshots_total", "Boundaries frozen.", &self.snapshots),
             ("capsule_evictions_total", "Boundaries dropped to make room.", &self.evictions),
+            (
+                "sessions_parked_total",
+                "Sessions that left memory and lie in the store.",
+                &self.sessions_parked,
+            ),
+            (
+                "sessions_fetched_total",
+                "Sessions that came back from the store.",
+                &self.sessions_fetched,
+            ),
+            (
+                "sessions_expired_total",
+                "Sessions that were idle for too long and are gone.",
+                &self.sessions_expired,
+            ),
         ] {
             let _ = writeln!(
                 out,
@@ -152,7 +171,8 @@ impl Metrics {
             ("http_connections", "Open connections.", &self.connections),
             ("capsule_boundaries", "Boundaries kept automatically.", &self.boundaries),
             ("capsule_budget_bytes", "Memory for capsules.", &self.capsule_budget),
-            ("sessions", "Sessions of the native API.", &self.sessions),
+            ("sessions", "Sessions of the native API in memory.", &self.sessions),
+            ("capsules_named", "Capsules that clients asked for.", &self.named),
             ("stored_responses", "Responses that can be continued.", &self.responses),
         ] {
             let _ = writeln!(
@@ -171,10 +191,10 @@ impl Metrics {
         for (name, help, histogram) in [
             ("time_to_first_token_seconds", "From arrival to the first token.", &self.ttft),
             ("inter_token_latency_seconds", "Between tokens of a reply.", &self.inter_token),
-            ("queue_time_seconds", "From arrival to a slot.", &self.queue_time),
-            ("prefill_time_seconds", "Reading a prompt.", &self.prefill_time),
-            ("restore_time_seconds", "Restoring a capsule.", &self.restore_time),
-            ("request_duration_seconds", "From arrival to the last token.", &self.request_time),
+            ("request_queue_time_seconds", "From arrival to a slot.", &self.queue_time),
+            ("request_prefill_time_seconds", "Reading a prompt.", &self.prefill_time),
+            ("capsule_restore_time_seconds", "Restoring a capsule.", &self.restore_time),
+            ("e2e_request_latency_seconds", "From arrival to the last token.", &self.request_time),
         ] {
             histogram.write(&mut out, &format!("ampoule_{name}"), help);
         }

@@ -7,9 +7,11 @@ use std::sync::Arc;
 use ampoule::{Ampoule, ChatTemplate, EncodeOptions, TokenKind, Tokenizer};
 use serde_json::{Map, Value, json};
 
+use crate::cache::Space;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
 use crate::grammar::Grammars;
+use crate::pieces::Pieces;
 
 /// Stand-ins for control tokens that users wrote: characters of a private plane, so that no template changes them.
 const MARKER: u32 = 0x0010_F800;
@@ -56,6 +58,8 @@ pub(crate) struct ModelInfo {
     pub tool_open: Option<u32>,
     /// Control tokens by their text.
     special: Vec<String>,
+    /// Tokens of texts that were seen before, where such texts can be cut.
+    pieces: Option<Pieces>,
     /// Whether the template shows tools.
     tools_shown: bool,
     /// Whether it shows calls and their results.
@@ -70,7 +74,7 @@ impl ModelInfo {
         let template = model.template().ok().cloned();
         let vocabulary = model.engine.vocabulary();
         let ids = 0..tokenizer.vocab_size() as u32;
-        let special = ids
+        let special: Vec<String> = ids
             .filter(|&id| tokenizer.token_kind(id) == TokenKind::Special)
             .filter_map(|id| tokenizer.token_text(id).map(String::from))
             .filter(|text| !text.is_empty())
@@ -85,6 +89,7 @@ impl ModelInfo {
             context: model.engine.context(),
             vocabulary,
             tool_open: tokenizer.id_of("<tool_call>"),
+            pieces: Pieces::new(&tokenizer, &special),
             tokenizer,
             template,
             grammars,
@@ -151,7 +156,7 @@ impl ModelInfo {
     }
 
     /// The tokens of a template's text: what stands for a control token that a user wrote becomes its letters.
-    fn encode(&self, text: &str) -> ApiResult<Vec<u32>> {
+    fn encode(&self, space: &Space, text: &str) -> ApiResult<Vec<u32>> {
         let letters = EncodeOptions { add_special: false, parse_special: false };
         let marker = |c: char| (MARKER..MARKER + MARKERS).contains(&(c as u32));
         let encode = |text: &str, options| {
@@ -163,7 +168,12 @@ impl ModelInfo {
         for piece in text.split_inclusive(marker) {
             let last = piece.chars().next_back().filter(|c| marker(*c));
             let plain = &piece[..piece.len() - last.map_or(0, char::len_utf8)];
-            tokens.extend(encode(plain, EncodeOptions::TEMPLATE)?);
+            tokens.extend(match &self.pieces {
+                Some(pieces) => pieces
+                    .encode(&self.tokenizer, space, plain)
+                    .map_err(|e| ApiError::from(ampoule::Error::from(e)))?,
+                None => encode(plain, EncodeOptions::TEMPLATE)?,
+            });
             if let Some(special) = last.and_then(|c| self.special.get((c as u32 - MARKER) as usize))
             {
                 tokens.extend(encode(special, letters)?);
@@ -225,16 +235,17 @@ impl ModelInfo {
     /// A conversation, up to where the reply begins.
     pub(crate) fn chat(
         &self,
+        space: &Space,
         messages: &[Value],
         tools: &[Tool],
         extra: &Map<String, Value>,
     ) -> ApiResult<Prompt> {
         let text = self.render(messages, tools, true, extra)?;
-        self.prompt(&text)
+        self.prompt(space, &text)
     }
 
-    fn prompt(&self, text: &str) -> ApiResult<Prompt> {
-        let tokens = self.encode(text)?;
+    fn prompt(&self, space: &Space, text: &str) -> ApiResult<Prompt> {
+        let tokens = self.encode(space, text)?;
         let marks = self.marks(&tokens);
         let thinking = self.think.is_some() && text.trim_end().ends_with("<think>");
         Ok(Prompt { tokens, marks, thinking })
@@ -244,6 +255,7 @@ impl ModelInfo {
     /// reply to them; `None` where it rewrites history. `ended` says whether the reply's end token was read.
     pub(crate) fn continuation(
         &self,
+        space: &Space,
         history: &[Value],
         new: &[Value],
         tools: &[Tool],
@@ -272,7 +284,7 @@ impl ModelInfo {
         if let Some(rest) = end.and_then(|end| closing.strip_prefix(&*end).map(str::to_owned)) {
             closing = &closing[closing.len() - rest.len()..];
         }
-        Ok(Some(self.prompt(&format!("{closing}{added}"))?))
+        Ok(Some(self.prompt(space, &format!("{closing}{added}"))?))
     }
 
     /// Where a boundary is worth taking: before control tokens that begin something, before calls of tools, before the
@@ -340,7 +352,7 @@ impl ModelInfo {
                 ));
             }
             function.text("description", 64 << 10)?;
-            function.ignore(&["strict"]);
+            function.take::<bool>("strict")?;
             let parameters = function
                 .value("parameters")
                 .unwrap_or_else(|| json!({ "type": "object", "properties": {} }));

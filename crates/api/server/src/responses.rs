@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::app::{App, Body, Caller, Generation, Prepared, Tally, Wanted, blocking, new_id, now};
 use crate::chat::{Conversation, Format, logprob_entry, prepare};
-use crate::durable::Durable;
+use crate::durable::Record;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
 use crate::output::{Piece, Splitter};
@@ -18,7 +18,10 @@ use crate::prompt::content_text;
 use crate::sse::{self, Events};
 use crate::start::{from_hex, to_hex};
 use crate::vault::{StoredResponse, Vault, lock};
-use crate::worker::{End, Event, OnEnd, Start};
+use crate::worker::{End, OnEnd, Start, Step};
+
+/// What an item may be.
+const STATUS: [&str; 3] = ["in_progress", "completed", "incomplete"];
 
 struct Request {
     conversation: Conversation,
@@ -43,9 +46,11 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
         "metadata",
         "reasoning",
         "user",
-        "truncation",
+        "safety_identifier",
+        "prompt_cache_key",
         "temperature",
         "top_p",
+        "top_logprobs",
         "max_output_tokens",
     ] {
         let value = fields.value(name);
@@ -66,6 +71,7 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     };
     let messages = items_to_messages(&input)?;
     let (tools, choice, parallel) = Conversation::take_tools(&mut fields, true)?;
+    complete(&mut echo);
     let mut format = Format::Text;
     if let Some(text) = fields.value("text") {
         let mut text = Fields::of(text, "text")?;
@@ -117,7 +123,9 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     {
         return Err(ApiError::param("metadata", "'metadata' maps at most 16 names to texts"));
     }
-    fields.ignore(&["user", "safety_identifier", "prompt_cache_retention"]);
+    fields.text("user", 1024)?;
+    fields.text("safety_identifier", 1024)?;
+    fields.ignore(&["prompt_cache_retention"]);
     fields.only("truncation", &[json!("disabled")], "what does not fit the context is refused")?;
     fields.only("background", &[json!(false)], "responses are made while the client waits")?;
     fields.only("service_tier", &[json!("auto"), json!("default")], "there is one tier")?;
@@ -129,6 +137,27 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     Ok(Request { conversation, wanted, input, instructions, previous, store, stream, echo })
 }
 
+/// Fills in what a client may leave out of tools and formats, and reads in every response.
+fn complete(echo: &mut Map<String, Value>) {
+    let fill = |value: &mut Value, name: &str, missing: Value| {
+        if let Some(map) = value.as_object_mut() {
+            map.entry(name).or_insert(missing);
+        }
+    };
+    for tool in echo.get_mut("tools").and_then(Value::as_array_mut).into_iter().flatten() {
+        fill(tool, "strict", json!(true));
+        fill(tool, "description", Value::Null);
+        fill(tool, "parameters", Value::Null);
+    }
+    if let Some(text) = echo.get_mut("text") {
+        fill(text, "format", json!({ "type": "text" }));
+        if text["format"]["type"] == "json_schema" {
+            fill(&mut text["format"], "strict", json!(true));
+            fill(&mut text["format"], "description", Value::Null);
+        }
+    }
+}
+
 /// Items as messages of the chat API.
 fn items_to_messages(items: &[Value]) -> ApiResult<Vec<Value>> {
     let mut out: Vec<Value> = Vec::new();
@@ -137,7 +166,13 @@ fn items_to_messages(items: &[Value]) -> ApiResult<Vec<Value>> {
         let path = format!("input[{index}]");
         let mut fields = Fields::of(item.clone(), &path)?;
         let kind = fields.text("type", 64)?.unwrap_or_else(|| "message".to_owned());
-        fields.ignore(&["id", "status"]);
+        fields.text("id", 256)?;
+        if fields.text("status", 16)?.is_some_and(|s| !STATUS.contains(&s.as_str())) {
+            return Err(ApiError::param(
+                format!("{path}.status"),
+                "there are in_progress, completed and incomplete",
+            ));
+        }
         match kind.as_str() {
             "message" => {
                 let role: String = fields.require("role")?;
@@ -235,9 +270,11 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     {
         let (info, conversation) = (Arc::clone(&app.info), request.conversation.clone());
         let (known, end) = (instructed(instructions, before), previous.end_token);
+        let space = request.wanted.space;
         started = blocking(move || {
             let extra = &conversation.extra;
-            let prompt = info.continuation(&known, &new, &conversation.tools, extra, end)?;
+            let prompt =
+                info.continuation(&space, &known, &new, &conversation.tools, extra, end)?;
             let Some(prompt) = prompt else { return Ok(None) };
             let constraint = conversation.constraint(&info, &prompt)?;
             Ok(Some((Start::After(capsule), Prepared { prompt, constraint })))
@@ -247,7 +284,7 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     let (start, prepared) = match started {
         Some(started) => started,
         None => {
-            let mut prepared = prepare(&app, &request.conversation).await?;
+            let mut prepared = prepare(&app, &request.conversation, request.wanted.space).await?;
             let marks = std::mem::take(&mut prepared.prompt.marks);
             (Start::Prompt { marks }, prepared)
         }
@@ -267,7 +304,7 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
         app.generate(&caller, permit, request.wanted, start, prompt.tokens, constraint, on_end)?;
     let keep =
         request.store.then_some(Keep { key: caller.key, input: request.input, history, ended });
-    let builder = Builder::new(Arc::clone(&app), body, splitter, with_logprobs, generation.arrived);
+    let builder = Builder::new(Arc::clone(&app), body, splitter, with_logprobs, &generation);
     if request.stream {
         let (events, response) = sse::response(Arc::clone(&generation.sent));
         tokio::spawn(stream(builder, generation, keep, events));
@@ -292,7 +329,7 @@ async fn state(app: &App, id: &str, response: &Arc<StoredResponse>) -> Option<am
     let (vault, id) = (Arc::clone(&app.vault), id.to_owned());
     let loaded = app.call(move |worker| {
         let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-        Ok(durable.capsule(&mut worker.model, "response", &id)?)
+        worker.with_room(|worker| durable.capsule(&mut worker.model, "response", &id))
     });
     let capsule = loaded.await.ok()?;
     *lock(&response.end) = Some(capsule.clone());
@@ -309,7 +346,10 @@ fn blank(app: &App, id: &str, request: &Request) -> Value {
         "reasoning": echo("reasoning", json!({ "effort": null, "summary": null })), "store": request.store,
         "temperature": echo("temperature", json!(1.0)), "text": echo("text", json!({ "format": { "type": "text" } })),
         "tool_choice": echo("tool_choice", json!("auto")), "tools": echo("tools", json!([])),
-        "top_p": echo("top_p", json!(1.0)), "truncation": "disabled", "usage": null,
+        "top_p": echo("top_p", json!(1.0)), "truncation": "disabled", "usage": null, "completed_at": null,
+        "top_logprobs": echo("top_logprobs", json!(0)), "service_tier": "default",
+        "prompt_cache_key": echo("prompt_cache_key", Value::Null),
+        "safety_identifier": echo("safety_identifier", Value::Null),
         "user": echo("user", Value::Null), "metadata": echo("metadata", json!({})),
     })
 }
@@ -346,7 +386,7 @@ impl Keep {
             let (vault, id) = (Arc::clone(&app.vault), id.clone());
             blocking(move || {
                 let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-                Ok(durable.save("response", &id, &detached, record)?)
+                Ok(durable.save("response", &id, Some(&detached), record)?)
             })
             .await?;
         }
@@ -361,7 +401,10 @@ struct Builder {
     body: Value,
     splitter: Splitter,
     with_logprobs: bool,
+    /// Of the item under way.
     entries: Vec<Value>,
+    /// How many of them a delta has told of.
+    told: usize,
     items: Vec<Value>,
     open: Option<Open>,
     events: Vec<(&'static str, Value)>,
@@ -383,7 +426,7 @@ impl Builder {
         body: Value,
         splitter: Splitter,
         with_logprobs: bool,
-        arrived: std::time::Instant,
+        generation: &Generation,
     ) -> Self {
         Self {
             app,
@@ -391,11 +434,12 @@ impl Builder {
             splitter,
             with_logprobs,
             entries: Vec::new(),
+            told: 0,
             items: Vec::new(),
             open: None,
             events: Vec::new(),
             sequence: 0,
-            tally: Tally::new(arrived),
+            tally: Tally::new(generation),
             finished: None,
         }
     }
@@ -451,7 +495,8 @@ impl Builder {
         if thoughts {
             self.emit("response.reasoning_text.delta", delta);
         } else {
-            delta["logprobs"] = json!([]);
+            delta["logprobs"] = json!(self.entries[self.told..]);
+            self.told = self.entries.len();
             self.emit("response.output_text.delta", delta);
         }
     }
@@ -459,6 +504,7 @@ impl Builder {
     fn close(&mut self, status: &str) {
         let Some(Open { mut item, thoughts, text }) = self.open.take() else { return };
         let entries = if thoughts { Vec::new() } else { std::mem::take(&mut self.entries) };
+        self.told = 0;
         let place = self.place(&item);
         let mut done = Self::with(&place, "text", json!(text));
         let part = part(&text, thoughts, &entries);
@@ -501,16 +547,8 @@ impl Builder {
         self.finish_item(item);
     }
 
-    /// Takes an event of the engine's.
-    fn take(&mut self, event: Event) -> ApiResult<()> {
-        let step = match event {
-            Event::Begun(begun) => {
-                self.tally.begun = begun;
-                return Ok(());
-            }
-            Event::Failed(error) => return Err(error),
-            Event::Step(step) => step,
-        };
+    /// Takes a step of the reply.
+    fn take(&mut self, step: &Step) {
         let mut pieces = self.splitter.push(&step.text);
         if let Some(token) = step.token {
             self.tally.token(step.at, self.splitter.in_thoughts());
@@ -532,7 +570,6 @@ impl Builder {
             }
         }
         self.finished = step.finished.or(self.finished);
-        Ok(())
     }
 
     /// Ends the response: its body, and its message in the chat API's words.
@@ -545,13 +582,15 @@ impl Builder {
         self.close(if whole { "completed" } else { "incomplete" });
         self.body["output"] = Value::Array(self.items.clone());
         self.body["status"] = json!(if whole { "completed" } else { "incomplete" });
-        if !whole {
+        if whole {
+            self.body["completed_at"] = json!(now());
+        } else {
             self.body["incomplete_details"] = json!({ "reason": "max_output_tokens" });
         }
         let tally = &self.tally;
         self.body["usage"] = json!({
             "input_tokens": tally.begun.prompt_tokens,
-            "input_tokens_details": { "cached_tokens": tally.begun.cached_tokens },
+            "input_tokens_details": tally.cache_details(),
             "output_tokens": tally.generated,
             "output_tokens_details": { "reasoning_tokens": tally.reasoning },
             "total_tokens": tally.begun.prompt_tokens + tally.generated,
@@ -595,8 +634,8 @@ async fn collect(
     mut generation: Generation,
     keep: Option<Keep>,
 ) -> ApiResult<Value> {
-    while let Some(event) = generation.events.recv().await {
-        builder.take(event)?;
+    while let Some(step) = generation.step(&mut builder.tally).await? {
+        builder.take(&step);
         builder.events.clear();
     }
     let message = builder.end()?;
@@ -619,17 +658,11 @@ async fn stream(
                 return;
             }
         }
-        let event = tokio::select! {
-            event = generation.events.recv() => event,
-            () = events.gone() => return,
-        };
-        match event {
-            None => break None,
-            Some(event) => {
-                if let Err(error) = builder.take(event) {
-                    break Some(error);
-                }
-            }
+        match generation.step_for(&events, &mut builder.tally).await {
+            None => return,
+            Some(Ok(None)) => break None,
+            Some(Ok(Some(step))) => builder.take(&step),
+            Some(Err(error)) => break Some(error),
         }
     };
     let ended = match failed {
@@ -653,8 +686,7 @@ async fn stream(
         }
         Err(error) => {
             builder.body["status"] = json!("failed");
-            builder.body["error"] =
-                json!({ "code": error.code.unwrap_or("server_error"), "message": error.message });
+            builder.body["error"] = json!({ "code": failure(&error), "message": error.message });
             let response = builder.body.clone();
             builder.emit("response.failed", json!({ "response": response }));
         }
@@ -663,6 +695,15 @@ async fn stream(
         if !events.event(name, &value, builder.tally.generated as u64).await {
             return;
         }
+    }
+}
+
+/// An error in the few words that a failed response has for it.
+fn failure(error: &ApiError) -> &'static str {
+    match error.status.as_u16() {
+        400 => "invalid_prompt",
+        429 => "rate_limit_exceeded",
+        _ => "server_error",
     }
 }
 
@@ -722,17 +763,19 @@ pub(crate) fn input_items(
     for (index, item) in found.input.iter().enumerate() {
         let mut item = item.clone();
         if let Some(map) = item.as_object_mut() {
+            map.retain(|_, value| !value.is_null());
             map.entry("type").or_insert(json!("message"));
             map.entry("id")
                 .or_insert(json!(format!("item_{}_{index}", id.trim_start_matches("resp_"))));
             if let Some(Value::String(text)) = map.get("content").cloned() {
-                let kind = if map.get("role").is_some_and(|r| r == "assistant") {
-                    "output_text"
+                let part = if map.get("role").is_some_and(|r| r == "assistant") {
+                    json!({ "type": "output_text", "text": text, "annotations": [] })
                 } else {
-                    "input_text"
+                    json!({ "type": "input_text", "text": text })
                 };
-                map.insert("content".to_owned(), json!([{ "type": kind, "text": text }]));
+                map.insert("content".to_owned(), json!([part]));
             }
+            map.entry("status").or_insert(json!("completed"));
         }
         items.push(item);
     }
@@ -753,8 +796,8 @@ pub(crate) fn input_items(
 }
 
 /// Responses of the store; their states are loaded when somebody continues them.
-pub(crate) fn bring_back(vault: &Vault, durable: &Durable) {
-    for (id, record) in durable.records("response") {
+pub(crate) fn bring_back(vault: &Vault, records: &[Record]) {
+    for Record { id, value: record, .. } in records.iter().filter(|r| r.kind == "response") {
         let Some(key) = record["key"].as_str().and_then(from_hex) else { continue };
         let list = |name: &str| record[name].as_array().cloned().unwrap_or_default();
         let end = record["end_token"].as_u64().map(|t| t as u32);
@@ -766,6 +809,6 @@ pub(crate) fn bring_back(vault: &Vault, durable: &Durable) {
             end,
             None,
         );
-        vault.add_response(&id, stored);
+        vault.add_response(id, stored);
     }
 }

@@ -12,11 +12,11 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::Config;
 use crate::app::{App, now};
-use crate::durable::Durable;
+use crate::durable::{Durable, Record};
 use crate::error::ApiResult;
 use crate::metrics::Metrics;
 use crate::prompt::ModelInfo;
-use crate::vault::{NamedCapsule, Vault};
+use crate::vault::{Limits, NamedCapsule, Vault};
 use crate::worker::{Command, Worker};
 
 /// Boundaries that are parked when the server stops.
@@ -40,19 +40,6 @@ pub enum ServeError {
     /// The model or the store cannot be used.
     #[error(transparent)]
     Model(#[from] ampoule::Error),
-    /// An encrypted store would keep what users said beside it in the clear.
-    #[error(
-        "a store with a key is not supported by serve yet: its records of conversations would not be encrypted"
-    )]
-    EncryptedStore,
-    /// A store that is no folder.
-    #[error(
-        "{place}: serve keeps records beside the capsules and needs a folder, not object storage"
-    )]
-    RemoteStore {
-        /// The place.
-        place: String,
-    },
     /// The engine's thread ended.
     #[error("the engine's thread ended; the log has the cause")]
     Engine,
@@ -103,13 +90,14 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
     let metrics = Arc::new(Metrics::default());
     let durable = match &config.store {
         None => None,
-        Some((place, _)) if place.starts_with("s3://") => {
-            return Err(ServeError::RemoteStore { place: place.clone() });
-        }
-        Some((_, options)) if options.key.is_some() => return Err(ServeError::EncryptedStore),
         Some((place, options)) => Some(Durable::open(place, options.clone())?),
     };
-    let vault = Arc::new(Vault::new(config.responses, Arc::clone(&metrics), durable));
+    let limits = Limits {
+        responses: config.responses,
+        sessions: config.sessions.max(1),
+        capsules: config.capsules,
+    };
+    let vault = Arc::new(Vault::new(limits, Arc::clone(&metrics), durable));
     let relieved = Arc::clone(&vault);
     let relieve = Box::new(move || relieved.relieve());
     let fingerprint = model.engine.fingerprint().digest().to_string();
@@ -160,6 +148,7 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
                 watcher.stopping.store(true, Ordering::Relaxed);
             });
             stopped.mark_unchanged();
+            tokio::spawn(crate::native::expire(Arc::clone(&app)));
             crate::http::serve(app, listener, stopped, grace).await
         });
         let _ = engine.send(Command::Stop);
@@ -199,8 +188,7 @@ fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(),
         let id = durable.store().find(name)?;
         let capsule = durable.store().load(&mut worker.model, id)?;
         let tokens = capsule.tokens();
-        let everybody = crate::app::Caller { key: [0; 32], request: 0, fault: false };
-        worker.cache.keep(&everybody.space(None), &tokens, capsule.clone());
+        worker.cache.keep(&crate::app::space(&[0; 32], None), &tokens, capsule.clone());
         let named = NamedCapsule {
             key: [0; 32],
             created: now(),
@@ -211,17 +199,18 @@ fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(),
         };
         vault.add_capsule(&crate::app::new_id("cap_"), named);
     }
-    crate::responses::bring_back(vault, durable);
-    crate::native::bring_back(worker, vault, durable);
-    for (id, record) in durable.records("boundary") {
-        let space = record["space"].as_str().and_then(from_hex);
+    let records = durable.records()?;
+    crate::responses::bring_back(vault, &records);
+    crate::native::bring_back(worker, vault, durable, &records);
+    for Record { id, value, .. } in records.iter().filter(|r| r.kind == "boundary") {
+        let space = value["space"].as_str().and_then(from_hex);
         let loaded: ApiResult<Capsule> =
-            durable.capsule(&mut worker.model, "boundary", &id).map_err(Into::into);
+            durable.capsule(&mut worker.model, "boundary", id).map_err(Into::into);
         if let (Some(space), Ok(capsule)) = (space, loaded) {
             let tokens = capsule.tokens();
             worker.cache.keep(&space, &tokens, capsule);
         }
-        durable.forget("boundary", &id);
+        durable.forget("boundary", id);
     }
     worker.metrics.disk_bytes.set(durable.bytes() as usize);
     Ok(())
@@ -230,13 +219,11 @@ fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(),
 /// Saves what a client may come back to.
 fn park(worker: &Worker, vault: &Vault) {
     let Some(durable) = &vault.durable else { return };
-    crate::native::park(worker, vault, durable);
     for (index, (space, capsule)) in worker.cache.latest(PARKED).into_iter().enumerate() {
         let record = json!({ "space": to_hex(&space) });
-        let saved = worker
-            .model
-            .detach(&capsule)
-            .and_then(|capsule| durable.save("boundary", &index.to_string(), &capsule, record));
+        let saved = worker.model.detach(&capsule).and_then(|capsule| {
+            durable.save("boundary", &index.to_string(), Some(&capsule), record)
+        });
         if let Err(error) = saved {
             tracing::warn!(%error, "a boundary was not parked");
         }

@@ -1,13 +1,16 @@
 //! What clients come back to: stored responses, sessions, and capsules with a name.
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use ampoule::Capsule;
+use axum::http::StatusCode;
 use serde_json::Value;
 
 use crate::durable::Durable;
+use crate::error::{ApiError, ApiResult};
 use crate::metrics::Metrics;
 
 /// A response that can be read, continued and deleted.
@@ -95,12 +98,49 @@ pub(crate) struct Session {
     pub key: [u8; 32],
     pub created: u64,
     pub parent: Option<String>,
-    pub state: Mutex<SessionState>,
+    state: Mutex<SessionState>,
+    used: Mutex<Instant>,
+    /// Whether the store has it as it stands.
+    saved: AtomicBool,
+    /// Whether its owner deleted it: then it must not be saved again.
+    deleted: AtomicBool,
 }
 
 impl Session {
+    pub(crate) fn new(
+        key: [u8; 32],
+        created: u64,
+        parent: Option<String>,
+        state: SessionState,
+    ) -> Self {
+        let (state, used) = (Mutex::new(state), Mutex::new(Instant::now()));
+        let (saved, deleted) = (AtomicBool::new(false), AtomicBool::new(false));
+        Self { key, created, parent, state, used, saved, deleted }
+    }
+
     pub(crate) fn lock(&self) -> MutexGuard<'_, SessionState> {
         lock(&self.state)
+    }
+
+    pub(crate) fn set_saved(&self, saved: bool) {
+        self.saved.store(saved, Ordering::Release);
+    }
+
+    fn idle(&self) -> Duration {
+        lock(&self.used).elapsed()
+    }
+
+    fn touch(&self) {
+        *lock(&self.used) = Instant::now();
+    }
+
+    pub(crate) fn is_deleted(&self) -> bool {
+        self.deleted.load(Ordering::Acquire)
+    }
+
+    /// Whether it can leave memory and be fetched again: the store has it, and no call is about to use it.
+    fn can_park(self: &Arc<Self>) -> bool {
+        self.saved.load(Ordering::Acquire) && Arc::strong_count(self) == 1
     }
 }
 
@@ -114,21 +154,37 @@ pub(crate) struct Vault {
     responses: Mutex<HashMap<String, Arc<StoredResponse>>>,
     sessions: Mutex<HashMap<String, Arc<Session>>>,
     capsules: Mutex<HashMap<String, NamedCapsule>>,
+    /// Sessions that were idle for too long, for a while: whoever comes back is told why they are gone.
+    expired: Mutex<VecDeque<([u8; 32], String)>>,
     clock: AtomicU64,
-    /// Responses at most; the one used least recently goes.
-    most: usize,
-    metrics: Arc<Metrics>,
+    limits: Limits,
+    pub metrics: Arc<Metrics>,
     pub durable: Option<Durable>,
 }
 
+/// How many of each there may be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    /// Responses in all; the one used least recently goes.
+    pub responses: usize,
+    /// Sessions of a key in memory.
+    pub sessions: usize,
+    /// Capsules of a key that were asked for.
+    pub capsules: usize,
+}
+
+/// Expired sessions that are remembered.
+const EXPIRED: usize = 4096;
+
 impl Vault {
-    pub(crate) fn new(most: usize, metrics: Arc<Metrics>, durable: Option<Durable>) -> Self {
+    pub(crate) fn new(limits: Limits, metrics: Arc<Metrics>, durable: Option<Durable>) -> Self {
         Self {
             responses: Mutex::default(),
             sessions: Mutex::default(),
             capsules: Mutex::default(),
+            expired: Mutex::default(),
             clock: AtomicU64::new(0),
-            most: most.max(1),
+            limits,
             metrics,
             durable,
         }
@@ -140,7 +196,7 @@ impl Vault {
         let mut all = lock(&self.responses);
         all.insert(id.to_owned(), Arc::clone(&response));
         let mut gone = None;
-        if all.len() > self.most {
+        if all.len() > self.limits.responses.max(1) {
             let oldest = all.iter().min_by_key(|(_, r)| r.used.load(Ordering::Relaxed));
             gone = oldest.map(|(id, _)| id.clone());
         }
@@ -176,30 +232,138 @@ impl Vault {
         mine
     }
 
-    /// Gives up the state of the response that was not used for the longest time; it can still be read, and continued by
-    /// reading its conversation again or from the store.
+    /// Gives up something that can be had again, what was used least recently first: the state of a response, which can
+    /// still be read, and continued by reading its conversation again or from the store; a session that the store has;
+    /// the older boundaries of a session. False if there is nothing.
     pub(crate) fn relieve(&self) -> bool {
         let all = lock(&self.responses);
         let held = all.values().filter(|r| lock(&r.end).is_some());
         let oldest = held.min_by_key(|r| r.used.load(Ordering::Relaxed));
-        oldest.is_some_and(|r| lock(&r.end).take().is_some())
+        if oldest.is_some_and(|r| lock(&r.end).take().is_some()) {
+            return true;
+        }
+        drop(all);
+        if self.park(None) {
+            return true;
+        }
+        let all = lock(&self.sessions);
+        let long = all.values().filter(|session| session.lock().marks.len() > 1);
+        let Some(oldest) = long.max_by_key(|session| session.idle()) else { return false };
+        let mut state = oldest.lock();
+        let older = state.marks.len() - 1;
+        state.marks.drain(..older);
+        true
     }
 
-    pub(crate) fn add_session(&self, id: &str, session: Session) -> Arc<Session> {
-        let session = Arc::new(session);
+    /// Lets the session go from memory that was idle longest of those that the store has.
+    fn park(&self, key: Option<&[u8; 32]>) -> bool {
         let mut all = lock(&self.sessions);
-        all.insert(id.to_owned(), Arc::clone(&session));
+        let mine = all.iter().filter(|(_, s)| key.is_none_or(|key| s.key == *key) && s.can_park());
+        let Some(id) = mine.max_by_key(|(_, s)| s.idle()).map(|(id, _)| id.clone()) else {
+            return false;
+        };
+        all.remove(&id);
+        self.metrics.sessions.set(all.len());
+        self.metrics.sessions_parked.add(1);
+        true
+    }
+
+    /// Lets sessions go that were idle for so long. Those that the store has can be fetched again, others are gone.
+    pub(crate) fn expire(&self, idle: Duration) {
+        let mut all = lock(&self.sessions);
+        let mut expired = lock(&self.expired);
+        all.retain(|id, session| {
+            if session.idle() < idle || Arc::strong_count(session) > 1 {
+                return true;
+            }
+            if session.can_park() {
+                self.metrics.sessions_parked.add(1);
+                return false;
+            }
+            if self.durable.is_some() {
+                // A save that failed: what is here is all there is.
+                return true;
+            }
+            self.metrics.sessions_expired.add(1);
+            expired.push_back((session.key, id.clone()));
+            false
+        });
+        let over = expired.len().saturating_sub(EXPIRED);
+        expired.drain(..over);
+        self.metrics.sessions.set(all.len());
+    }
+
+    /// Why there is no such session.
+    pub(crate) fn no_session(&self, key: &[u8; 32], id: &str, idle: Duration) -> ApiError {
+        let gone = lock(&self.expired).iter().any(|(owner, gone)| owner == key && gone == id);
+        if !gone {
+            return ApiError::not_found("session");
+        }
+        ApiError {
+            code: Some("session_expired"),
+            message: format!(
+                "this session was idle for {} s and is gone: begin a new one; with --store idle sessions are kept",
+                idle.as_secs()
+            ),
+            ..ApiError::not_found("session")
+        }
+    }
+
+    /// Whether this key has as many sessions in memory as it may.
+    pub(crate) fn full_of_sessions(&self, key: &[u8; 32]) -> bool {
+        let all = lock(&self.sessions);
+        all.values().filter(|s| s.key == *key).count() >= self.limits.sessions
+    }
+
+    /// Makes room for one session more of this key's.
+    ///
+    /// # Errors
+    /// 429 where none of its sessions can leave memory.
+    pub(crate) fn room_for_session(&self, key: &[u8; 32], idle: Duration) -> ApiResult<()> {
+        if !self.full_of_sessions(key) || self.park(Some(key)) {
+            return Ok(());
+        }
+        self.metrics.rejected.add(1);
+        Err(too_many(
+            "too_many_sessions",
+            format!(
+                "this key has {} sessions: delete some, or wait until one was idle for {} s",
+                self.limits.sessions,
+                idle.as_secs()
+            ),
+        ))
+    }
+
+    /// # Errors
+    /// 429 where this key has as many capsules as it may.
+    pub(crate) fn room_for_capsule(&self, key: &[u8; 32]) -> ApiResult<()> {
+        let mine = lock(&self.capsules).values().filter(|c| c.key == *key).count();
+        if mine < self.limits.capsules {
+            return Ok(());
+        }
+        self.metrics.rejected.add(1);
+        let most = self.limits.capsules;
+        Err(too_many("too_many_capsules", format!("this key has {most} capsules: delete some")))
+    }
+
+    /// A session that is there already stays.
+    pub(crate) fn add_session(&self, id: &str, session: Session) -> Arc<Session> {
+        let mut all = lock(&self.sessions);
+        let session = Arc::clone(all.entry(id.to_owned()).or_insert_with(|| Arc::new(session)));
         self.metrics.sessions.set(all.len());
         session
     }
 
     pub(crate) fn session(&self, key: &[u8; 32], id: &str) -> Option<Arc<Session>> {
-        lock(&self.sessions).get(id).filter(|s| s.key == *key).cloned()
+        let found = lock(&self.sessions).get(id).filter(|s| s.key == *key).cloned()?;
+        found.touch();
+        Some(found)
     }
 
     pub(crate) fn remove_session(&self, key: &[u8; 32], id: &str) -> Option<Arc<Session>> {
         let mut all = lock(&self.sessions);
         let found = all.get(id).filter(|s| s.key == *key).cloned()?;
+        found.deleted.store(true, Ordering::Release);
         all.remove(id);
         self.metrics.sessions.set(all.len());
         Some(found)
@@ -215,7 +379,9 @@ impl Vault {
     }
 
     pub(crate) fn add_capsule(&self, id: &str, capsule: NamedCapsule) {
-        lock(&self.capsules).insert(id.to_owned(), capsule);
+        let mut all = lock(&self.capsules);
+        all.insert(id.to_owned(), capsule);
+        self.metrics.named.set(all.len());
     }
 
     /// A capsule by id or by the name that its owner gave it.
@@ -241,6 +407,7 @@ impl Vault {
         if mine {
             all.remove(id);
         }
+        self.metrics.named.set(all.len());
         mine
     }
 
@@ -250,5 +417,12 @@ impl Vault {
         let mut list: Vec<_> = mine.map(|(id, c)| (id.clone(), c.clone())).collect();
         list.sort_by(|a, b| (a.1.created, &a.0).cmp(&(b.1.created, &b.0)));
         list
+    }
+}
+
+fn too_many(code: &'static str, message: String) -> ApiError {
+    ApiError {
+        code: Some(code),
+        ..ApiError::new(StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", message)
     }
 }

@@ -27,6 +27,10 @@ use crate::prompt::{ModelInfo, boundaries};
 /// Tokens of a prompt that are read before other requests get their turn.
 const CHUNK: usize = 512;
 
+/// Tokens that a prompt may add to a conversation without boundaries in them: no more than these are read again if the
+/// next prompt departs from this one after all.
+const AT_ONCE: usize = 192;
+
 /// What is asked of the engine.
 pub(crate) enum Command {
     Generate(Box<Job>),
@@ -61,6 +65,8 @@ pub(crate) struct Job {
     pub space: Space,
     /// Whose turn it is counted as.
     pub tenant: u64,
+    /// What the log calls it.
+    pub request: String,
     pub start: Start,
     /// The prompt, or what is read after the boundary.
     pub tokens: Vec<u32>,
@@ -73,7 +79,9 @@ pub(crate) struct Job {
     /// Whether boundaries may be used and left behind.
     pub caching: bool,
     pub on_end: Option<OnEnd>,
+    /// When the request came, and when it was handed to the engine.
     pub arrived: Instant,
+    pub queued: Instant,
     pub deadline: Instant,
     pub out: UnboundedSender<Event>,
     /// Tokens of the first choice that went out to the client.
@@ -303,13 +311,13 @@ impl Worker {
 
     fn begin(&mut self, mut job: Job) {
         self.metrics.requests.add(1);
-        let queue = job.arrived.elapsed();
+        let queue = job.queued.elapsed();
         self.metrics.queue_time.observe(queue);
         let start = Instant::now();
-        let (capsule, diverges) = match &job.start {
+        let (capsule, known) = match &job.start {
             Start::Prompt { .. } if job.caching => {
                 let found = self.cache.find(&job.space, &job.tokens);
-                (found.capsule, Some(found.common as u32))
+                (found.capsule, Some((found.common as u32, found.continues)))
             }
             Start::Prompt { .. } => (None, None),
             Start::After(capsule) => (Some(capsule.clone()), None),
@@ -341,10 +349,14 @@ impl Worker {
             self.metrics.restore_time.observe(restore);
         }
         let stops = match &mut job.start {
-            Start::Prompt { marks } if job.caching => {
-                boundaries(marks, cached as u32, total as u32, diverges)
-            }
-            _ => Vec::new(),
+            Start::Prompt { marks } => match known {
+                // What only continues a conversation is read in one piece: each boundary on the way would delay the
+                // first token, and the next prompt will begin with all of this one.
+                Some((_, true)) if total - cached <= AT_ONCE => Vec::new(),
+                Some((common, _)) => boundaries(marks, cached as u32, total as u32, Some(common)),
+                None => Vec::new(),
+            },
+            Start::After(_) => Vec::new(),
         };
         self.metrics.prompt_tokens.add(total as u64);
         self.metrics.cached_tokens.add(cached as u64);
@@ -511,17 +523,36 @@ impl Worker {
 
     /// A boundary, with old ones dropped for it if need be; `None` if there is no room at all.
     pub(crate) fn snapshot(&mut self, slot: SlotId) -> ApiResult<Option<Capsule>> {
+        let made = self.make_room(|worker| Ok(worker.model.engine.snapshot(slot)?))?;
+        match &made {
+            Some(_) => self.metrics.snapshots.add(1),
+            None => tracing::warn!("no room for a boundary; give more memory for capsules"),
+        }
+        Ok(made)
+    }
+
+    /// Runs what takes memory for capsules, with old boundaries dropped for it if need be.
+    ///
+    /// # Errors
+    /// 507 if there is no room at all; otherwise what `work` says.
+    pub(crate) fn with_room<T>(
+        &mut self,
+        work: impl FnMut(&mut Self) -> Result<T, ampoule::Error>,
+    ) -> ApiResult<T> {
+        self.make_room(work)?.ok_or_else(ApiError::no_room)
+    }
+
+    fn make_room<T>(
+        &mut self,
+        mut work: impl FnMut(&mut Self) -> Result<T, ampoule::Error>,
+    ) -> ApiResult<Option<T>> {
         loop {
-            match self.model.engine.snapshot(slot) {
-                Ok(capsule) => {
-                    self.metrics.snapshots.add(1);
-                    return Ok(Some(capsule));
-                }
-                Err(EngineError::Backend(
+            match work(self) {
+                Ok(made) => return Ok(Some(made)),
+                Err(ampoule::Error::Engine(EngineError::Backend(
                     BackendError::CapsuleBudget { .. } | BackendError::OutOfMemory { .. },
-                )) => {
+                ))) => {
                     if !self.cache.evict() && !(self.relieve)() {
-                        tracing::warn!("no room for a boundary; give more memory for capsules");
                         return Ok(None);
                     }
                     self.metrics.evictions.add(1);
@@ -562,6 +593,7 @@ impl Worker {
                 constraint.drawn(token, self.info.tokenizer.is_eos(token))?;
             }
         }
+        let first = said.len() == 1;
         let logprobs = match (logits, step.token, shared.job.logprobs) {
             (Some(logits), Some(token), Some(top)) => Some(log_probabilities(&logits, token, top)),
             _ => None,
@@ -574,6 +606,10 @@ impl Worker {
             finished: step.finished,
             at: *last,
         }));
+        if first {
+            // Whoever sends it may need this core: the next token can wait for that.
+            std::thread::yield_now();
+        }
         Ok(step.finished)
     }
 
@@ -630,6 +666,11 @@ impl Worker {
         shared.left -= 1;
         if let Some(error) = failed {
             self.metrics.failures.add(1);
+            tracing::warn!(
+                request = shared.job.request,
+                status = error.status.as_u16(),
+                "generation failed"
+            );
             let _ = shared.job.out.send(Event::Failed(error));
             // The other choices are of no use without this one.
             shared.left = 0;

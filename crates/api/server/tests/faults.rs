@@ -281,3 +281,64 @@ fn half_a_request_gets_no_answer_and_holds_nothing() {
     ok(at, "/v1/chat/completions", &hello(1));
     server.stop().unwrap();
 }
+
+#[test]
+fn slow_requests_are_cut_off_and_idle_connections_are_not() {
+    let server = start(Config {
+        head_time: Duration::from_millis(300),
+        body_time: Duration::from_millis(300),
+        ..config()
+    });
+    let at = server.address();
+    let mut kept = open(at);
+    let ask = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n";
+    let mut ask_again = || {
+        kept.write_all(ask).unwrap();
+        let mut piece = [0; 4096];
+        let got = kept.read(&mut piece).unwrap();
+        assert!(piece[..got].starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&piece));
+    };
+    ask_again();
+    // Nothing, half a head, and half a head after a request that was whole.
+    for (first, rest) in
+        [(&b""[..], &b""[..]), (b"", b"GET /health HTTP/1.1\r\nx-slow: "), (ask, b"GET /he")]
+    {
+        let mut stream = open(at);
+        stream.write_all(first).unwrap();
+        if !first.is_empty() {
+            assert!(stream.read(&mut [0; 4096]).unwrap() > 0);
+            // Between requests there is time.
+            std::thread::sleep(Duration::from_millis(500));
+        }
+        stream.write_all(rest).unwrap();
+        let begun = std::time::Instant::now();
+        let mut end = Vec::new();
+        let _ = stream.read_to_end(&mut end);
+        let waited = begun.elapsed();
+        assert!(
+            waited > Duration::from_millis(200) && waited < Duration::from_secs(5),
+            "{waited:?}"
+        );
+    }
+    // A body that stops in the middle.
+    let mut stream = open(at);
+    stream.write_all(head("POST", "/tokenize", 100, "").as_bytes()).unwrap();
+    stream.write_all(b"{\"pro").unwrap();
+    assert_eq!(answer(stream).status, 408);
+    ask_again();
+    ok(at, "/v1/chat/completions", &hello(1));
+    server.stop().unwrap();
+}
+
+#[test]
+fn connections_beyond_the_limit_are_turned_away() {
+    let server = start(Config { connections: 3, ..config() });
+    let at = server.address();
+    let held: Vec<_> = (0..3).map(|_| open(at)).collect();
+    eventually("more are turned away", || get(at, "/health").status == 503);
+    let refused = get(at, "/health");
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("5")));
+    drop(held);
+    eventually("there is room again", || get(at, "/health").status == 200);
+    server.stop().unwrap();
+}

@@ -4,6 +4,7 @@ mod capsule;
 mod chart;
 mod decode;
 mod rollback;
+pub(crate) mod serve;
 mod tiers;
 mod ttft;
 mod turns;
@@ -83,6 +84,7 @@ pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<
         BenchCommand::Rollback(args) => ("rollback", args, rollback::TURN.0, rollback::run),
         BenchCommand::Tiers(args) => ("tiers", args, 0, tiers::run),
         BenchCommand::Turns(args) => return run_turns(&args, global),
+        BenchCommand::Serve(args) => return serve::run(&args, global),
     };
     let progress = Progress::new(args.json);
     let longest = args.prefix.iter().copied().max().unwrap_or(1);

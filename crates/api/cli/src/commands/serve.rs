@@ -17,8 +17,16 @@ const KEYS_VARIABLE: &str = "AMPOULE_API_KEYS";
 
 fn keys(args: &ServeArgs) -> anyhow::Result<Vec<[u8; 32]>> {
     let text = match &args.api_key_file {
-        Some(path) => std::fs::read_to_string(path)
-            .with_context(|| format!("{}: cannot be read", path.display()))?,
+        Some(path) => {
+            if others_read(path) {
+                output::note(format!(
+                    "{}: others can read these keys; chmod 600 it",
+                    path.display()
+                ));
+            }
+            std::fs::read_to_string(path)
+                .with_context(|| format!("{}: cannot be read", path.display()))?
+        }
         None => std::env::var(KEYS_VARIABLE).unwrap_or_default(),
     };
     let given = args.api_key_file.is_some() || std::env::var_os(KEYS_VARIABLE).is_some();
@@ -30,6 +38,18 @@ fn keys(args: &ServeArgs) -> anyhow::Result<Vec<[u8; 32]>> {
     );
     ensure!(keys.iter().all(|k| k.len() >= 8), "an API key has fewer than 8 characters");
     Ok(keys.into_iter().map(key_digest).collect())
+}
+
+/// Whether users other than the owner may read a file.
+#[cfg(unix)]
+fn others_read(path: &std::path::Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(path).is_ok_and(|m| m.permissions().mode() & 0o044 != 0)
+}
+
+#[cfg(not(unix))]
+const fn others_read(_: &std::path::Path) -> bool {
+    false
 }
 
 /// What clients call the model: the name it was asked for by, or a file's name without its ending.
@@ -46,9 +66,13 @@ fn name(model: &ModelRef) -> String {
 pub(crate) fn run(args: &ServeArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let keys = keys(args)?;
     if keys.is_empty() && !args.host.is_loopback() {
-        output::note(
-            "there are no API keys: whoever reaches this address may use it; set AMPOULE_API_KEYS",
+        ensure!(
+            args.without_keys,
+            "other machines reach {} and there are no API keys: set AMPOULE_API_KEYS or --api-key-file, \
+             or say --without-keys if whoever reaches it may use it",
+            args.host
         );
+        output::note("there are no API keys: whoever reaches this address may use it");
     }
     let store = match &args.store.store {
         Some(place) => Some((place.clone(), super::store::options(&args.store)?)),

@@ -27,6 +27,16 @@ pub(crate) fn start(config: Config) -> Server {
 }
 
 pub(crate) fn start_with(config: Config, context: usize, capsule_bytes: usize) -> Server {
+    start_model(TINY, config, context, capsule_bytes)
+}
+
+/// The trained model of the repository: attention and recurrent layers, and a tokenizer of its own.
+pub(crate) fn nano(config: Config) -> Server {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../assets/ampoule-nano");
+    start_model(path, config, 4096, 1 << 30)
+}
+
+fn start_model(model: &str, config: Config, context: usize, capsule_bytes: usize) -> Server {
     let options = LoadOptions {
         device: Device::Cpu,
         threads: 1,
@@ -38,7 +48,7 @@ pub(crate) fn start_with(config: Config, context: usize, capsule_bytes: usize) -
         },
         ..LoadOptions::default()
     };
-    let model = Ampoule::load(TINY, &options, &mut |_, _| {}).unwrap();
+    let model = Ampoule::load(model, &options, &mut |_, _| {}).unwrap();
     serve(model, config, false).unwrap()
 }
 

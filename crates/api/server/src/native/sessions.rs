@@ -1,41 +1,36 @@
-//! `/v1/sessions` and `/v1/capsules`: the verbs themselves.
-//!
-//! Between calls a session is a capsule; a call restores it into whatever slot is free, which costs the fixed state where
-//! the slot held it last. While a call is under way others on the same session are refused with 409.
+//! Sessions: what is said in them, and the ways back.
 
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ampoule::{Capsule, EncodeOptions, FinishReason};
 use axum::extract::{Path, Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
-use axum::response::{IntoResponse, Response};
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
 use axum::{Extension, Json};
 use serde_json::{Map, Value, json};
 
+use super::{Answer, AppState, Caught, fields, forget, saved};
 use crate::app::{App, Caller, Generation, Tally, blocking, new_id, now};
-use crate::durable::Durable;
+use crate::cache::Space;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
-use crate::http::body;
 use crate::prompt::{ModelInfo, Prompt, messages};
 use crate::sse::{self, Events};
-use crate::start::{from_hex, to_hex};
-use crate::vault::{LastReply, Mark, NamedCapsule, Session, SessionState, Vault};
-use crate::worker::{End, Event, OnEnd, Start, Worker};
-
-type AppState = State<Arc<App>>;
-type Caught = Extension<Caller>;
-type Answer = ApiResult<Response>;
+use crate::vault::{LastReply, Mark, Session, SessionState};
+use crate::worker::{End, OnEnd, Start};
 
 /// Marks of a session at most: older ones go.
 const MARKS: usize = 256;
 const FORKS: u32 = 64;
 
-fn session(app: &App, caller: &Caller, id: &str) -> ApiResult<Arc<Session>> {
-    app.vault.session(&caller.key, id).ok_or_else(|| ApiError::not_found("session"))
+/// A session of the caller's: in memory, or parked in the store.
+pub(super) async fn session(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResult<Arc<Session>> {
+    match app.vault.session(&caller.key, id) {
+        Some(session) => Ok(session),
+        None => saved::fetch(app, caller, id).await,
+    }
 }
 
 /// A session that this call alone works on.
@@ -63,7 +58,7 @@ impl Drop for Busy {
     }
 }
 
-fn add_mark(
+pub(super) fn add_mark(
     state: &mut SessionState,
     kind: &str,
     capsule: Capsule,
@@ -78,7 +73,7 @@ fn add_mark(
     id
 }
 
-fn session_object(id: &str, session: &Session) -> Value {
+pub(super) fn session_object(id: &str, session: &Session) -> Value {
     let state = session.lock();
     let marks: Vec<Value> = state
         .marks
@@ -99,11 +94,6 @@ pub(crate) async fn list_sessions(State(app): AppState, Extension(caller): Caugh
     Ok(Json(json!({ "object": "list", "data": list })).into_response())
 }
 
-async fn fields(app: &App, request: Request) -> ApiResult<Fields> {
-    let body = body(app, request).await?;
-    if body.is_empty() { Fields::of(json!({}), "") } else { Fields::parse(&body) }
-}
-
 pub(crate) async fn create_session(
     State(app): AppState,
     Extension(caller): Caught,
@@ -114,6 +104,7 @@ pub(crate) async fn create_session(
     let tools = fields.take::<Vec<Value>>("tools")?.unwrap_or_default();
     fields.finish()?;
     ModelInfo::tools(tools.clone())?;
+    app.vault.room_for_session(&caller.key, app.config.session_idle)?;
     let mut state = SessionState { tools, ..SessionState::default() };
     let mut parent = None;
     if let Some(which) = from {
@@ -123,7 +114,8 @@ pub(crate) async fn create_session(
         parent = Some(id);
     }
     let id = new_id("sess_");
-    let session = Session { key: caller.key, created: now(), parent, state: state.into() };
+    let session = Session::new(caller.key, now(), parent, state);
+    saved::save(&app, &id, &session).await?;
     let session = app.vault.add_session(&id, session);
     Ok((StatusCode::CREATED, Json(session_object(&id, &session))).into_response())
 }
@@ -133,7 +125,7 @@ pub(crate) async fn read_session(
     Extension(caller): Caught,
     Path(id): Path<String>,
 ) -> Answer {
-    let session = session(&app, &caller, &id)?;
+    let session = session(&app, &caller, &id).await?;
     Ok(Json(session_object(&id, &session)).into_response())
 }
 
@@ -142,27 +134,13 @@ pub(crate) async fn delete_session(
     Extension(caller): Caught,
     Path(id): Path<String>,
 ) -> Answer {
-    let found =
-        app.vault.remove_session(&caller.key, &id).ok_or_else(|| ApiError::not_found("session"))?;
+    let found = session(&app, &caller, &id).await?;
+    app.vault.remove_session(&caller.key, &id);
     if let Some(interrupt) = &found.lock().interrupt {
         interrupt.store(true, Ordering::Relaxed);
     }
     forget(&app, "session", id.clone()).await?;
     Ok(Json(json!({ "id": id, "object": "session", "deleted": true })).into_response())
-}
-
-async fn forget(app: &Arc<App>, kind: &'static str, id: String) -> ApiResult<()> {
-    if app.vault.durable.is_none() {
-        return Ok(());
-    }
-    let vault = Arc::clone(&app.vault);
-    blocking(move || {
-        if let Some(durable) = &vault.durable {
-            durable.forget(kind, &id);
-        }
-        Ok(())
-    })
-    .await
 }
 
 /// What a call adds to a session.
@@ -189,7 +167,12 @@ impl Input {
 }
 
 /// The tokens that an input is in a session's state.
-fn read_input(info: &ModelInfo, state: &SessionState, input: &Input) -> ApiResult<Prompt> {
+fn read_input(
+    info: &ModelInfo,
+    space: &Space,
+    state: &SessionState,
+    input: &Input,
+) -> ApiResult<Prompt> {
     let plain = |tokens: Vec<u32>| Prompt { marks: info.marks(&tokens), tokens, thinking: false };
     match input {
         Input::Nothing => Ok(Prompt::default()),
@@ -208,7 +191,7 @@ fn read_input(info: &ModelInfo, state: &SessionState, input: &Input) -> ApiResul
         Input::Messages(new) => {
             let tools = ModelInfo::tools(state.tools.clone())?;
             let Some(mark) = state.marks.last() else {
-                return info.chat(new, &tools, &Map::new());
+                return info.chat(space, new, &tools, &Map::new());
             };
             let mut known = state.messages.clone();
             if known.last().is_none_or(|m| m["role"] != "assistant") {
@@ -218,7 +201,8 @@ fn read_input(info: &ModelInfo, state: &SessionState, input: &Input) -> ApiResul
                     json!({ "role": "assistant", "content": "stand-in" }),
                 ];
             }
-            let prompt = info.continuation(&known, new, &tools, &Map::new(), mark.end_token)?;
+            let prompt =
+                info.continuation(space, &known, new, &tools, &Map::new(), mark.end_token)?;
             prompt.ok_or_else(|| {
                 ApiError::conflict("the chat template rewrites what was said before, so these messages cannot follow this state")
             })
@@ -274,14 +258,12 @@ pub(crate) async fn append(
     }
     let mut wanted = app.wanted(&mut Fields::of(json!({}), "")?, &caller, &[], Some(0))?;
     wanted.reply.max_tokens = 0;
-    let (mut generation, _, busy) = launch(&app, &caller, &id, input, wanted, "append").await?;
+    let (mut generation, session, busy) =
+        launch(&app, &caller, &id, input, wanted, "append").await?;
+    let mut tally = Tally::new(&generation);
+    while generation.step(&mut tally).await?.is_some() {}
+    saved::save(&app, &id, &session).await?;
     drop(busy);
-    while let Some(event) = generation.events.recv().await {
-        if let Event::Failed(error) = event {
-            return Err(error);
-        }
-    }
-    let session = session(&app, &caller, &id)?;
     Ok(Json(session_object(&id, &session)).into_response())
 }
 
@@ -294,11 +276,12 @@ async fn launch(
     kind: &'static str,
 ) -> ApiResult<(Generation, Arc<Session>, Arc<Busy>)> {
     let permit = app.place()?;
-    let session = session(app, caller, id)?;
+    let session = session(app, caller, id).await?;
     let busy = Arc::new(Busy::take(&session)?);
     let (info, state) = (Arc::clone(&app.info), session.lock().clone());
+    let space = wanted.space;
     let (prompt, input) = blocking(move || {
-        let prompt = read_input(&info, &state, &input)?;
+        let prompt = read_input(&info, &space, &state, &input)?;
         Ok((prompt, input))
     })
     .await?;
@@ -329,24 +312,19 @@ pub(crate) async fn generate(
     fields.finish()?;
     let (mut generation, session, busy) =
         launch(&app, &caller, &id, input, wanted, "reply").await?;
-    let mut tally = Tally::new(generation.arrived);
+    let mut tally = Tally::new(&generation);
     let (mut text, mut tokens, mut finish) = (String::new(), Vec::new(), None);
     if !stream {
-        drop(busy);
-        while let Some(event) = generation.events.recv().await {
-            match event {
-                Event::Begun(begun) => tally.begun = begun,
-                Event::Failed(error) => return Err(error),
-                Event::Step(step) => {
-                    if let Some(token) = step.token {
-                        tally.token(step.at, false);
-                        tokens.push(token);
-                    }
-                    text.push_str(&step.text);
-                    finish = step.finished.or(finish);
-                }
+        while let Some(step) = generation.step(&mut tally).await? {
+            if let Some(token) = step.token {
+                tally.token(step.at, false);
+                tokens.push(token);
             }
+            text.push_str(&step.text);
+            finish = step.finished.or(finish);
         }
+        saved::save(&app, &id, &session).await?;
+        drop(busy);
         let finish = finish.ok_or_else(ApiError::stopping)?;
         let mut object = reply_object(&id, &session, &tally, finish);
         object["text"] = json!(text);
@@ -356,7 +334,7 @@ pub(crate) async fn generate(
     let sent = Arc::clone(&generation.sent);
     let (events, response) = sse::response(Arc::clone(&sent));
     tokio::spawn(async move {
-        let delivered = deliver(&id, &session, generation, &events).await;
+        let delivered = deliver(&app, &id, &session, generation, &events).await;
         drop(events);
         if !delivered {
             // The reply may have ended before anybody saw that the client had gone. Its state has changed once the engine
@@ -371,47 +349,53 @@ pub(crate) async fn generate(
             {
                 tracing::warn!(?error, "a session could not be cut to what was sent");
             }
+            if let Err(error) = saved::save(&app, &id, &session).await {
+                tracing::warn!(?error, "a session could not be saved");
+            }
         }
         drop(busy);
     });
     Ok(response)
 }
 
-/// Sends a reply as events; false if the client went away before its end.
-async fn deliver(id: &str, session: &Session, mut generation: Generation, events: &Events) -> bool {
-    let mut tally = Tally::new(generation.arrived);
+/// Sends a reply as events; false if the client went away before its end. The session is saved before the client is told
+/// that the reply is complete.
+async fn deliver(
+    app: &Arc<App>,
+    id: &str,
+    session: &Session,
+    mut generation: Generation,
+    events: &Events,
+) -> bool {
+    let mut tally = Tally::new(&generation);
     let mut finish = None;
     loop {
-        let event = tokio::select! {
-            event = generation.events.recv() => event,
-            () = events.gone() => return false,
-        };
-        match event {
-            None => break,
-            Some(Event::Begun(begun)) => tally.begun = begun,
-            Some(Event::Failed(error)) => {
+        let step = match generation.step_for(events, &mut tally).await {
+            None => return false,
+            Some(Err(error)) => {
                 events.event("error", &error.body(), 0).await;
                 return true;
             }
-            Some(Event::Step(step)) => {
-                finish = step.finished.or(finish);
-                if step.token.is_some() {
-                    tally.token(step.at, false);
-                }
-                if step.token.is_none() && step.text.is_empty() {
-                    continue;
-                }
-                let tokens: Vec<u32> = step.token.into_iter().collect();
-                let delta = json!({ "text": step.text, "tokens": tokens });
-                if !events.event("delta", &delta, tally.generated as u64).await {
-                    return false;
-                }
-            }
+            Some(Ok(None)) => break,
+            Some(Ok(Some(step))) => step,
+        };
+        finish = step.finished.or(finish);
+        if step.token.is_some() {
+            tally.token(step.at, false);
+        }
+        if step.token.is_none() && step.text.is_empty() {
+            continue;
+        }
+        let tokens: Vec<u32> = step.token.into_iter().collect();
+        let delta = json!({ "text": step.text, "tokens": tokens });
+        if !events.event("delta", &delta, tally.generated as u64).await {
+            return false;
         }
     }
-    let object = match finish {
-        Some(finish) => reply_object(id, session, &tally, finish),
-        None => ApiError::stopping().body(),
+    let object = match (finish, saved::save(app, id, session).await) {
+        (Some(finish), Ok(())) => reply_object(id, session, &tally, finish),
+        (None, _) => ApiError::stopping().body(),
+        (_, Err(error)) => error.body(),
     };
     events.event("done", &object, tally.generated as u64).await
 }
@@ -435,7 +419,7 @@ pub(crate) async fn interrupt(
     Extension(caller): Caught,
     Path(id): Path<String>,
 ) -> Answer {
-    let session = session(&app, &caller, &id)?;
+    let session = session(&app, &caller, &id).await?;
     let state = session.lock();
     let running = state.interrupt.as_ref().is_some_and(|interrupt| {
         interrupt.store(true, Ordering::Relaxed);
@@ -464,7 +448,7 @@ pub(crate) async fn truncate(
     let count = fields.take::<usize>("heard_tokens")?;
     let text = fields.text("heard_text", usize::MAX)?;
     fields.finish()?;
-    let session = session(&app, &caller, &id)?;
+    let session = session(&app, &caller, &id).await?;
     let busy = Busy::take(&session)?;
     let reply = session.lock().reply.clone();
     let reply = reply.ok_or_else(|| ApiError::conflict("this session has no reply to truncate"))?;
@@ -483,6 +467,7 @@ pub(crate) async fn truncate(
         }
     };
     shorten(&app, &session, &reply, kept).await?;
+    saved::save(&app, &id, &session).await?;
     drop(busy);
     let mut object = session_object(&id, &session);
     object["heard_tokens"] = json!(kept);
@@ -531,14 +516,7 @@ async fn back_to(
             }
             worker.with_slot(Some(&head), |worker, slot| {
                 worker.model.engine.rollback(slot, position)?;
-                let capsule = worker.snapshot(slot)?;
-                capsule.map(Some).ok_or_else(|| {
-                    ApiError::new(
-                        StatusCode::INSUFFICIENT_STORAGE,
-                        "server_error",
-                        "there is no memory for another capsule",
-                    )
-                })
+                worker.snapshot(slot)?.map(Some).ok_or_else(ApiError::no_room)
             })
         })
         .await?;
@@ -561,7 +539,7 @@ pub(crate) async fn rollback(
     let message = fields.take::<usize>("message")?;
     let tokens = fields.take::<u32>("tokens")?;
     fields.finish()?;
-    let session = session(&app, &caller, &id)?;
+    let session = session(&app, &caller, &id).await?;
     let busy = Busy::take(&session)?;
     let to_mark = |state: &mut SessionState, at: usize| {
         state.marks.truncate(at + 1);
@@ -602,6 +580,7 @@ pub(crate) async fn rollback(
             ));
         }
     }
+    saved::save(&app, &id, &session).await?;
     drop(busy);
     Ok(Json(session_object(&id, &session)).into_response())
 }
@@ -615,7 +594,7 @@ pub(crate) async fn fork(
     let mut fields = fields(&app, request).await?;
     let count = fields.within("n", 1..=FORKS)?.unwrap_or(1);
     fields.finish()?;
-    let session = session(&app, &caller, &id)?;
+    let session = session(&app, &caller, &id).await?;
     let busy = Busy::take(&session)?;
     let mut state = session.lock().clone();
     drop(busy);
@@ -623,12 +602,9 @@ pub(crate) async fn fork(
     let mut list = Vec::new();
     for _ in 0..count {
         let new = new_id("sess_");
-        let fork = Session {
-            key: caller.key,
-            created: now(),
-            parent: Some(id.clone()),
-            state: state.clone().into(),
-        };
+        app.vault.room_for_session(&caller.key, app.config.session_idle)?;
+        let fork = Session::new(caller.key, now(), Some(id.clone()), state.clone());
+        saved::save(&app, &new, &fork).await?;
         let fork = app.vault.add_session(&new, fork);
         list.push(session_object(&new, &fork));
     }
@@ -644,245 +620,18 @@ pub(crate) async fn restore(
     let mut fields = fields(&app, request).await?;
     let which: String = fields.require("capsule")?;
     fields.finish()?;
-    let session = session(&app, &caller, &id)?;
+    let session = session(&app, &caller, &id).await?;
     let (_, named) =
         app.vault.capsule(&caller.key, &which).ok_or_else(|| ApiError::not_found("capsule"))?;
     let busy = Busy::take(&session)?;
-    let mut state = session.lock();
-    state.marks.clear();
-    state.messages.clear();
-    state.reply = None;
-    add_mark(&mut state, "capsule", named.capsule, None);
-    drop(state);
+    {
+        let mut state = session.lock();
+        state.marks.clear();
+        state.messages.clear();
+        state.reply = None;
+        add_mark(&mut state, "capsule", named.capsule, None);
+    }
+    saved::save(&app, &id, &session).await?;
     drop(busy);
     Ok(Json(session_object(&id, &session)).into_response())
-}
-
-fn capsule_object(id: &str, named: &NamedCapsule) -> Value {
-    let c = &named.capsule;
-    json!({
-        "id": id, "object": "capsule", "created_at": named.created, "name": named.name, "parent": named.parent,
-        "pinned": named.pinned, "position": c.position(), "lineage": c.lineage().to_string(),
-        "bytes": { "fixed": c.fixed_bytes(), "own_rows": c.own_row_bytes(), "rows": c.row_bytes() },
-    })
-}
-
-pub(crate) async fn snapshot(
-    State(app): AppState,
-    Extension(caller): Caught,
-    Path(id): Path<String>,
-    request: Request,
-) -> Answer {
-    let mut fields = fields(&app, request).await?;
-    let name = fields.text("name", 200)?;
-    let pinned = fields.take::<bool>("pin")?.unwrap_or(false);
-    fields.finish()?;
-    let session = session(&app, &caller, &id)?;
-    let capsule = session.lock().capsule().cloned();
-    let capsule = capsule
-        .ok_or_else(|| ApiError::conflict("this session is empty: there is nothing to freeze"))?;
-    let named =
-        NamedCapsule { key: caller.key, created: now(), name, parent: Some(id), pinned, capsule };
-    add_named(&app, named).await
-}
-
-async fn add_named(app: &Arc<App>, named: NamedCapsule) -> Answer {
-    let id = new_id("cap_");
-    if named.pinned {
-        keep(app, &id, &named).await?;
-    }
-    app.vault.add_capsule(&id, named.clone());
-    Ok((StatusCode::CREATED, Json(capsule_object(&id, &named))).into_response())
-}
-
-/// Saves a pinned capsule where there is a store.
-async fn keep(app: &Arc<App>, id: &str, named: &NamedCapsule) -> ApiResult<()> {
-    if app.vault.durable.is_none() {
-        return Ok(());
-    }
-    let record = json!({ "key": to_hex(&named.key), "created": named.created, "name": named.name, "parent": named.parent });
-    let capsule = named.capsule.clone();
-    let detached = app.call(move |worker| Ok(worker.model.detach(&capsule)?)).await?;
-    let (vault, id) = (Arc::clone(&app.vault), id.to_owned());
-    blocking(move || {
-        let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-        Ok(durable.save("capsule", &id, &detached, record)?)
-    })
-    .await
-}
-
-pub(crate) async fn list_capsules(State(app): AppState, Extension(caller): Caught) -> Answer {
-    let all = app.vault.capsules(&caller.key);
-    let list: Vec<Value> = all.iter().map(|(id, c)| capsule_object(id, c)).collect();
-    Ok(Json(json!({ "object": "list", "data": list })).into_response())
-}
-
-/// Capsules below the capsules whose tokens they go on from.
-pub(crate) async fn tree(State(app): AppState, Extension(caller): Caught) -> Answer {
-    let all = app.vault.capsules(&caller.key);
-    let answer = blocking(move || {
-        let tokens: Vec<Vec<u32>> = all.iter().map(|(_, c)| c.capsule.tokens()).collect();
-        let above = |index: usize| {
-            let shorter = |&other: &usize| {
-                let (a, b) = (&tokens[other], &tokens[index]);
-                other != index && b.starts_with(a) && (a.len() < b.len() || other < index)
-            };
-            (0..all.len()).filter(shorter).max_by_key(|&other| (tokens[other].len(), other))
-        };
-        let nodes: Vec<Value> = all
-            .iter()
-            .enumerate()
-            .map(|(index, (id, named))| {
-                let mut node = capsule_object(id, named);
-                node["below"] = json!(above(index).map(|other| all[other].0.clone()));
-                node
-            })
-            .collect();
-        Ok(json!({ "object": "capsule.tree", "data": nodes }))
-    });
-    Ok(Json(answer.await?).into_response())
-}
-
-fn named(app: &App, caller: &Caller, which: &str) -> ApiResult<(String, NamedCapsule)> {
-    app.vault.capsule(&caller.key, which).ok_or_else(|| ApiError::not_found("capsule"))
-}
-
-pub(crate) async fn read_capsule(
-    State(app): AppState,
-    Extension(caller): Caught,
-    Path(id): Path<String>,
-) -> Answer {
-    let (id, named) = named(&app, &caller, &id)?;
-    Ok(Json(capsule_object(&id, &named)).into_response())
-}
-
-pub(crate) async fn delete_capsule(
-    State(app): AppState,
-    Extension(caller): Caught,
-    Path(id): Path<String>,
-) -> Answer {
-    let (id, _) = named(&app, &caller, &id)?;
-    app.vault.remove_capsule(&caller.key, &id);
-    forget(&app, "capsule", id.clone()).await?;
-    Ok(Json(json!({ "id": id, "object": "capsule", "deleted": true })).into_response())
-}
-
-pub(crate) async fn pin(
-    State(app): AppState,
-    Extension(caller): Caught,
-    Path(id): Path<String>,
-) -> Answer {
-    let (id, named) = named(&app, &caller, &id)?;
-    keep(&app, &id, &named).await?;
-    let named =
-        app.vault.pin(&caller.key, &id, true).ok_or_else(|| ApiError::not_found("capsule"))?;
-    Ok(Json(capsule_object(&id, &named)).into_response())
-}
-
-pub(crate) async fn unpin(
-    State(app): AppState,
-    Extension(caller): Caught,
-    Path(id): Path<String>,
-) -> Answer {
-    let (id, _) = named(&app, &caller, &id)?;
-    let named =
-        app.vault.pin(&caller.key, &id, false).ok_or_else(|| ApiError::not_found("capsule"))?;
-    forget(&app, "capsule", id.clone()).await?;
-    Ok(Json(capsule_object(&id, &named)).into_response())
-}
-
-pub(crate) async fn export(
-    State(app): AppState,
-    Extension(caller): Caught,
-    Path(id): Path<String>,
-) -> Answer {
-    let (_, named) = named(&app, &caller, &id)?;
-    let bytes = app
-        .call(move |worker| {
-            let mut bytes = Vec::new();
-            worker.model.engine.export(&named.capsule, &mut |piece| {
-                bytes.extend_from_slice(piece);
-                ControlFlow::Continue(())
-            })?;
-            Ok(bytes)
-        })
-        .await?;
-    let kind = HeaderValue::from_static("application/octet-stream");
-    Ok(([(header::CONTENT_TYPE, kind)], bytes).into_response())
-}
-
-pub(crate) async fn import(
-    State(app): AppState,
-    Extension(caller): Caught,
-    request: Request,
-) -> Answer {
-    let body = body(&app, request).await?;
-    if body.is_empty() {
-        return Err(ApiError::invalid("the body must be a capsule file"));
-    }
-    let capsule = app.call(move |worker| Ok(worker.model.engine.import(&body)?)).await?;
-    let named = NamedCapsule {
-        key: caller.key,
-        created: now(),
-        name: None,
-        parent: None,
-        pinned: false,
-        capsule,
-    };
-    add_named(&app, named).await
-}
-
-/// Capsules and sessions that the store has.
-pub(crate) fn bring_back(worker: &mut Worker, vault: &Vault, durable: &Durable) {
-    for (id, record) in durable.records("capsule") {
-        let key = record["key"].as_str().and_then(from_hex);
-        let loaded = durable.capsule(&mut worker.model, "capsule", &id);
-        match (key, loaded) {
-            (Some(key), Ok(capsule)) => {
-                let text = |name: &str| record[name].as_str().map(str::to_owned);
-                let created = record["created"].as_u64().unwrap_or_default();
-                let (name, parent) = (text("name"), text("parent"));
-                vault.add_capsule(
-                    &id,
-                    NamedCapsule { key, created, name, parent, pinned: true, capsule },
-                );
-            }
-            (_, Err(error)) => tracing::warn!(%error, "a pinned capsule was not brought back"),
-            _ => {}
-        }
-    }
-    for (id, record) in durable.records("session") {
-        let key = record["key"].as_str().and_then(from_hex);
-        if let (Some(key), Ok(capsule)) = (key, durable.capsule(&mut worker.model, "session", &id))
-        {
-            let list = |name: &str| record[name].as_array().cloned().unwrap_or_default();
-            let mut state = SessionState {
-                messages: list("messages"),
-                tools: list("tools"),
-                ..SessionState::default()
-            };
-            let end = record["end_token"].as_u64().map(|t| t as u32);
-            add_mark(&mut state, "parked", capsule, end);
-            let created = record["created"].as_u64().unwrap_or_default();
-            let parent = record["parent"].as_str().map(str::to_owned);
-            vault.add_session(&id, Session { key, created, parent, state: state.into() });
-        }
-    }
-}
-
-/// Saves the sessions there are.
-pub(crate) fn park(worker: &Worker, vault: &Vault, durable: &Durable) {
-    for (id, session) in vault.sessions(None) {
-        let state = session.lock();
-        let Some(mark) = state.marks.last() else { continue };
-        let record = json!({
-            "key": to_hex(&session.key), "created": session.created, "parent": session.parent,
-            "messages": state.messages, "tools": state.tools, "end_token": mark.end_token,
-        });
-        let detached = worker.model.detach(&mark.capsule);
-        let saved = detached.and_then(|capsule| durable.save("session", &id, &capsule, record));
-        if let Err(error) = saved {
-            tracing::warn!(%error, "a session was not parked");
-        }
-    }
 }

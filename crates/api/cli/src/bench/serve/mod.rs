@@ -1,0 +1,77 @@
+//! The server against the engine in it: what HTTP adds to the time to first token, and what load does to it.
+
+mod client;
+mod load;
+mod ttft;
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::Value;
+
+use super::{Leave, Times, leave};
+use crate::args::{GlobalArgs, ModelArg};
+use crate::output::Progress;
+
+#[derive(Debug, Args)]
+pub(crate) struct ServeBenchArgs {
+    #[command(flatten)]
+    pub(crate) model: ModelArg,
+    /// Turns of each conversation; the first is not counted.
+    #[arg(long, default_value_t = 60, value_name = "N", value_parser = clap::value_parser!(u16).range(2..))]
+    pub(crate) turns: u16,
+    /// Instead: hold idle connections and active streams for so long, and watch errors, /health and memory.
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) load: Option<u64>,
+    /// With --load: idle connections, kept alive.
+    #[arg(long, default_value_t = 200, value_name = "N")]
+    pub(crate) connections: usize,
+    /// With --load: streams at a time.
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    pub(crate) streams: usize,
+    /// Write everything measured to this JSON file.
+    #[arg(long, short, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Draw it to this SVG file.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+pub(super) fn run(args: &ServeBenchArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+    let progress = Progress::new(args.json);
+    let to = Leave { json: args.json, out: args.out.as_deref(), svg: args.svg.as_deref() };
+    if let Some(seconds) = args.load {
+        let (model, outcome) = load::run(args, global, seconds, progress)?;
+        return leave("serve-load", &model, 1, outcome, &to);
+    }
+    let (model, outcome) = ttft::run(args, global, progress)?;
+    leave("serve", &model, usize::from(args.turns) - 1, outcome, &to)
+}
+
+/// The value that `share` of all are not above.
+fn quantile(times: &Times, share: f64) -> f64 {
+    let mut sorted = times.reps_ms.clone();
+    sorted.sort_by(f64::total_cmp);
+    let index = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(index.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
+}
+
+fn measured(times: &Times) -> Value {
+    serde_json::json!({ "median_ms": times.median_ms, "p99_ms": quantile(times, 0.99), "reps_ms": times.reps_ms })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quantiles() {
+        let times = Times::from((1..=200).map(f64::from).collect::<Vec<_>>());
+        assert_eq!((quantile(&times, 0.5), quantile(&times, 0.99)), (100.0, 198.0));
+        assert_eq!(quantile(&Times::from(vec![7.0]), 0.99), 7.0);
+        assert_eq!(quantile(&Times::from(vec![]), 0.99), 0.0);
+    }
+}

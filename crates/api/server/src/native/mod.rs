@@ -1,0 +1,52 @@
+//! `/v1/sessions` and `/v1/capsules`: the verbs themselves.
+//!
+//! Between calls a session is a capsule; a call restores it into whatever slot is free, which costs the fixed state where
+//! the slot held it last. While a call is under way others on the same session are refused with 409.
+
+mod capsules;
+mod saved;
+mod sessions;
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::{Request, State};
+use axum::response::Response;
+use serde_json::json;
+
+use crate::app::{App, Caller, blocking};
+use crate::error::ApiResult;
+use crate::fields::Fields;
+use crate::http::body;
+
+pub(crate) use capsules::{
+    delete_capsule, export, import, list_capsules, pin, read_capsule, snapshot, tree, unpin,
+};
+pub(crate) use saved::{bring_back, expire};
+pub(crate) use sessions::{
+    append, create_session, delete_session, fork, generate, interrupt, list_sessions, read_session,
+    restore, rollback, truncate,
+};
+
+type AppState = State<Arc<App>>;
+type Caught = Extension<Caller>;
+type Answer = ApiResult<Response>;
+
+async fn fields(app: &App, request: Request) -> ApiResult<Fields> {
+    let body = body(app, request).await?;
+    if body.is_empty() { Fields::of(json!({}), "") } else { Fields::parse(&body) }
+}
+
+async fn forget(app: &Arc<App>, kind: &'static str, id: String) -> ApiResult<()> {
+    if app.vault.durable.is_none() {
+        return Ok(());
+    }
+    let vault = Arc::clone(&app.vault);
+    blocking(move || {
+        if let Some(durable) = &vault.durable {
+            durable.forget(kind, &id);
+        }
+        Ok(())
+    })
+    .await
+}

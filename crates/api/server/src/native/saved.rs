@@ -1,0 +1,175 @@
+//! Sessions that lie in the store: saved after every turn, fetched when somebody comes back.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ampoule::Capsule;
+use serde_json::{Value, json};
+
+use super::forget;
+use super::sessions::add_mark;
+use crate::app::{App, Caller, blocking};
+use crate::durable::{Durable, Record};
+use crate::error::{ApiError, ApiResult};
+use crate::start::{from_hex, to_hex};
+use crate::vault::{LastReply, NamedCapsule, Session, SessionState, Vault};
+use crate::worker::Worker;
+
+/// How often what was removed from the store is deleted.
+const COLLECT: Duration = Duration::from_secs(300);
+
+/// What a session is, and its state; none where nothing was read yet.
+fn record(session: &Session) -> (Value, Option<Capsule>) {
+    let state = session.lock();
+    let mark = state.marks.last();
+    let reply = state.reply.as_ref().map(|r| json!({ "start": r.start, "tokens": r.tokens }));
+    let record = json!({
+        "key": to_hex(&session.key), "created": session.created, "parent": session.parent,
+        "messages": state.messages, "tools": state.tools, "reply": reply,
+        "position": mark.map_or(0, |m| m.capsule.position()), "end_token": mark.and_then(|m| m.end_token),
+    });
+    (record, mark.map(|m| m.capsule.clone()))
+}
+
+/// The session that a record and its state make.
+fn session(record: &Value, capsule: Option<Capsule>) -> Option<Session> {
+    let key = record["key"].as_str().and_then(from_hex)?;
+    let list = |name: &str| record[name].as_array().cloned().unwrap_or_default();
+    let tokens = serde_json::from_value::<Vec<u32>>(record["reply"]["tokens"].clone()).ok();
+    let start = record["reply"]["start"].as_u64().map(|start| start as u32);
+    let mut state = SessionState {
+        messages: list("messages"),
+        tools: list("tools"),
+        reply: start.zip(tokens).map(|(start, tokens)| LastReply { start, tokens }),
+        ..SessionState::default()
+    };
+    let end = record["end_token"].as_u64().map(|t| t as u32);
+    if let Some(capsule) = capsule {
+        add_mark(&mut state, "parked", capsule, end);
+    }
+    let created = record["created"].as_u64().unwrap_or_default();
+    let parent = record["parent"].as_str().map(str::to_owned);
+    let session = Session::new(key, created, parent, state);
+    session.set_saved(true);
+    Some(session)
+}
+
+/// Saves a session as it stands, where there is a store: on return it survives the process.
+pub(super) async fn save(app: &Arc<App>, id: &str, session: &Session) -> ApiResult<()> {
+    if app.vault.durable.is_none() || session.is_deleted() {
+        return Ok(());
+    }
+    session.set_saved(false);
+    let (record, capsule) = record(session);
+    let detached = match capsule {
+        Some(capsule) => Some(app.call(move |worker| Ok(worker.model.detach(&capsule)?)).await?),
+        None => None,
+    };
+    let (vault, id, gone) = (Arc::clone(&app.vault), id.to_owned(), id.to_owned());
+    blocking(move || {
+        let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
+        Ok(durable.save("session", &id, detached.as_ref(), record)?)
+    })
+    .await?;
+    if session.is_deleted() {
+        // While it was being saved.
+        return forget(app, "session", gone).await;
+    }
+    session.set_saved(true);
+    Ok(())
+}
+
+/// A session that is not in memory.
+pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResult<Arc<Session>> {
+    if app.vault.durable.is_none() {
+        return Err(app.vault.no_session(&caller.key, id, app.config.session_idle));
+    }
+    let (vault, which) = (Arc::clone(&app.vault), id.to_owned());
+    let found = blocking(move || {
+        Ok(vault.durable.as_ref().and_then(|durable| durable.record("session", &which)))
+    });
+    let missing = || ApiError::not_found("session");
+    let record = found.await?.ok_or_else(missing)?;
+    if record["key"].as_str().and_then(from_hex) != Some(caller.key) {
+        return Err(missing());
+    }
+    app.vault.room_for_session(&caller.key, app.config.session_idle)?;
+    let (vault, which) = (Arc::clone(&app.vault), id.to_owned());
+    let read = record["position"].as_u64() != Some(0);
+    let capsule = app
+        .call(move |worker| {
+            let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
+            let load = |worker: &mut Worker| durable.capsule(&mut worker.model, "session", &which);
+            Ok(if read { Some(worker.with_room(load)?) } else { None })
+        })
+        .await?;
+    let session = session(&record, capsule).ok_or_else(missing)?;
+    app.vault.metrics.sessions_fetched.add(1);
+    Ok(app.vault.add_session(id, session))
+}
+
+/// Lets sessions go that nobody used for a while, from time to time, for as long as the server runs.
+pub(crate) async fn expire(app: Arc<App>) {
+    let idle = app.config.session_idle;
+    let pause = (idle / 8).clamp(Duration::from_millis(50), Duration::from_secs(60));
+    let mut collected = Instant::now();
+    loop {
+        tokio::time::sleep(pause).await;
+        app.vault.expire(idle);
+        if app.vault.durable.is_some() && collected.elapsed() >= COLLECT {
+            let vault = Arc::clone(&app.vault);
+            let _ = blocking(move || {
+                if let Some(durable) = &vault.durable {
+                    durable.gc();
+                    vault.metrics.disk_bytes.set(durable.bytes() as usize);
+                }
+                Ok(())
+            })
+            .await;
+            collected = Instant::now();
+        }
+    }
+}
+
+/// Capsules and sessions that the store has. Sessions that find no room stay there until somebody asks for them.
+pub(crate) fn bring_back(
+    worker: &mut Worker,
+    vault: &Vault,
+    durable: &Durable,
+    records: &[Record],
+) {
+    let of = |kind: &'static str| records.iter().filter(move |r| r.kind == kind);
+    for Record { id, value: record, .. } in of("capsule") {
+        let key = record["key"].as_str().and_then(from_hex);
+        let loaded = durable.capsule(&mut worker.model, "capsule", id);
+        match (key, loaded) {
+            (Some(key), Ok(capsule)) => {
+                let text = |name: &str| record[name].as_str().map(str::to_owned);
+                let created = record["created"].as_u64().unwrap_or_default();
+                let (name, parent) = (text("name"), text("parent"));
+                vault.add_capsule(
+                    id,
+                    NamedCapsule { key, created, name, parent, pinned: true, capsule },
+                );
+            }
+            (_, Err(error)) => tracing::warn!(%error, "a pinned capsule was not brought back"),
+            _ => {}
+        }
+    }
+    for Record { id, value: record, .. } in of("session") {
+        let Some(key) = record["key"].as_str().and_then(from_hex) else { continue };
+        if vault.full_of_sessions(&key) {
+            continue;
+        }
+        let read = record["position"].as_u64() != Some(0);
+        let loaded = read.then(|| durable.capsule(&mut worker.model, "session", id)).transpose();
+        match loaded {
+            Ok(capsule) => {
+                if let Some(session) = session(record, capsule) {
+                    vault.add_session(id, session);
+                }
+            }
+            Err(error) => tracing::warn!(%error, "a session was not brought back"),
+        }
+    }
+}
