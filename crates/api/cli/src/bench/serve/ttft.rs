@@ -26,8 +26,8 @@ const TURN: usize = 96;
 const PAUSE: Duration = Duration::from_millis(30);
 
 /// How a client sends its conversation.
-#[derive(Clone, Copy)]
-enum Style {
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum Style {
     /// What was sent before, and the new message.
     Append,
     /// The same with a line near the end that is different each time.
@@ -63,7 +63,11 @@ pub(super) fn run(
     ]);
     let (mut points, mut series) = (Vec::new(), Vec::new());
     let mut last = None;
-    for (name, style) in [("append", Style::Append), ("date", Style::Date)] {
+    for &style in &args.conversation {
+        let name = match style {
+            Style::Append => "append",
+            Style::Date => "date",
+        };
         let model = load(&args.model.model, &global, enough, progress)?;
         let config = Config {
             address: SocketAddr::from(([127, 0, 0, 1], 0)),
