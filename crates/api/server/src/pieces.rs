@@ -160,7 +160,7 @@ mod tests {
         let mut text = String::new();
         for (index, passage) in TEXTS.iter().enumerate() {
             text.extend([
-                &format!("<|im_start|>user {index}\n"),
+                format!("<|im_start|>user {index}\n").as_str(),
                 *passage,
                 "<|im_end|>\n<|im_end|><|im_sta",
             ]);
