@@ -159,7 +159,11 @@ mod tests {
         let pieces = Pieces::new(tokenizer, &special).unwrap();
         let mut text = String::new();
         for (index, passage) in TEXTS.iter().enumerate() {
-            text += &format!("<|im_start|>user {index}\n{passage}<|im_end|>\n<|im_end|><|im_sta");
+            text.extend([
+                format!("<|im_start|>user {index}\n").as_str(),
+                *passage,
+                "<|im_end|>\n<|im_end|><|im_sta",
+            ]);
             let whole = tokenizer.encode(&text, EncodeOptions::TEMPLATE).unwrap();
             for space in [[1; 32], [1; 32], [2; 32]] {
                 assert_eq!(pieces.encode(tokenizer, &space, &text).unwrap(), whole);

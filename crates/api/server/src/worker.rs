@@ -31,6 +31,9 @@ const CHUNK: usize = 512;
 /// next prompt departs from this one after all.
 const AT_ONCE: usize = 192;
 
+/// For the first token of a reply to leave before the engine takes all cores again.
+const SEND_TIME: Duration = Duration::from_micros(100);
+
 /// What is asked of the engine.
 pub(crate) enum Command {
     Generate(Box<Job>),
@@ -593,7 +596,7 @@ impl Worker {
                 constraint.drawn(token, self.info.tokenizer.is_eos(token))?;
             }
         }
-        let first = said.len() == 1;
+        let first = said.len() == 1 && sequence.choice == 0;
         let logprobs = match (logits, step.token, shared.job.logprobs) {
             (Some(logits), Some(token), Some(top)) => Some(log_probabilities(&logits, token, top)),
             _ => None,
@@ -607,8 +610,8 @@ impl Worker {
             at: *last,
         }));
         if first {
-            // Whoever sends it may need this core: the next token can wait for that.
-            std::thread::yield_now();
+            // Where threads are as many as cores, whoever sends this token needs one: the next token can wait for that.
+            std::thread::sleep(SEND_TIME);
         }
         Ok(step.finished)
     }

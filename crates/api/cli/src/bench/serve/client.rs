@@ -124,9 +124,8 @@ impl Client {
                 let event: Vec<u8> = held.drain(..end + 2).collect();
                 let text = String::from_utf8(event)?;
                 let data = text.lines().find_map(|l| l.strip_prefix("data: "));
-                match data.filter(|data| *data != "[DONE]") {
-                    Some(data) => take(Event { at, data: serde_json::from_str(data)? }),
-                    None => continue,
+                if let Some(data) = data.filter(|data| *data != "[DONE]") {
+                    take(Event { at, data: serde_json::from_str(data)? });
                 }
             }
         }

@@ -20,6 +20,10 @@ pub(crate) struct ServeBenchArgs {
     /// Turns of each conversation; the first is not counted.
     #[arg(long, default_value_t = 60, value_name = "N", value_parser = clap::value_parser!(u16).range(2..))]
     pub(crate) turns: u16,
+    /// How the client sends its conversation: only appended to (append), or with a line near its end that is different
+    /// each time (date).
+    #[arg(long, value_name = "STYLE,...", value_delimiter = ',', default_value = "append,date")]
+    pub(crate) conversation: Vec<ttft::Style>,
     /// Instead: hold idle connections and active streams for so long, and watch errors, /health and memory.
     #[arg(long, value_name = "SECONDS")]
     pub(crate) load: Option<u64>,

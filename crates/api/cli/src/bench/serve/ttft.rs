@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use ampoule::{Ampoule, Capsule, SlotId, TEXTS};
 use ampoule_server::Config;
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use serde_json::{Value, json};
 
 use super::client::Client;
@@ -26,8 +26,8 @@ const TURN: usize = 96;
 const PAUSE: Duration = Duration::from_millis(30);
 
 /// How a client sends its conversation.
-#[derive(Clone, Copy)]
-enum Style {
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum Style {
     /// What was sent before, and the new message.
     Append,
     /// The same with a line near the end that is different each time.
@@ -60,24 +60,41 @@ pub(super) fn run(
         "engine ms",
         "p99",
         "added ms",
+        "median of differences",
     ]);
     let (mut points, mut series) = (Vec::new(), Vec::new());
     let mut last = None;
-    for (name, style) in [("append", Style::Append), ("date", Style::Date)] {
+    for &style in &args.conversation {
+        let name = match style {
+            Style::Append => "append",
+            Style::Date => "date",
+        };
         let model = load(&args.model.model, &global, enough, progress)?;
         let config = Config {
             address: SocketAddr::from(([127, 0, 0, 1], 0)),
             slots: 1,
             ..Config::default()
         };
-        let bar = progress.count(2 * turns, name);
         let server = ampoule_server::serve(model, config, false)?;
-        let said = talk(server.address(), turns, style, &mut || bar.inc(1));
+        let model = load(&args.model.model, &global, enough, Progress::new(true))?;
+        let mut replay = Replay::new(model)?;
+        let bar = progress.count(turns, name);
+        // Turn by turn, first the server and then the engine: what else the machine does falls on both.
+        let said = talk(server.address(), turns, style, &mut |turn| {
+            bar.inc(1);
+            replay.turn(turn)
+        });
         server.stop()?;
         let said = said?;
-        let mut model = load(&args.model.model, &global, enough, Progress::new(true))?;
-        let (engine, engine_read) = replay(&mut model, &said, &mut || bar.inc(1))?;
         bar.finish_and_clear();
+        let Replay { model, times, read, .. } = replay;
+        let (engine, engine_read) = (Times::from(times), Times::from(read));
+        let added_each: Vec<f64> = said[1..]
+            .iter()
+            .zip(&engine.reps_ms)
+            .map(|(turn, engine)| turn.http_ms - engine)
+            .collect();
+        let added_each = Times::from(added_each);
         // The first turn is cold.
         let http = Times::from(said[1..].iter().map(|t| t.http_ms).collect::<Vec<_>>());
         let added = http.median_ms - engine.median_ms;
@@ -93,6 +110,7 @@ pub(super) fn run(
             figure(engine.median_ms),
             figure(quantile(&engine, 0.99)),
             figure(added),
+            figure(added_each.median_ms),
         ]);
         let line = |times: &Times| {
             let positions = said[1..].iter().map(|t| t.tokens.len() as f64);
@@ -111,7 +129,7 @@ pub(super) fn run(
         points.push(json!({
             "conversation": name, "turns": turns, "final_tokens": total, "tokens_read_a_turn": read,
             "http": measured(&http), "engine": measured(&engine), "added_median_ms": added,
-            "engine_read_median_ms": engine_read.median_ms, "server_medians": parts,
+            "added_each_turn_median_ms": added_each.median_ms, "engine_read_median_ms": engine_read.median_ms, "server_medians": parts,
         }));
         last = Some(model);
     }
@@ -138,7 +156,7 @@ fn talk(
     address: SocketAddr,
     turns: usize,
     style: Style,
-    step: &mut dyn FnMut(),
+    each: &mut dyn FnMut(&Turn) -> anyhow::Result<()>,
 ) -> anyhow::Result<Vec<Turn>> {
     let mut client = Client::new(address)?;
     let mut history = vec![json!({ "role": "system", "content": TEXTS[0] })];
@@ -171,52 +189,60 @@ fn talk(
         let tokens = client.post("/tokenize", &json!({ "messages": messages }))?;
         let first = first.with_context(|| format!("turn {turn} has no content"))?;
         let cached = end["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
-        out.push(Turn {
+        let now = Turn {
             tokens: serde_json::from_value(tokens["tokens"].clone())?,
             cached: cached.context("no usage")? as usize,
             http_ms: ms(first.duration_since(sent)),
             timings: end["timings"].clone(),
-        });
+        };
         history.push(json!({ "role": "assistant", "content": text }));
-        step();
+        each(&now)?;
+        out.push(now);
     }
     Ok(out)
 }
 
-/// The same turns in the engine: milliseconds for each but the first, in all and before the token is drawn.
-fn replay(
-    model: &mut Ampoule,
-    turns: &[Turn],
-    step: &mut dyn FnMut(),
-) -> anyhow::Result<(Times, Times)> {
-    let slot = model.engine.create_slot()?;
-    let (mut times, mut prefill) = (Vec::new(), Vec::new());
-    let mut known: Option<(Capsule, Vec<u32>)> = None;
-    for (index, turn) in turns.iter().enumerate() {
-        // A whole prompt that was known is restored whole.
+/// The same turns in an engine without a server.
+struct Replay {
+    model: Ampoule,
+    slot: SlotId,
+    known: Option<(Capsule, Vec<u32>)>,
+    /// Milliseconds of each turn but the first: in all, and before the token is drawn.
+    times: Vec<f64>,
+    read: Vec<f64>,
+}
+
+impl Replay {
+    fn new(mut model: Ampoule) -> anyhow::Result<Self> {
+        let slot = model.engine.create_slot()?;
+        Ok(Self { model, slot, known: None, times: Vec::new(), read: Vec::new() })
+    }
+
+    fn turn(&mut self, turn: &Turn) -> anyhow::Result<()> {
+        let (slot, warm) = (self.slot, self.known.is_some());
+        let model = &mut self.model;
         let (before, new) = turn.tokens.split_at(turn.cached.min(turn.tokens.len()));
-        let capsule = boundary(model, slot, known.take(), before)?;
-        if index > 0 {
-            std::thread::sleep(PAUSE);
-            let start = Instant::now();
+        let capsule = boundary(model, slot, self.known.take(), before)?;
+        std::thread::sleep(PAUSE);
+        let start = Instant::now();
+        if !before.is_empty() {
             model.engine.restore(slot, &capsule)?;
-            model.append(slot, new)?;
-            let read = start.elapsed();
-            model.engine.step(slot)?;
-            times.push(ms(start.elapsed()));
-            prefill.push(ms(read));
-        } else {
-            model.append(slot, new)?;
+        }
+        model.append(slot, new)?;
+        let read = start.elapsed();
+        model.engine.step(slot)?;
+        let all = start.elapsed();
+        if warm {
+            self.times.push(ms(all));
+            self.read.push(ms(read));
         }
         // As after a reply: the slot holds what it read.
         for _ in 1..REPLY {
             model.engine.step(slot)?;
         }
-        known = Some((capsule, before.to_vec()));
-        step();
+        self.known = Some((capsule, before.to_vec()));
+        Ok(())
     }
-    ensure!(times.len() + 1 == turns.len(), "a turn for each");
-    Ok((Times::from(times), Times::from(prefill)))
 }
 
 /// The boundary after these tokens, from the one before it where that is a prefix.
