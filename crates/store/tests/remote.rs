@@ -111,46 +111,68 @@ fn writers_that_race_for_a_head_win_one_at_a_time() {
     race(&stores, 30);
 }
 
-/// All stores move one head at the same time, over and over: each time exactly one wins.
+/// All stores move one head at the same time, over and over: each time exactly one wins, and the others are told who did.
 fn race(stores: &[Store], rounds: u32) {
-    let mut ids = Vec::new();
-    for (index, store) in stores.iter().enumerate() {
-        let mut branch = Branch::new(&scope(b"race"));
-        branch.turn(2, 2, index as u64);
-        ids.push(branch.save(store).unwrap().id);
-    }
+    // Two capsules a store: one of them is somewhere else than where the head is.
+    let ids: Vec<Vec<CapsuleId>> = stores
+        .iter()
+        .enumerate()
+        .map(|(index, store)| {
+            let mut branch = Branch::new(&scope(b"race"));
+            let mut save = |turn| {
+                branch.turn(2, 2, 2 * index as u64 + turn);
+                branch.save(store).unwrap().id
+            };
+            vec![save(0), save(1)]
+        })
+        .collect();
     let name = format!("race {:?}", Instant::now());
     let mut current: Option<CapsuleId> = None;
+    let barrier = Barrier::new(stores.len());
+    let (mut wins, mut told) = (vec![0; stores.len()], 0);
     for round in 0..rounds {
-        let barrier = Barrier::new(stores.len());
         let expected = current.map_or(Expected::Nothing, Expected::Capsule);
-        let won: Vec<CapsuleId> = std::thread::scope(|scope| {
+        let results: Vec<Result<CapsuleId, String>> = std::thread::scope(|scope| {
             let threads: Vec<_> = stores
                 .iter()
-                .enumerate()
-                // Everybody moves it somewhere else than where it is.
-                .filter(|(index, _)| current != Some(ids[*index]) || stores.len() == 1)
-                .map(|(index, store)| {
-                    let (barrier, name, id) = (&barrier, &name, ids[index]);
-                    let all = stores.len() - usize::from(current.is_some());
+                .zip(&ids)
+                .map(|(store, ids)| {
+                    let id = *ids.iter().find(|&&id| current != Some(id)).unwrap();
+                    let (barrier, name) = (&barrier, &name);
                     scope.spawn(move || {
-                        if all == stores.len() {
-                            barrier.wait();
-                        }
+                        barrier.wait();
                         match store.set_head(name, expected, id) {
-                            Ok(()) => Some(id),
-                            Err(HeadError::Conflict { .. }) => None,
+                            Ok(()) => Ok(id),
+                            Err(HeadError::Conflict { found, .. }) => Err(found),
                             Err(error) => panic!("{error}"),
                         }
                     })
                 })
                 .collect();
-            threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
+        let won: Vec<usize> = (0..results.len()).filter(|&i| results[i].is_ok()).collect();
         assert_eq!(won.len(), 1, "round {round}: {} writers won", won.len());
         current = stores[0].head(&name).unwrap();
-        assert_eq!(current, Some(won[0]));
+        assert_eq!(current, results[won[0]].as_ref().ok().copied());
+        for loser in results.iter().filter_map(|r| r.as_ref().err()) {
+            let winner = current.unwrap().to_string();
+            assert!(
+                loser.contains(&winner),
+                "round {round}: {winner} won, a loser was told: {loser}"
+            );
+            told += 1;
+        }
+        wins[won[0]] += 1;
     }
+    println!(
+        "{rounds} races of {} writers: won {wins:?}, told that they lost: {told}",
+        stores.len()
+    );
+    assert!(
+        rounds < 20 || wins.iter().filter(|&&n| n > 0).count() > 1,
+        "no race took place: {wins:?}"
+    );
 }
 
 // --- a real server, and a proxy before it -------------------------------------------------------------------------

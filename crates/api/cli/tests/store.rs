@@ -68,6 +68,21 @@ fn a_named_state_goes_on_in_another_process() {
     assert_eq!(load["position"], 45);
     stdout(&format!("capsule fsck --store {store}"), &[]);
 
+    // Equal states are one capsule. A name of several goes alone, the last one with the capsule.
+    for name in ["twin", "other-twin"] {
+        stdout(
+            &format!(
+                "capsule save {name} --model {TINY} --context 64 --tokens 1,2,3 --store {store}"
+            ),
+            &[],
+        );
+    }
+    let removed = json(&format!("capsule rm twin --store {store}"), &[]);
+    assert_eq!((&removed["removed"], &removed["names"][0]), (&false.into(), &"other-twin".into()));
+    let load = format!("capsule load other-twin --model {TINY} --context 64 --store {store}");
+    assert_eq!(json(&load, &[])["position"], 3);
+    assert_eq!(json(&format!("capsule rm other-twin --store {store}"), &[])["removed"], true);
+
     // An import of the file is a capsule of its own.
     stdout(&format!("capsule import {file} --name copy --store {store}"), &[]);
     assert_eq!(save(store, "--restore copy -n 5")["tokens"], from_store["tokens"]);

@@ -12,8 +12,6 @@ use crate::cache::Space;
 
 /// Tokens that are kept: as many again may be held by the generation before.
 const KEPT: usize = 1 << 20;
-/// A piece shorter than this is not worth a look.
-const SHORT: usize = 24;
 
 type Digest = [u8; 32];
 
@@ -122,10 +120,7 @@ impl Pieces {
     ) -> Result<Vec<u32>, TokenizerError> {
         let mut tokens = Vec::with_capacity(text.len() / 3);
         for piece in self.cut(text) {
-            if piece.len() < SHORT {
-                tokens.extend(tokenizer.encode(piece, EncodeOptions::TEMPLATE)?);
-                continue;
-            }
+            // Short ones as well: what closes a message comes once for each, and the tokenizer takes longer than a look.
             let digest =
                 *blake3::Hasher::new_keyed(space).update(piece.as_bytes()).finalize().as_bytes();
             let known = || self.known.lock().unwrap_or_else(PoisonError::into_inner);

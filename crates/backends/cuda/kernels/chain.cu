@@ -8,9 +8,7 @@
 // writes the next reads past the L1 caches, which do not know of each other. A lane's sums have the order of gemv_body: the
 // bits are the same.
 #define CHAIN 4
-#ifndef CHAIN_WARPS
 #define CHAIN_WARPS 16
-#endif
 #define CHAIN_BLOCK (CHAIN_WARPS * 32)
 #define PIECE 4096
 #define MOST_DEPTH 8

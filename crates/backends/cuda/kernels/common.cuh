@@ -179,9 +179,10 @@ __device__ __forceinline__ float block_squares(const View& x, i64 row, i64 first
 }
 __device__ __forceinline__ float rms_scale(float squares, int n, float eps) { return 1.f / sqrtf(squares / (float)n + eps); }
 
-// Programmatic dependent launch. Every kernel waits before it touches what another op wrote, and lets the next one begin only
-// after that: with three kernels on the device at once the third's blocks crowd the multiprocessors that the first left
-// earliest, and a kernel that divides its work evenly among its blocks then waits for those.
+// Programmatic dependent launch. Before its wait a kernel reads only weights, or what no op before it in the replay writes, and
+// writes nothing. Most kernels let the next one begin only after their wait: with three kernels on the device at once the third's
+// blocks crowd the multiprocessors that the first left earliest, and a kernel that divides its work evenly among its blocks
+// then waits for those. Kernels of few or long-lived blocks (chains, the delta step, attention_stream) let it begin at once.
 __device__ __forceinline__ void pdl_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

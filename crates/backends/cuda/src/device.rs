@@ -1,6 +1,7 @@
 //! Which GPUs there are, and the backend on one of them.
 
-use std::sync::{Arc, Mutex};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ampoule_backend::{
     Backend, BackendError, DeviceInfo, LoadOptions, Program, Progress, WeightSource,
@@ -28,7 +29,8 @@ pub struct GpuInfo {
     pub memory: u64,
 }
 
-/// Switches of the backend. Results with and without [`Self::fusion`] and [`Self::programmatic_launch`] are the same bits.
+/// Switches of the backend. Results with and without [`Self::fusion`], [`Self::chain`] and
+/// [`Self::programmatic_launch`] are the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CudaOptions {
     /// Runs of ops become one kernel where they can. `AMPOULE_CUDA_FUSION=0` turns it off.
@@ -41,7 +43,9 @@ pub struct CudaOptions {
     pub cublaslt: bool,
     /// Blocks of the matrix-vector kernel per multiprocessor. `AMPOULE_CUDA_GEMV_BLOCKS`.
     pub gemv_blocks: u32,
-    /// Products of decode that follow each other become one launch, from compute capability 9.0 on. `AMPOULE_CUDA_CHAIN=0`.
+    /// Products of decode that follow each other become one launch, from compute capability 9.0 on and where a block has room
+    /// for its rings (not on 12.0). Off until it has been compared bit for bit at the shapes of large models.
+    /// `AMPOULE_CUDA_CHAIN=1`.
     pub chain: bool,
     /// Most pieces of weights that a warp of such a launch has on their way. `AMPOULE_CUDA_CHAIN_DEPTH`.
     pub chain_depth: u32,
@@ -61,7 +65,7 @@ impl Default for CudaOptions {
             tune: true,
             cublaslt: true,
             gemv_blocks: 4,
-            chain: true,
+            chain: false,
             chain_depth: 3,
             chain_near: 1,
             trace: false,
@@ -85,7 +89,7 @@ impl CudaOptions {
             tune: on("AMPOULE_CUDA_TUNE"),
             cublaslt: on("AMPOULE_CUDA_CUBLASLT"),
             gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks).max(1),
-            chain: on("AMPOULE_CUDA_CHAIN"),
+            chain: std::env::var("AMPOULE_CUDA_CHAIN").is_ok_and(|v| v != "0"),
             chain_depth: number("AMPOULE_CUDA_CHAIN_DEPTH", defaults.chain_depth),
             chain_near: number("AMPOULE_CUDA_CHAIN_NEAR", defaults.chain_near).max(1),
             trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),
@@ -120,7 +124,17 @@ pub(crate) struct Device {
     pub(crate) limits: Limits,
     /// After the last launch whose blocks wait for each other: a chain of products has a block on every multiprocessor, and
     /// two of them from different streams could each get a part of the device and wait for ever.
-    pub(crate) chained: Mutex<Option<Arc<Event>>>,
+    pub(crate) chained: Arc<Chained>,
+}
+
+/// After the last launch with chains on a GPU.
+pub(crate) type Chained = Mutex<Option<Arc<Event>>>;
+
+/// One for each GPU, whatever number of backends a process has on it.
+fn chained_of(ordinal: usize) -> Arc<Chained> {
+    static ALL: Mutex<BTreeMap<usize, Arc<Chained>>> = Mutex::new(BTreeMap::new());
+    let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
+    Arc::clone(all.entry(ordinal).or_default())
 }
 
 impl CudaBackend {
@@ -193,7 +207,7 @@ impl CudaBackend {
             lt,
             lt_missing,
             limits,
-            chained: Mutex::new(None),
+            chained: chained_of(ordinal),
         });
         Ok(Self { gpu, options, shared })
     }

@@ -53,6 +53,11 @@ impl Drop for CudaProgram {
     fn drop(&mut self) {
         // Copies from pinned memory may still be pending.
         let _ = self.resident.stream.synchronize();
+        let chained = &self.resident.device.chained;
+        let mut last = chained.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.as_ref().is_some_and(|event| Arc::ptr_eq(event, &self.chain_end)) {
+            *last = None;
+        }
     }
 }
 
@@ -242,7 +247,7 @@ impl CudaProgram {
             }
             let (start, end) = (Event::new(context, true)?, Event::new(context, true)?);
             start.record(&self.resident.stream)?;
-            graph.launch()?;
+            self.launch_in_turn(&graph, launches.iter().any(|l| l.len() > 1))?;
             end.record(&self.resident.stream)?;
             end.synchronize()?;
             if round > 1 {
@@ -257,6 +262,22 @@ impl CudaProgram {
         self.mirrored.clear();
         times.sort_by(f64::total_cmp);
         Ok(times[times.len() / 2])
+    }
+
+    /// Launches a graph; one with chains after those of other programs on the GPU.
+    fn launch_in_turn(&self, graph: &Graph<Owned>, chained: bool) -> Result<(), BackendError> {
+        if !chained {
+            return graph.launch();
+        }
+        let chained = &self.resident.device.chained;
+        let mut last = chained.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(event) = last.as_ref().filter(|e| !Arc::ptr_eq(e, &self.chain_end)) {
+            self.resident.stream.wait(event)?;
+        }
+        graph.launch()?;
+        self.chain_end.record(&self.resident.stream)?;
+        *last = Some(Arc::clone(&self.chain_end));
+        Ok(())
     }
 
     fn wait(&mut self) -> Result<(), BackendError> {
@@ -391,18 +412,7 @@ impl Program for CudaProgram {
             return Err(BackendError::NoSuchPlan { plan, plans });
         };
         let facts = &self.facts[plan];
-        if facts.chained {
-            let device = &self.resident.device;
-            let mut last = device.chained.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(event) = last.as_ref().filter(|e| !Arc::ptr_eq(e, &self.chain_end)) {
-                self.resident.stream.wait(event)?;
-            }
-            graph.launch()?;
-            self.chain_end.record(&self.resident.stream)?;
-            *last = Some(Arc::clone(&self.chain_end));
-        } else {
-            graph.launch()?;
-        }
+        self.launch_in_turn(graph, facts.chained)?;
         self.counters.launches += 1;
         self.sampled += facts.samples;
         for &(output, mirrored) in &facts.outputs {

@@ -31,6 +31,10 @@ fn gpu(options: CudaOptions) -> Option<CudaBackend> {
 }
 
 fn model(dtype: DType) -> BuiltModel {
+    model_of("random:qwen3.5-tiny", dtype)
+}
+
+fn model_of(name: &str, dtype: DType) -> BuiltModel {
     let options = BuildOptions {
         context: 512,
         prefill: vec![1, 32, 64],
@@ -38,7 +42,7 @@ fn model(dtype: DType) -> BuiltModel {
         decode_contexts: vec![256, 512],
         precision: Precision { activation: dtype, kv_cache: dtype },
     };
-    ModelFiles::open("random:qwen3.5-tiny").unwrap().build(&options).unwrap()
+    ModelFiles::open(name).unwrap().build(&options).unwrap()
 }
 
 struct Runner {
@@ -159,7 +163,7 @@ fn logits_are_those_of_the_reference() {
 
 #[test]
 fn fusion_chains_and_early_launch_change_no_bit() {
-    let on = CudaOptions::default();
+    let on = CudaOptions { chain: true, ..CudaOptions::default() };
     let variants = [
         on,
         CudaOptions { chain: false, ..on },
@@ -191,6 +195,34 @@ fn fusion_chains_and_early_launch_change_no_bit() {
                 "{options:?}: {:e}",
                 distance(&got.1, &expected.1)
             );
+        }
+    }
+}
+
+/// Rows of several pieces, several rows a warp, norms by a whole block: none of which the tiny model has.
+#[test]
+fn chains_of_large_shapes_change_no_bit() {
+    for name in ["random:qwen3.5-0.8b", "random:qwen3.5-9b"] {
+        let built = model_of(name, DType::BF16);
+        let mut expected: Option<(Vec<u32>, Vec<u32>, usize)> = None;
+        for chain in [false, true] {
+            let options = CudaOptions { chain, ..CudaOptions::default() };
+            let Some(backend) = gpu(options) else { return };
+            let mut runner = Runner::new(&backend, &built);
+            let slot = runner.reset();
+            runner.prefill(slot, &text(40), 64);
+            let tokens: Vec<u32> = (0..24).map(|_| runner.decode(slot, 256)).collect();
+            let logits = bits(&runner.logits(slot));
+            let decode = runner.plan(Phase::Decode, 1, 256);
+            let launches = runner.program.time_steps(slot, decode, 64).unwrap().len();
+            let Some(single) = expected.replace((tokens.clone(), logits.clone(), launches)) else {
+                continue;
+            };
+            assert_eq!(tokens, single.0, "{name}");
+            assert!(logits == single.1, "{name}: logits differ");
+            if (9..=10).contains(&backend.gpu().capability.0) {
+                assert!(launches < single.2, "{name}: no chains: {launches} launches");
+            }
         }
     }
 }

@@ -36,7 +36,10 @@ fn keys(args: &ServeArgs) -> anyhow::Result<Vec<[u8; 32]>> {
         !given || !keys.is_empty(),
         "there are no API keys where they should be: nobody could ask"
     );
-    ensure!(keys.iter().all(|k| k.len() >= 8), "an API key has fewer than 8 characters");
+    ensure!(
+        keys.iter().all(|k| k.len() >= 8),
+        "an API key has fewer than 8 characters: use longer ones in {KEYS_VARIABLE} or --api-key-file"
+    );
     Ok(keys.into_iter().map(key_digest).collect())
 }
 

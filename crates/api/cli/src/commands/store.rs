@@ -5,6 +5,8 @@ use std::time::Instant;
 
 use ampoule::store::{CapsuleId, Catalog, Compression, Expected, Listed, Saved, StoreKey};
 use ampoule::{Ampoule, Capsule, CapsuleStore, StoreOptions, Tokenizer};
+use std::sync::Arc;
+
 use anyhow::Context;
 use serde_json::{Value, json};
 
@@ -193,19 +195,16 @@ pub(crate) fn list(args: &StoreListArgs) -> anyhow::Result<()> {
         }))?;
         return unreadable(&catalog);
     }
-    let mut table = Table::new(&[
-        "name",
-        "id",
-        "position",
-        "own rows",
-        "fixed state",
-        "shared rows",
-        "tier",
-        "model",
-    ]);
+    let tokenizer = tokenizer_of(args)?;
+    let mut columns =
+        vec!["name", "id", "position", "own rows", "fixed state", "shared rows", "tier", "model"];
+    if tokenizer.is_some() {
+        columns.push("text");
+    }
+    let mut table = Table::new(&columns);
     for listed in &catalog.capsules {
         let capsule = &listed.capsule;
-        table.row([
+        let mut row = vec![
             names.get(&capsule.id).map_or_else(|| "-".to_owned(), |n| n.join(", ")),
             short(capsule.id),
             capsule.position().to_string(),
@@ -214,7 +213,9 @@ pub(crate) fn list(args: &StoreListArgs) -> anyhow::Result<()> {
             output::bytes(listed.shared_bytes),
             "disk".to_owned(),
             capsule.model().to_owned(),
-        ]);
+        ];
+        row.extend(tokenizer.as_ref().map(|t| preview(t, &capsule.tokens()).trim().to_owned()));
+        table.row(row);
     }
     output::put(&table.to_text())?;
     output::line(format!(
@@ -233,10 +234,7 @@ pub(crate) fn tree(args: &StoreListArgs) -> anyhow::Result<()> {
     let store = open_read_only(&args.store)?;
     let catalog = store.store().catalog()?;
     let names = names(&catalog);
-    let tokenizer = match &args.text {
-        Some(model) => Some(Ampoule::tokenizer_of(&model.resolve()?)?),
-        None => None,
-    };
+    let tokenizer = tokenizer_of(args)?;
     let mut lines = Vec::new();
     // Depth first without recursion: a branch may be as long as a conversation.
     let mut open: Vec<(&Listed, String, bool)> = Vec::new();
@@ -278,6 +276,12 @@ fn open_children<'a>(
     for (index, child) in children.iter().enumerate().rev() {
         open.push((child, prefix.to_owned(), index + 1 == children.len()));
     }
+}
+
+/// What decodes the text that was asked for with `--text`.
+fn tokenizer_of(args: &StoreListArgs) -> anyhow::Result<Option<Arc<Tokenizer>>> {
+    let model = args.text.as_ref();
+    model.map(|model| Ok(Ampoule::tokenizer_of(&model.resolve()?)?)).transpose()
 }
 
 /// The end of the text, on one line.
@@ -363,6 +367,24 @@ pub(crate) fn tell(json: bool, saved: &Saved, name: Option<&str>) -> anyhow::Res
 pub(crate) fn remove(args: &StoreOneArgs) -> anyhow::Result<()> {
     let store = open(&args.store)?;
     let id = store.find(&args.which)?;
+    let heads = store.store().heads()?.0;
+    let names = heads.iter().filter(|head| head.capsule == id).map(|head| head.name.as_str());
+    let (called, others): (Vec<&str>, Vec<&str>) = names.partition(|name| *name == args.which);
+    if !called.is_empty() && !others.is_empty() {
+        // Equal states are one capsule: what is asked for is one of its names.
+        store.store().remove_head(&args.which)?;
+        if args.json {
+            return output::json(&json!({
+                "id": id.to_string(), "removed": false, "removed_name": args.which, "names": others,
+            }));
+        }
+        return output::line(format!(
+            "removed the name '{}'; the capsule {} stays, which is also called {}",
+            args.which,
+            short(id),
+            others.join(", ")
+        ));
+    }
     let removed = store.remove(id)?;
     if args.json {
         return output::json(&json!({ "id": id.to_string(), "removed": removed }));

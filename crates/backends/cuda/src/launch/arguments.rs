@@ -226,6 +226,9 @@ mod tests {
     fn sizes_are_those_of_the_kernels() {
         assert_eq!(size_of::<MatrixView>(), 24);
         assert_eq!(size_of::<Segment>(), 4 * 8 + 3 * 24 + 3 * 8 + 16);
+        assert_eq!(size_of::<Chain>(), 24 + CHAIN * size_of::<Gemv>());
+        // A kernel's parameters have 4 KiB.
+        assert!(size_of::<Chain>() <= 4096);
         assert_eq!(size_of::<Gemv>(), 80 + SEGMENTS * size_of::<Segment>());
         assert_eq!(size_of::<HeadNorm>(), 72);
         assert_eq!(size_of::<AttentionArgs>(), 6 * 24 + 5 * 8 + 10 * 4);

@@ -273,7 +273,7 @@ impl Launcher<'_> {
             turn: self.resident.sample_work.at() + CHAIN_TURN as u64,
             phases: products.len() as i32,
             depth: depth as i32,
-            near: depth.min(self.options.chain_near as usize) as i32,
+            near: depth.min(self.options.chain_near.max(1) as usize) as i32,
             x_bytes: x_bytes as i32,
             ..Chain::default()
         };
@@ -365,7 +365,7 @@ impl Launcher<'_> {
         let units = gemv.units;
         let k = gemv.k as usize;
         let limits = &self.resident.device.limits;
-        let most = limits.multiprocessors * self.options.gemv_blocks;
+        let most = limits.multiprocessors * self.options.gemv_blocks.max(1);
         let blocks = (units as u32).div_ceil(BLOCK / 32).clamp(1, most);
         let mut done = 0;
         while done < rows {
@@ -391,5 +391,25 @@ impl Launcher<'_> {
             done += take;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::compile::SOURCES;
+
+    #[test]
+    fn constants_are_those_of_the_kernel() {
+        let (_, text) = SOURCES.iter().find(|(name, _)| *name == "chain").unwrap();
+        for (name, value) in [
+            ("CHAIN", CHAIN),
+            ("CHAIN_WARPS", CHAIN_WARPS),
+            ("PIECE", PIECE),
+            ("MOST_DEPTH", MOST_DEPTH),
+            ("SEGMENTS", crate::launch::arguments::SEGMENTS),
+        ] {
+            assert!(text.contains(&format!("#define {name} {value}\n")), "{name}");
+        }
     }
 }
