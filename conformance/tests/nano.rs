@@ -1,6 +1,8 @@
 //! ampoule-nano, the model that Ampoule carries: transformers' logits and ids, what its recurrent state is worth, and
 //! the exactness levels on it.
 
+mod splits;
+
 use std::ops::ControlFlow;
 
 use ampoule::backends::{CpuBackend, ReferenceBackend};
@@ -135,22 +137,7 @@ fn exactness_levels() {
 fn every_split_of_a_text_is_cold() {
     let mut model = load(512);
     let tokens = sample_tokens(&model, 200, 21).unwrap();
-    let bits = |logits: Vec<f32>| logits.into_iter().map(f32::to_bits).collect::<Vec<_>>();
-    let cold = model.slot_with(&tokens).unwrap();
-    let cold_logits = bits(model.engine.logits(cold).unwrap());
-    let cold_bytes = model.engine.state_bytes(cold).unwrap();
-    let (growing, warm) =
-        (model.engine.create_slot().unwrap(), model.engine.create_slot().unwrap());
-    for split in 1..tokens.len() {
-        model.append(growing, &tokens[split - 1..split]).unwrap();
-        let capsule = model.engine.snapshot(growing).unwrap();
-        model.engine.restore(warm, &capsule).unwrap();
-        model.append(warm, &tokens[split..]).unwrap();
-        let same = bits(model.engine.logits(warm).unwrap()) == cold_logits;
-        assert!(same, "logits differ at split {split}");
-        let same = model.engine.state_bytes(warm).unwrap() == cold_bytes;
-        assert!(same, "state differs at split {split}");
-    }
+    splits::every_split_is_cold(&mut model, &tokens);
 }
 
 #[test]

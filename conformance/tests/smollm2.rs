@@ -1,5 +1,7 @@
 //! SmolLM2-135M-Instruct (Q4_1): perplexity against transformers, and the exactness levels on a real model.
 
+mod splits;
+
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -93,24 +95,5 @@ fn exactness_levels() {
 fn every_split_of_a_text_is_cold() {
     let Some(mut model) = load(512) else { return };
     let tokens = ampoule::sample_tokens(&model, 200, 21).unwrap();
-    let bits = |logits: Vec<f32>| logits.into_iter().map(f32::to_bits).collect::<Vec<_>>();
-    let cold = model.slot_with(&tokens).unwrap();
-    let cold_logits = bits(model.engine.logits(cold).unwrap());
-    let cold_bytes = model.engine.state_bytes(cold).unwrap();
-    let (growing, warm) =
-        (model.engine.create_slot().unwrap(), model.engine.create_slot().unwrap());
-    for split in 1..tokens.len() {
-        model.append(growing, &tokens[split - 1..split]).unwrap();
-        let capsule = model.engine.snapshot(growing).unwrap();
-        model.engine.restore(warm, &capsule).unwrap();
-        model.append(warm, &tokens[split..]).unwrap();
-        assert!(
-            bits(model.engine.logits(warm).unwrap()) == cold_logits,
-            "logits differ at split {split}"
-        );
-        assert!(
-            model.engine.state_bytes(warm).unwrap() == cold_bytes,
-            "state differs at split {split}"
-        );
-    }
+    splits::every_split_is_cold(&mut model, &tokens);
 }

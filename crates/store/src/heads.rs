@@ -33,18 +33,39 @@ pub struct Head {
 
 impl Store {
     fn head_key(&self, name: &str) -> Result<Key, HeadError> {
-        let reason = if name.is_empty() {
-            "it is empty"
-        } else if name.len() > MAX_HEAD_BYTES {
-            "it has more than 255 bytes"
-        } else if name.chars().any(char::is_control) {
-            "it has control characters"
-        } else {
-            let digest = Named::Head.digest(self.key.as_ref(), &[name.as_bytes()]);
-            return Ok(Key::new(Folder::Heads, digest));
-        };
-        let name = name.chars().take(64).flat_map(char::escape_default).collect();
-        Err(HeadError::Name { name, reason })
+        let key = self.name_key(Folder::Heads, Named::Head, name)?;
+        if name.chars().any(char::is_control) {
+            return Err(refused(name, "it has control characters"));
+        }
+        Ok(key)
+    }
+
+    /// Where what has this name lies.
+    pub(crate) fn name_key(
+        &self,
+        folder: Folder,
+        kind: Named,
+        name: &str,
+    ) -> Result<Key, HeadError> {
+        if name.is_empty() {
+            return Err(refused(name, "it is empty"));
+        }
+        if name.len() > MAX_HEAD_BYTES {
+            return Err(refused(name, "it has more than 255 bytes"));
+        }
+        Ok(Key::new(folder, kind.digest(self.key.as_ref(), &[name.as_bytes()])))
+    }
+
+    /// Removes what has a name; `false` if there was none.
+    pub(crate) fn remove_named(&self, key: &Key) -> Result<bool, HeadError> {
+        let _turn = self.writer();
+        let there = self.storage.stat(key)?.is_some();
+        if there {
+            self.storage.remove(key)?;
+        }
+        // Also where it is gone: a process that was killed while it removed it may not have made that durable.
+        self.storage.flush(&[key.folder])?;
+        Ok(there)
     }
 
     /// Where a head points; `None` if there is no such head.
@@ -117,15 +138,7 @@ impl Store {
     /// If the name cannot be used or the storage fails.
     pub fn remove_head(&self, name: &str) -> Result<bool, HeadError> {
         self.ensure_writable()?;
-        let key = self.head_key(name)?;
-        let _turn = self.writer();
-        let there = self.storage.stat(&key)?.is_some();
-        if there {
-            self.storage.remove(&key)?;
-        }
-        // Also where it is gone: a process that was killed while it removed it may not have made that durable.
-        self.storage.flush(&[Folder::Heads])?;
-        Ok(there)
+        self.remove_named(&self.head_key(name)?)
     }
 
     /// All heads, by name, and those that are damaged.
@@ -169,6 +182,11 @@ impl Store {
         }
         Ok(Some((record, version)))
     }
+}
+
+fn refused(name: &str, reason: &'static str) -> HeadError {
+    let name = name.chars().take(64).flat_map(char::escape_default).collect();
+    HeadError::Name { name, reason }
 }
 
 fn conflict(name: &str, expected: Expected, found: Option<CapsuleId>) -> HeadError {

@@ -5,7 +5,6 @@ use crate::codec::Compression;
 use crate::error::{Damage, Damaged, HeadError, ReadError, WriteError};
 use crate::frame::{self, Kind, MAX_OBJECT_BYTES, MAX_RECORD_BYTES};
 use crate::identity::Named;
-use crate::records::MAX_HEAD_BYTES;
 use crate::storage::{Folder, Key, Swapped, Version};
 use crate::store::{Store, record_damage};
 
@@ -14,16 +13,7 @@ pub type Memo = (String, Vec<u8>);
 
 impl Store {
     fn memo_key(&self, name: &str) -> Result<Key, HeadError> {
-        let reason = if name.is_empty() {
-            "it is empty"
-        } else if name.len() > MAX_HEAD_BYTES {
-            "it has more than 255 bytes"
-        } else {
-            let digest = Named::Memo.digest(self.key.as_ref(), &[name.as_bytes()]);
-            return Ok(Key::new(Folder::Memos, digest));
-        };
-        let name = name.chars().take(64).flat_map(char::escape_default).collect();
-        Err(HeadError::Name { name, reason })
+        self.name_key(Folder::Memos, Named::Memo, name)
     }
 
     /// Writes a memo, over whatever it held. On return it is durable.
@@ -89,15 +79,7 @@ impl Store {
     /// If the name cannot be used or the storage fails.
     pub fn remove_memo(&self, name: &str) -> Result<bool, HeadError> {
         self.ensure_writable()?;
-        let key = self.memo_key(name)?;
-        let _turn = self.writer();
-        let there = self.storage.stat(&key)?.is_some();
-        if there {
-            self.storage.remove(&key)?;
-        }
-        // Also where it is gone, as for heads.
-        self.storage.flush(&[Folder::Memos])?;
-        Ok(there)
+        self.remove_named(&self.memo_key(name)?)
     }
 
     /// Checks one memo by its key.

@@ -2,34 +2,14 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, Stdio};
 
-use common::{TINY, ampoule, error, text};
+use common::{Running, TINY, error, text};
 use serde_json::{Value, json};
 
-struct Running {
-    child: Child,
-    address: String,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn serve(more: &[&str]) -> Running {
-    let mut command = ampoule();
-    command.args(["serve", "--model", TINY, "--port", "0", "--context", "2048", "--device", "cpu"]);
-    let mut child = command.args(more).stdout(Stdio::piped()).spawn().expect("it runs");
-    let mut line = String::new();
-    let out = child.stdout.take().expect("a pipe");
-    BufReader::new(out).read_line(&mut line).expect("a line");
-    let address = line.trim().strip_prefix("listening on http://").expect("the address").to_owned();
-    Running { child, address }
+    common::serve(TINY, more)
 }
 
 fn call(address: &str, method: &str, path: &str, body: &Value) -> (u16, Value) {

@@ -6,44 +6,16 @@ mod common;
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use common::{ampoule, json as ask_json, repository, text};
+use common::{Running, json as ask_json, repository, text};
 use serde_json::{Value, json};
 
 const ROUNDS: u64 = 5;
 
-struct Running {
-    child: Child,
-    address: String,
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn serve(store: &str) -> Running {
-    let mut command = ampoule();
-    command.args([
-        "serve",
-        "--model",
-        &repository("assets/ampoule-nano"),
-        "--port",
-        "0",
-        "--context",
-        "2048",
-    ]);
-    command.args(["--device", "cpu", "--store", store]);
-    let mut child = command.stdout(Stdio::piped()).spawn().expect("it runs");
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut line).expect("a line");
-    let address = line.trim().strip_prefix("listening on http://").expect("the address").to_owned();
-    Running { child, address }
+    common::serve(&repository("assets/ampoule-nano"), &["--store", store])
 }
 
 /// Status and body; `None` where the server went away.

@@ -70,7 +70,7 @@ pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
             Ok((tokens, text))
         }
         Text::Tokens(tokens) => {
-            known(&tokens, info.vocabulary, "prompt")?;
+            info.known(&tokens, "prompt")?;
             let text = info.tokenizer.decode(&tokens);
             Ok((tokens, text))
         }
@@ -86,17 +86,6 @@ pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
         return Ok(streamed(head, generation, echoed, count, with_logprobs, usage));
     }
     collect(&head, generation, &echoed, count, with_logprobs).await
-}
-
-/// Refuses ids that the model has no token for.
-fn known(tokens: &[u32], vocabulary: usize, param: &str) -> ApiResult<()> {
-    match tokens.iter().find(|token| **token as usize >= vocabulary) {
-        Some(token) => {
-            let text = format!("token {token} is outside the vocabulary of {vocabulary}");
-            Err(ApiError::param(param, text))
-        }
-        None => Ok(()),
-    }
 }
 
 struct Head {
@@ -260,7 +249,7 @@ pub(crate) fn detokenize(app: &App, body: &Body) -> ApiResult<Response> {
     app.check_model(&mut fields)?;
     let tokens: Vec<u32> = fields.require("tokens")?;
     fields.finish()?;
-    known(&tokens, app.info.vocabulary, "tokens")?;
+    app.info.known(&tokens, "tokens")?;
     let text = app.info.tokenizer.decode(&tokens);
     Ok(Json(json!({ "prompt": text })).into_response())
 }

@@ -232,6 +232,18 @@ impl ModelInfo {
         (out, Vec::new())
     }
 
+    /// Refuses ids that the model has no token for.
+    pub(crate) fn known(&self, tokens: &[u32], param: &str) -> ApiResult<()> {
+        match tokens.iter().find(|token| **token as usize >= self.vocabulary) {
+            Some(token) => {
+                let text =
+                    format!("token {token} is outside the vocabulary of {}", self.vocabulary);
+                Err(ApiError::param(param, text))
+            }
+            None => Ok(()),
+        }
+    }
+
     /// A conversation, up to where the reply begins.
     pub(crate) fn chat(
         &self,

@@ -1,9 +1,9 @@
 //! Runs the built binary as a user does.
 #![allow(dead_code)] // each test program uses some of it
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -101,4 +101,39 @@ pub(crate) fn smollm2() -> Option<String> {
         path.display()
     );
     Some(path.to_str().expect("UTF-8").to_owned())
+}
+
+/// A server, ended with its owner.
+pub(crate) struct Running {
+    pub(crate) child: Child,
+    pub(crate) address: String,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Starts a server on a free port of this machine.
+pub(crate) fn serve(model: &str, more: &[&str]) -> Running {
+    let mut command = ampoule();
+    command.args([
+        "serve",
+        "--model",
+        model,
+        "--port",
+        "0",
+        "--context",
+        "2048",
+        "--device",
+        "cpu",
+    ]);
+    let mut child = command.args(more).stdout(Stdio::piped()).spawn().expect("it runs");
+    let mut line = String::new();
+    let out = child.stdout.take().expect("a pipe");
+    BufReader::new(out).read_line(&mut line).expect("a line");
+    let address = line.trim().strip_prefix("listening on http://").expect("the address").to_owned();
+    Running { child, address }
 }

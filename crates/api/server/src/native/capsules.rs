@@ -103,7 +103,8 @@ pub(crate) async fn tree(State(app): AppState, Extension(caller): Caught) -> Ans
     Ok(Json(answer.await?).into_response())
 }
 
-fn named(app: &App, caller: &Caller, which: &str) -> ApiResult<(String, NamedCapsule)> {
+/// A capsule of the caller's, by its id or name.
+pub(super) fn named(app: &App, caller: &Caller, which: &str) -> ApiResult<(String, NamedCapsule)> {
     app.vault.capsule(&caller.key, which).ok_or_else(|| ApiError::not_found("capsule"))
 }
 

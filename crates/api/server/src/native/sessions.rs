@@ -11,6 +11,7 @@ use axum::response::IntoResponse;
 use axum::{Extension, Json};
 use serde_json::{Map, Value, json};
 
+use super::capsules::named;
 use super::{Answer, AppState, Caught, fields, forget, saved};
 use crate::app::{App, Caller, Generation, Tally, blocking, new_id, now};
 use crate::cache::Space;
@@ -108,8 +109,7 @@ pub(crate) async fn create_session(
     let mut state = SessionState { tools, ..SessionState::default() };
     let mut parent = None;
     if let Some(which) = from {
-        let (id, named) =
-            app.vault.capsule(&caller.key, &which).ok_or_else(|| ApiError::not_found("capsule"))?;
+        let (id, named) = named(&app, &caller, &which)?;
         add_mark(&mut state, "capsule", named.capsule, None);
         parent = Some(id);
     }
@@ -176,13 +176,10 @@ fn read_input(
     let plain = |tokens: Vec<u32>| Prompt { marks: info.marks(&tokens), tokens, thinking: false };
     match input {
         Input::Nothing => Ok(Prompt::default()),
-        Input::Tokens(tokens) => match tokens.iter().find(|t| **t as usize >= info.vocabulary) {
-            Some(token) => Err(ApiError::param(
-                "tokens",
-                format!("token {token} is outside the vocabulary of {}", info.vocabulary),
-            )),
-            None => Ok(plain(tokens.clone())),
-        },
+        Input::Tokens(tokens) => {
+            info.known(tokens, "tokens")?;
+            Ok(plain(tokens.clone()))
+        }
         Input::Text(text) => {
             let first = state.capsule().is_none();
             let options = EncodeOptions { add_special: first, parse_special: true };
@@ -621,8 +618,7 @@ pub(crate) async fn restore(
     let which: String = fields.require("capsule")?;
     fields.finish()?;
     let session = session(&app, &caller, &id).await?;
-    let (_, named) =
-        app.vault.capsule(&caller.key, &which).ok_or_else(|| ApiError::not_found("capsule"))?;
+    let (_, named) = named(&app, &caller, &which)?;
     let busy = Busy::take(&session)?;
     {
         let mut state = session.lock();
