@@ -5,7 +5,7 @@
 // of the state and token; the chain over tokens is serial.
 //
 // gated_delta: a block owns COLUMNS value columns of one value head; eight lanes share a column pair and split the
-// key rows, in registers for the whole launch. Tokens come in tiles of 16: all warps normalise queries and keys of the
+// key rows, in registers for the whole launch. Tokens come in tiles: all warps normalise queries and keys of the
 // tile into shared memory, then run its tokens one after another without a barrier. A token's arithmetic does not depend
 // on where a launch starts or ends, so prefill by any buckets and decode give the same bits.
 //   a = g (S^T k), c = g (S^T q), d = (v - a) b, out = c + d (k . q), S = g S + k d^T
@@ -58,7 +58,6 @@ causal_conv(View x, const float* weight, const float* bias, const u32* count, fl
         for (int j = 0; j < keep; ++j) state[(i64)j * channels + c] = seq(j + valid);
 }
 
-#define TOKENS 16
 #define GROUPS 8  // lanes that share a column pair
 
 struct Delta {
@@ -80,7 +79,7 @@ struct Delta {
 __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 
 // CHUNKS chunks of 32 key rows; a lane holds four rows of each, of two columns.
-template <int CHUNKS, int COLUMNS>
+template <int CHUNKS, int COLUMNS, int TOKENS>
 __device__ __forceinline__ void delta_body(const Delta& p) {
     const int KD = CHUNKS * 32;
     __shared__ __align__(16) float ks[TOKENS][KD];
@@ -122,9 +121,10 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
             }
         }
     };
-    pdl_launch();
     if (p.early) read_state();
     pdl_wait();
+    // Not before: a chain's rings would take the memory's time from what follows here.
+    pdl_launch();
     const bool norms = p.gate.p && gridDim.y == 1;
     u32 gate = 0;
     float norm_weight = 0.f;
@@ -327,15 +327,15 @@ __device__ __forceinline__ void delta_body(const Delta& p) {
             store1(p.normed, 0, first + c, head_out[c] * scale * p.norm_weight[c] * silu(load1(p.gate, 0, first + c)));
     }
 }
-#define DELTA(name, CHUNKS, COLUMNS, THREADS)                                                       \
+#define DELTA(name, CHUNKS, COLUMNS, TOKENS, THREADS)                                               \
     extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 1 : 4) name(const __grid_constant__ Delta p) { \
-        delta_body<CHUNKS, COLUMNS>(p);                                                             \
+        delta_body<CHUNKS, COLUMNS, TOKENS>(p);                                                     \
     }
-DELTA(gated_delta_1, 1, 32, 128)
-DELTA(gated_delta_2, 2, 32, 128)
-DELTA(gated_delta_4, 4, 32, 128)
-DELTA(gated_delta_8, 8, 32, 128)
+DELTA(gated_delta_1, 1, 32, 16, 128)
+DELTA(gated_delta_2, 2, 32, 16, 128)
+DELTA(gated_delta_4, 4, 32, 16, 128)
+DELTA(gated_delta_8, 8, 32, 16, 128)
 // One block a head: decode.
-DELTA(gated_delta_wide_1, 1, 128, 512)
-DELTA(gated_delta_wide_2, 2, 128, 512)
-DELTA(gated_delta_wide_4, 4, 128, 512)
+DELTA(gated_delta_wide_1, 1, 128, 1, 512)
+DELTA(gated_delta_wide_2, 2, 128, 1, 512)
+DELTA(gated_delta_wide_4, 4, 128, 1, 512)

@@ -44,8 +44,7 @@ pub struct CudaOptions {
     /// Blocks of the matrix-vector kernel per multiprocessor. `AMPOULE_CUDA_GEMV_BLOCKS`.
     pub gemv_blocks: u32,
     /// Products of decode that follow each other become one launch, from compute capability 9.0 on and where a block has room
-    /// for its rings (not on 12.0). Off until it has been compared bit for bit at the shapes of large models.
-    /// `AMPOULE_CUDA_CHAIN=1`.
+    /// for its rings (not on 12.0). `AMPOULE_CUDA_CHAIN=0` turns it off.
     pub chain: bool,
     /// Most pieces of weights that a warp of such a launch has on their way. `AMPOULE_CUDA_CHAIN_DEPTH`.
     pub chain_depth: u32,
@@ -65,7 +64,7 @@ impl Default for CudaOptions {
             tune: true,
             cublaslt: true,
             gemv_blocks: 4,
-            chain: false,
+            chain: true,
             chain_depth: 3,
             chain_near: 1,
             trace: false,
@@ -89,7 +88,7 @@ impl CudaOptions {
             tune: on("AMPOULE_CUDA_TUNE"),
             cublaslt: on("AMPOULE_CUDA_CUBLASLT"),
             gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks).max(1),
-            chain: std::env::var("AMPOULE_CUDA_CHAIN").is_ok_and(|v| v != "0"),
+            chain: on("AMPOULE_CUDA_CHAIN"),
             chain_depth: number("AMPOULE_CUDA_CHAIN_DEPTH", defaults.chain_depth),
             chain_near: number("AMPOULE_CUDA_CHAIN_NEAR", defaults.chain_near).max(1),
             trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),

@@ -64,14 +64,17 @@ impl CapsuleStore {
         sources: &[u64],
     ) -> Result<CudaFrozen, BackendError> {
         let table = &self.resident.model.model().buffers;
-        let mut offsets = Vec::with_capacity(regions.len());
+        let mut pieces = Vec::with_capacity(regions.len());
         let (mut bytes, mut length) = (0, 0_usize);
         for (region, source) in regions.iter().zip(sources) {
             // Both ends of a copy have the same address modulo 16, so that it goes by vectors.
             let offset = length.next_multiple_of(16) + (source % 16) as usize;
-            offsets.push(offset);
-            length = offset + region.bytes(table);
-            bytes += region.bytes(table);
+            let (row, size) = (table[region.buffer].row_bytes(), region.bytes(table));
+            let in_slot =
+                self.resident.layout.place(region.buffer).offset + region.rows.start * row;
+            pieces.push(Held { offset, in_slot, bytes: size });
+            length = offset + size;
+            bytes += size;
         }
         let mut ranges = lock(&self.ranges);
         let refused =
@@ -88,8 +91,9 @@ impl CapsuleStore {
         drop(ranges);
         Ok(CudaFrozen {
             store: Arc::clone(self),
+            apart: apart(regions),
             regions: regions.to_vec(),
-            offsets,
+            pieces,
             at,
             length,
             bytes,
@@ -98,12 +102,23 @@ impl CapsuleStore {
     }
 }
 
+/// Where a region lies, so that thawing looks nothing up.
+#[derive(Clone, Copy)]
+struct Held {
+    /// From the start of the frozen range.
+    offset: usize,
+    /// From the start of a slot's memory.
+    in_slot: usize,
+    bytes: usize,
+}
+
 /// Regions frozen on the device.
 pub(crate) struct CudaFrozen {
     pub(crate) store: Arc<CapsuleStore>,
     pub(crate) regions: Vec<Region>,
-    /// Of each region, from the start of this range.
-    offsets: Vec<usize>,
+    pieces: Vec<Held>,
+    /// Whether no two regions overlap.
+    apart: bool,
     /// Where in the reservation the range lies; none if nothing was frozen.
     at: Option<usize>,
     length: usize,
@@ -121,7 +136,18 @@ impl CudaFrozen {
     /// The device address of region `index`.
     pub(crate) fn address(&self, index: usize) -> u64 {
         let base = self.store.resident.capsules.at() + self.at.unwrap_or(0) as u64;
-        base + self.offsets[index] as u64
+        base + self.pieces[index].offset as u64
+    }
+
+    /// The copies that put all of it into the slot at `slot`; none if regions overlap, and the later must win.
+    pub(crate) fn whole(&self, slot: u64) -> Option<Vec<Transfer>> {
+        let base = self.store.resident.capsules.at() + self.at.unwrap_or(0) as u64;
+        let transfer = |held: &Held| Transfer {
+            from: base + held.offset as u64,
+            to: slot + held.in_slot as u64,
+            bytes: held.bytes,
+        };
+        self.apart.then(|| self.pieces.iter().map(transfer).collect())
     }
 
     /// Marks the copies enqueued so far as those that fill it.
@@ -252,20 +278,30 @@ pub(crate) struct Wanted {
 
 /// What remains of regions when of two that overlap the later wins, so that no byte is written twice.
 pub(crate) fn resolve(parts: &[&[Region]]) -> Vec<Wanted> {
-    let mut covered: std::collections::HashMap<BufferId, Vec<Range<usize>>> =
-        std::collections::HashMap::new();
-    let mut wanted = Vec::new();
-    for (part, regions) in parts.iter().enumerate().rev() {
-        for (region, r) in regions.iter().enumerate().rev() {
-            let taken = covered.entry(r.buffer).or_default();
-            for rows in uncovered(&r.rows, taken) {
-                wanted.push(Wanted { part, region, buffer: r.buffer, rows });
+    let mut all: Vec<(BufferId, usize, usize)> = Vec::new();
+    for (part, regions) in parts.iter().enumerate() {
+        all.extend(regions.iter().enumerate().map(|(region, r)| (r.buffer, part, region)));
+    }
+    all.sort_unstable();
+    let mut wanted = Vec::with_capacity(all.len());
+    for one in all.chunk_by(|a, b| a.0 == b.0) {
+        let mut taken: Vec<Range<usize>> = Vec::new();
+        for &(buffer, part, region) in one.iter().rev() {
+            let rows = &parts[part][region].rows;
+            for rows in uncovered(rows, &taken) {
+                wanted.push(Wanted { part, region, buffer, rows });
             }
-            taken.push(r.rows.clone());
+            taken.push(rows.clone());
         }
     }
-    wanted.reverse();
     wanted
+}
+
+/// Whether no two regions share a row.
+fn apart(regions: &[Region]) -> bool {
+    let whole = |w: &Wanted| w.rows == regions[w.region].rows;
+    let resolved = resolve(&[regions]);
+    resolved.len() == regions.len() && resolved.iter().all(whole)
 }
 
 fn uncovered(rows: &Range<usize>, taken: &[Range<usize>]) -> Vec<Range<usize>> {
@@ -306,6 +342,14 @@ mod tests {
         assert_eq!(got.len(), 4);
         assert!(got.contains(&(0, 0, 0..4)) && got.contains(&(0, 0, 6..10)));
         assert!(got.contains(&(1, 0, 4..6)) && got.contains(&(1, 1, 0..4)));
+    }
+
+    #[test]
+    fn regions_that_share_a_row_are_not_apart() {
+        assert!(apart(&[region(0, 0..10), region(1, 0..10), region(0, 10..12)]));
+        assert!(!apart(&[region(0, 0..10), region(0, 5..15)]));
+        assert!(!apart(&[region(0, 0..10), region(0, 3..4)]));
+        assert!(!apart(&[region(0, 3..4), region(1, 0..1), region(0, 0..10)]));
     }
 
     #[test]

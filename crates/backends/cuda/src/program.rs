@@ -506,6 +506,12 @@ impl Program for CudaProgram {
         if !parts.iter().all(own) {
             return Err(BackendError::ForeignState);
         }
+        if let [part] = parts
+            && let Some(frozen) = part.as_any().downcast_ref::<CudaFrozen>()
+            && let Some(transfers) = frozen.whole(self.resident.slots[index].at())
+        {
+            return copy(&self.resident, &transfers);
+        }
         let regions: Vec<&[Region]> = parts.iter().map(|p| p.regions()).collect();
         let table = &self.resident.model.model().buffers;
         let mut transfers = Vec::new();

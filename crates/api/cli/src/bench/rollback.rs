@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use ampoule::{Ampoule, Capsule, SlotId, sample_tokens};
+use ampoule::{Ampoule, Capsule, Residence, SlotId, sample_tokens};
 use anyhow::ensure;
 use serde_json::json;
 
@@ -79,8 +79,11 @@ fn take_back(model: &mut Ampoule, session: &Session, copier: &mut Copier) -> any
         model.engine.step(slot)?;
     }
     let after = model.engine.snapshot(slot)?;
-    // Nothing of any session lies in a cache: else the one with the shortest context would keep more of its own.
-    copier.sweep();
+    // Nothing of any session lies in a cache: else the one with the shortest context would keep more of its own. On a GPU the
+    // weights that the turn has read have seen to that.
+    if model.engine.residence() == Residence::Host {
+        copier.sweep();
+    }
     model.engine.synchronize()?;
     let start = Instant::now();
     model.engine.rollback(slot, session.prefix as u32)?;

@@ -95,6 +95,10 @@ const CHAIN_WARPS: usize = 16;
 const PIECE: usize = 4096;
 const MOST_DEPTH: usize = 8;
 const CHAIN_STATIC: usize = 4 << 10;
+/// What aligning the rings may take.
+const ALIGNED: usize = 128;
+/// Bytes of weights from which on a lone product is worth a chain of its own.
+const LONE_CHAIN: usize = 32 << 20;
 
 /// Bytes of shared memory that a chain's x takes, in the type of the weights.
 fn chain_x(product: &Ready) -> usize {
@@ -189,13 +193,21 @@ impl Launcher<'_> {
 
     /// Several linears of one x in one launch.
     pub(super) fn gemv_group(&self, plan: &Plan, group: &GemvGroup) -> Result<(), BackendError> {
-        self.gemv(&self.group(plan, group)?)
+        let ready = self.group(plan, group)?;
+        let weights = ready.gemv.units as usize * ready.gemv.k as usize * 2;
+        if self.may_chain() && weights >= LONE_CHAIN && self.chains(&[], &ready) {
+            return self.chain_of(&[ready]);
+        }
+        self.gemv(&ready)
+    }
+
+    fn may_chain(&self) -> bool {
+        self.phase == Phase::Decode && self.options.chain && self.resident.device.limits.bulk
     }
 
     /// The steps of a plan, cut into launches: chains of products, and every other step by itself.
     pub(crate) fn launches(&self, plan: &Plan, steps: &[Step]) -> Vec<Range<usize>> {
-        let may =
-            self.phase == Phase::Decode && self.options.chain && self.resident.device.limits.bulk;
+        let may = self.may_chain();
         let mut launches = Vec::new();
         let mut at = 0;
         while at < steps.len() {
@@ -238,7 +250,7 @@ impl Launcher<'_> {
     /// Pieces of a warp's ring for a chain of these products, if there is room for enough of them.
     fn ring_depth<'a>(&self, products: impl Iterator<Item = &'a Ready>) -> Option<usize> {
         let room = self.resident.device.limits.shared_per_block as usize;
-        let rings = room.checked_sub(CHAIN_STATIC + products.map(chain_x).max()?)?;
+        let rings = room.checked_sub(CHAIN_STATIC + ALIGNED + products.map(chain_x).max()?)?;
         let depth = (rings / (CHAIN_WARPS * PIECE)).min(self.options.chain_depth as usize);
         (depth >= 2).then_some(depth.min(MOST_DEPTH))
     }
@@ -267,6 +279,11 @@ impl Launcher<'_> {
         for step in steps {
             products.push(self.product(plan, step)?.ok_or_else(wrong)?);
         }
+        self.chain_of(&products)
+    }
+
+    fn chain_of(&self, products: &[Ready]) -> Result<(), BackendError> {
+        let wrong = || self.unsupported("the chain does not fit the plan".to_owned());
         let depth = self.ring_depth(products.iter()).ok_or_else(wrong)?;
         let x_bytes = products.iter().map(chain_x).max().unwrap_or(0);
         let mut chain = Chain {
@@ -277,12 +294,12 @@ impl Launcher<'_> {
             x_bytes: x_bytes as i32,
             ..Chain::default()
         };
-        for (phase, product) in chain.phase.iter_mut().zip(&products) {
+        for (phase, product) in chain.phase.iter_mut().zip(products) {
             *phase = product.gemv;
         }
         let blocks = self.resident.device.limits.multiprocessors;
         let mut how = self.early([blocks, 1, 1], CHAIN_WARPS as u32 * 32);
-        how.shared = (x_bytes + depth * CHAIN_WARPS * PIECE) as u32;
+        how.shared = (ALIGNED + x_bytes + depth * CHAIN_WARPS * PIECE) as u32;
         let name = format!("chain_{}", dtype_suffix(dtype_code(products[0].dtype)));
         self.go(&name, how, args![chain])
     }
