@@ -21,6 +21,7 @@ mod patience;
 mod pieces;
 mod prompt;
 mod responses;
+mod rewind;
 mod sse;
 mod start;
 mod vault;

@@ -17,7 +17,10 @@ use crate::error::ApiResult;
 use crate::metrics::Metrics;
 use crate::prompt::ModelInfo;
 use crate::vault::{Limits, NamedCapsule, Vault};
-use crate::worker::{Command, Worker};
+use crate::worker::{Command, Relief, Worker};
+
+/// A reply is cut soon after it was heard or not at all: after that the places to cut it at go before anything else.
+const CUT_WITHIN: Duration = Duration::from_secs(60);
 
 /// Boundaries that are parked when the server stops.
 const PARKED: usize = 32;
@@ -99,7 +102,10 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
     };
     let vault = Arc::new(Vault::new(limits, Arc::clone(&metrics), durable));
     let relieved = Arc::clone(&vault);
-    let relieve = Box::new(move || relieved.relieve());
+    let relieve = Box::new(move |relief| match relief {
+        Relief::Idle => relieved.relieve_of_waypoints(CUT_WITHIN),
+        Relief::Any => relieved.relieve(),
+    });
     let fingerprint = model.engine.fingerprint().digest().to_string();
     let mut worker =
         Worker::new(model, config.slots, Arc::clone(&info), Arc::clone(&metrics), relieve)?;

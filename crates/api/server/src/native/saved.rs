@@ -12,7 +12,7 @@ use crate::app::{App, Caller, blocking};
 use crate::durable::{Durable, Record};
 use crate::error::{ApiError, ApiResult};
 use crate::start::{from_hex, to_hex};
-use crate::vault::{LastReply, NamedCapsule, Session, SessionState, Vault};
+use crate::vault::{LastReply, MessageEnd, NamedCapsule, Session, SessionState, Vault};
 use crate::worker::Worker;
 
 /// How often what was removed from the store is deleted.
@@ -25,7 +25,8 @@ fn record(session: &Session) -> (Value, Option<Capsule>) {
     let reply = state.reply.as_ref().map(|r| json!({ "start": r.start, "tokens": r.tokens }));
     let record = json!({
         "key": to_hex(&session.key), "created": session.created, "parent": session.parent,
-        "messages": state.messages, "tools": state.tools, "reply": reply,
+        "messages": state.messages, "ends": state.ends, "origin": state.origin, "tools": state.tools, "reply": reply,
+        "closed": mark.is_some_and(|m| m.closed),
         "position": mark.map_or(0, |m| m.capsule.position()), "end_token": mark.and_then(|m| m.end_token),
     });
     (record, mark.map(|m| m.capsule.clone()))
@@ -37,15 +38,23 @@ fn session(record: &Value, capsule: Option<Capsule>) -> Option<Session> {
     let list = |name: &str| record[name].as_array().cloned().unwrap_or_default();
     let tokens = serde_json::from_value::<Vec<u32>>(record["reply"]["tokens"].clone()).ok();
     let start = record["reply"]["start"].as_u64().map(|start| start as u32);
+    let position = capsule.as_ref().map_or(0, Capsule::position);
+    let messages = list("messages");
+    let mut ends: Vec<Option<MessageEnd>> =
+        serde_json::from_value(record["ends"].clone()).unwrap_or_default();
+    ends.retain(|end| end.is_none_or(|end| end.position <= position));
+    ends.resize(messages.len(), None);
     let mut state = SessionState {
-        messages: list("messages"),
+        messages,
+        ends,
+        origin: record["origin"].as_u64().map_or(0, |origin| origin as u32).min(position),
         tools: list("tools"),
         reply: start.zip(tokens).map(|(start, tokens)| LastReply { start, tokens }),
         ..SessionState::default()
     };
     let end = record["end_token"].as_u64().map(|t| t as u32);
     if let Some(capsule) = capsule {
-        add_mark(&mut state, "parked", capsule, end);
+        add_mark(&mut state, "parked", capsule, end, record["closed"] == true);
     }
     let created = record["created"].as_u64().unwrap_or_default();
     let parent = record["parent"].as_str().map(str::to_owned);
