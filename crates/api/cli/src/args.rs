@@ -466,7 +466,7 @@ pub(crate) enum CapsuleCommand {
     Load(StoreLoadArgs),
     /// List the capsules of a store with their own and shared bytes.
     #[command(after_help = "Example:\n  ampoule capsule list --store s3://bucket/agents")]
-    List(StoreListArgs),
+    List(CapsuleListArgs),
     /// Draw the capsules of a store as a tree.
     #[command(after_help = "Example:\n  ampoule capsule tree --store capsules --text ampoule-nano")]
     Tree(StoreListArgs),
@@ -529,6 +529,15 @@ pub(crate) struct StoreOnlyArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) store: StoreArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CapsuleListArgs {
+    /// Show also what a server keeps without being asked: states of sessions and responses, boundaries.
+    #[arg(long)]
+    pub(crate) all: bool,
+    #[command(flatten)]
+    pub(crate) list: StoreListArgs,
 }
 
 #[derive(Debug, Args)]
