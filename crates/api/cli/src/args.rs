@@ -687,6 +687,9 @@ pub(crate) struct ServeArgs {
     /// MiB of a request's body at most.
     #[arg(long, default_value_t = 8, value_name = "MIB", value_parser = above_zero)]
     pub(crate) body_mib: usize,
+    /// With a GPU: MiB of host memory for the capsules that its own (--capsule-mib) has no room for.
+    #[arg(long, default_value_t = 0, value_name = "MIB")]
+    pub(crate) host_capsule_mib: u64,
     /// Read every prompt anew: for comparison.
     #[arg(long)]
     pub(crate) no_capsules: bool,

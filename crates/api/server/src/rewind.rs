@@ -104,7 +104,7 @@ impl Worker {
     ) {
         let begun = self.guard(|worker| {
             if let Some(from) = from {
-                worker.model.engine.restore(slot, from)?;
+                worker.restore(slot, from)?;
             }
             Ok(worker.model.engine.begin_rollback(slot, position)?)
         });

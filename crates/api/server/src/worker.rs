@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use ampoule::store::tiers::{Budgets, Tier};
 use ampoule::{
-    Ampoule, BackendError, Capsule, EngineError, FinishReason, Reply, ReplyOptions, SamplingParams,
-    SlotId, Waypoints,
+    Ampoule, CacheOptions, Capsule, CapsuleCache, FinishReason, Reply, ReplyOptions, Residence,
+    SamplingParams, SlotId, Waypoints,
 };
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
@@ -21,6 +22,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::cache::{Cache, Space};
 use crate::error::{ApiError, ApiResult};
 use crate::grammar::Constraint;
+use crate::memory::Relief;
 use crate::metrics::Metrics;
 use crate::prompt::{ModelInfo, boundaries};
 use crate::rewind::{Cut, Rewinds};
@@ -34,15 +36,6 @@ const AT_ONCE: usize = 192;
 
 /// For the first token of a reply to leave before the engine takes all cores again.
 const SEND_TIME: Duration = Duration::from_micros(100);
-
-/// What may be dropped for something else.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Relief {
-    /// What only saves time, and is not likely to be asked for any more.
-    Idle,
-    /// Whatever can be had again.
-    Any,
-}
 
 /// What is asked of the engine.
 pub(crate) enum Command {
@@ -170,6 +163,8 @@ pub(crate) struct Worker {
     pub model: Ampoule,
     pub info: Arc<ModelInfo>,
     pub cache: Cache,
+    /// Where capsules lie. Those that nobody else holds go.
+    pub(crate) tiers: CapsuleCache,
     pub metrics: Arc<Metrics>,
     /// Whether rows made by decode are, bit for bit, those of prefill, so that a reply need not be read when it comes back.
     replies_exact: bool,
@@ -185,7 +180,7 @@ pub(crate) struct Worker {
     turn: usize,
     pub(crate) rewinds: Rewinds,
     /// Asked to drop a capsule that somebody outside keeps; false if there is none.
-    relieve: Box<dyn FnMut(Relief) -> bool + Send>,
+    pub(crate) relieve: Box<dyn FnMut(Relief) -> bool + Send>,
 }
 
 impl Worker {
@@ -195,6 +190,7 @@ impl Worker {
         slots: usize,
         info: Arc<ModelInfo>,
         metrics: Arc<Metrics>,
+        host_bytes: u64,
         relieve: Box<dyn FnMut(Relief) -> bool + Send>,
     ) -> Result<Self, ampoule::Error> {
         let replies_exact = model.decode_reads_as_prefill()?;
@@ -203,11 +199,20 @@ impl Worker {
             free.push(model.engine.create_slot()?);
         }
         let spare = model.engine.create_slot().ok();
-        metrics.capsule_budget.set(model.engine.capsule_bytes().1);
+        let own = model.engine.capsule_bytes().1 as u64;
+        let host = match model.engine.residence() {
+            Residence::Device => host_bytes,
+            Residence::Host => own,
+        };
+        let budgets = Budgets { device: own, host, disk: 0 };
+        let tiers = CapsuleCache::new(&model, None, CacheOptions { budgets, forget: false });
+        metrics.device_budget.set(tiers.budgets().device as usize);
+        metrics.host_budget.set(tiers.budgets().host as usize);
         Ok(Self {
             model,
             info,
             cache: Cache::default(),
+            tiers,
             metrics,
             replies_exact,
             free,
@@ -231,6 +236,7 @@ impl Worker {
                 && self.choices.is_empty()
                 && self.rewinds.is_empty();
             let mut next = if idle {
+                self.drop_unheld();
                 self.count();
                 match commands.recv() {
                     Ok(command) => Some(command),
@@ -260,12 +266,20 @@ impl Worker {
         }
     }
 
-    fn count(&self) {
+    fn count(&mut self) {
+        let moved = self.tiers.take_events().len();
+        self.metrics.moves.add(moved as u64);
         let waiting = self.queues.iter().map(|(_, q)| q.len()).sum::<usize>() + self.choices.len();
         self.metrics.queue_depth.set(waiting);
         self.metrics.running.set(self.running.len());
         self.metrics.boundaries.set(self.cache.len());
-        self.metrics.capsule_bytes.set(self.model.engine.capsule_bytes().0);
+        let own = self.model.engine.capsule_bytes().0;
+        let (device, host) = match self.model.engine.residence() {
+            Residence::Device => (own, self.tiers.usage(Tier::Host).total() as usize),
+            Residence::Host => (0, own),
+        };
+        self.metrics.device_bytes.set(device);
+        self.metrics.host_bytes.set(host);
     }
 
     fn end(mut self) -> Self {
@@ -359,12 +373,9 @@ impl Worker {
             return refuse(job, ApiError::internal());
         };
         let start = Instant::now();
-        let ready = self.guard(|worker| {
-            match &capsule {
-                Some(capsule) => worker.model.engine.restore(slot, capsule)?,
-                None => worker.model.engine.reset(slot)?,
-            }
-            Ok(())
+        let ready = self.guard(|worker| match &capsule {
+            Some(capsule) => worker.restore(slot, capsule),
+            None => Ok(worker.model.engine.reset(slot)?),
         });
         let restore = start.elapsed();
         if capsule.is_some() {
@@ -410,7 +421,7 @@ impl Worker {
         };
         let Some(slot) = self.slot_for(Some(&capsule)) else { return };
         let started = self.guard(|worker| {
-            worker.model.engine.restore(slot, &capsule)?;
+            worker.restore(slot, &capsule)?;
             worker.metrics.restores.add(1);
             worker.reply(id, choice, slot)
         });
@@ -545,68 +556,6 @@ impl Worker {
         self.choices.extend((1..choices).map(|choice| (sequence.job, choice)));
         sequence.phase = self.reply(sequence.job, sequence.choice, slot)?;
         Ok(None)
-    }
-
-    /// A boundary, with old ones dropped for it if need be; `None` if there is no room at all.
-    pub(crate) fn snapshot(&mut self, slot: SlotId) -> ApiResult<Option<Capsule>> {
-        let made = self.make_room(|worker| Ok(worker.model.engine.snapshot(slot)?))?;
-        match &made {
-            Some(_) => self.metrics.snapshots.add(1),
-            None => tracing::warn!("no room for a boundary; give more memory for capsules"),
-        }
-        Ok(made)
-    }
-
-    /// Runs what takes memory for capsules, with old boundaries dropped for it if need be.
-    ///
-    /// # Errors
-    /// 507 if there is no room at all; otherwise what `work` says.
-    pub(crate) fn with_room<T>(
-        &mut self,
-        work: impl FnMut(&mut Self) -> Result<T, ampoule::Error>,
-    ) -> ApiResult<T> {
-        self.make_room(work)?.ok_or_else(ApiError::no_room)
-    }
-
-    /// As [`Worker::with_room`], but only boundaries that nobody asked for are dropped; `None` if that is not enough.
-    pub(crate) fn room_from_cache<T>(
-        &mut self,
-        work: impl FnMut(&mut Self) -> Result<T, ampoule::Error>,
-    ) -> ApiResult<Option<T>> {
-        self.make_room_by(work, |worker| (worker.relieve)(Relief::Idle) || worker.cache.evict())
-    }
-
-    fn make_room<T>(
-        &mut self,
-        work: impl FnMut(&mut Self) -> Result<T, ampoule::Error>,
-    ) -> ApiResult<Option<T>> {
-        self.make_room_by(work, |worker| {
-            (worker.relieve)(Relief::Idle)
-                || worker.cache.evict()
-                || worker.model.engine.forget_waypoints() > 0
-                || (worker.relieve)(Relief::Any)
-        })
-    }
-
-    fn make_room_by<T>(
-        &mut self,
-        mut work: impl FnMut(&mut Self) -> Result<T, ampoule::Error>,
-        mut drop_one: impl FnMut(&mut Self) -> bool,
-    ) -> ApiResult<Option<T>> {
-        loop {
-            match work(self) {
-                Ok(made) => return Ok(Some(made)),
-                Err(ampoule::Error::Engine(EngineError::Backend(
-                    BackendError::CapsuleBudget { .. } | BackendError::OutOfMemory { .. },
-                ))) => {
-                    if !drop_one(self) {
-                        return Ok(None);
-                    }
-                    self.metrics.evictions.add(1);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
     }
 
     fn decode(&mut self, sequence: &mut Sequence) -> ApiResult<Option<FinishReason>> {

@@ -202,6 +202,11 @@ impl Capsule {
         self.0.node.end()
     }
 
+    /// Whether anybody else holds it: a clone of this, or a slot that goes on from it.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
     /// Those tokens.
     pub fn tokens(&self) -> Vec<u32> {
         path(Some(&self.0.node)).iter().flat_map(|n| n.tokens.iter().copied()).collect()

@@ -109,7 +109,7 @@ pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResul
         .call(move |worker| {
             let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
             let load = |worker: &mut Worker| durable.capsule(&mut worker.model, "session", &which);
-            Ok(if read { Some(worker.with_room(load)?) } else { None })
+            Ok(if read { Some(worker.load(load)?) } else { None })
         })
         .await?;
     let session = session(&record, capsule).ok_or_else(missing)?;
@@ -150,7 +150,7 @@ pub(crate) fn bring_back(
     let of = |kind: &'static str| records.iter().filter(move |r| r.kind == kind);
     for Record { id, value: record, .. } in of("capsule") {
         let key = record["key"].as_str().and_then(from_hex);
-        let loaded = durable.capsule(&mut worker.model, "capsule", id);
+        let loaded = worker.load(|worker| durable.capsule(&mut worker.model, "capsule", id));
         match (key, loaded) {
             (Some(key), Ok(capsule)) => {
                 let text = |name: &str| record[name].as_str().map(str::to_owned);
@@ -161,7 +161,7 @@ pub(crate) fn bring_back(
                     NamedCapsule { key, created, name, parent, pinned: true, capsule },
                 );
             }
-            (_, Err(error)) => tracing::warn!(%error, "a pinned capsule was not brought back"),
+            (_, Err(error)) => tracing::warn!(?error, "a pinned capsule was not brought back"),
             _ => {}
         }
     }
@@ -171,14 +171,15 @@ pub(crate) fn bring_back(
             continue;
         }
         let read = record["position"].as_u64() != Some(0);
-        let loaded = read.then(|| durable.capsule(&mut worker.model, "session", id)).transpose();
+        let load = |worker: &mut Worker| durable.capsule(&mut worker.model, "session", id);
+        let loaded = read.then(|| worker.load(load)).transpose();
         match loaded {
             Ok(capsule) => {
                 if let Some(session) = session(record, capsule) {
                     vault.add_session(id, session);
                 }
             }
-            Err(error) => tracing::warn!(%error, "a session was not brought back"),
+            Err(error) => tracing::warn!(?error, "a session was not brought back"),
         }
     }
 }
