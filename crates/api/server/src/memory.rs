@@ -88,9 +88,9 @@ impl Worker {
     ) -> ApiResult<Option<T>> {
         self.make_room_by(work, |worker| {
             (worker.relieve)(Relief::Idle)
-                || (worker.is_crowded() && (worker.relieve)(Relief::Waypoints))
+                || (worker.is_crowded() && worker.drop_waypoints())
                 || worker.cache.evict()
-                || worker.model.engine.forget_waypoints() > 0
+                || worker.drop_waypoints()
                 || (worker.relieve)(Relief::Any)
         })
     }
@@ -116,6 +116,11 @@ impl Worker {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// Gives up the places within replies: those of a session, or, where no session has any, those of the slots.
+    fn drop_waypoints(&mut self) -> bool {
+        (self.relieve)(Relief::Waypoints) || self.model.engine.forget_waypoints() > 0
     }
 
     /// Whether most of a device's memory is in use by what the tiers do not count: places within replies. Dropping boundaries

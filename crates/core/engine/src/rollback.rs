@@ -140,10 +140,14 @@ impl Engine {
         Ok(())
     }
 
-    /// Drops the waypoints of all slots since their last boundaries, for the memory that they take; returns how many there
-    /// were.
+    /// Drops the waypoints of all slots, for the memory that they take; returns how many there were. Those that somebody
+    /// else [holds](Waypoints) stay.
     pub fn forget_waypoints(&mut self) -> usize {
-        self.slots.values_mut().map(|slot| std::mem::take(&mut slot.waypoints).len()).sum()
+        let forget = |slot: &mut Slot| {
+            let passed = slot.passed.take().map_or(0, |passed| passed.0.len());
+            std::mem::take(&mut slot.waypoints).len() + passed
+        };
+        self.slots.values_mut().map(forget).sum()
     }
 
     /// The waypoints that the slot's last snapshot froze with its rows; `None` where nothing was frozen since it was
