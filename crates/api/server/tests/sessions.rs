@@ -174,6 +174,29 @@ fn others_go_on_while_a_session_is_brought_back() {
     server.stop().unwrap();
 }
 
+#[test]
+fn a_cut_by_text_keeps_the_tokens_that_lie_within_it() {
+    let server = start(config());
+    let at = server.address();
+    let talk = Talk::new(at);
+    talk.call("append", &json!({ "text": "Bytes of many kinds" }));
+    let tokens = talk.say(120);
+    let decode = |count: usize| {
+        let body = json!({ "tokens": tokens[..count] });
+        ok(at, "/detokenize", &body)["prompt"].as_str().unwrap().to_owned()
+    };
+    let whole = decode(120);
+    for cut in [whole.len(), whole.len() * 2 / 3, whole.len() / 5, 0] {
+        let cut = (0..=cut).rev().find(|at| whole.is_char_boundary(*at)).unwrap();
+        let kept = (0..=120).rev().find(|n| decode(*n).len() <= cut).unwrap();
+        let fork = talk.call("fork", &json!({}))["data"][0]["id"].as_str().unwrap().to_owned();
+        let body = json!({ "heard_text": whole[..cut] });
+        let state = ok(at, &format!("/v1/sessions/{fork}/truncate"), &body);
+        assert_eq!(state["heard_tokens"], kept, "{cut} bytes of {}", whole.len());
+    }
+    server.stop().unwrap();
+}
+
 fn message(role: &str, text: &str) -> Value {
     json!({ "role": role, "content": text })
 }

@@ -143,8 +143,11 @@ fn rollback_passes_over_dropped_and_tokenless_boundaries() {
     ));
 }
 
+/// Every State byte of a slot.
+type State = Vec<(String, Vec<u8>)>;
+
 /// A reply of 60 tokens with a waypoint every 8, settings changed in its middle; bytes and logits at every position.
-fn reply_with_waypoints(engine: &mut Engine) -> (SlotId, Capsule, Vec<Vec<(String, Vec<u8>)>>) {
+fn reply_with_waypoints(engine: &mut Engine) -> (SlotId, Capsule, Vec<State>) {
     let slot = engine.create_slot().unwrap();
     append(engine, slot, &tokens(10, 2));
     let asked = engine.snapshot(slot).unwrap();

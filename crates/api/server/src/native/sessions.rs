@@ -497,7 +497,13 @@ fn heard(info: &ModelInfo, tokens: &[u32], text: &str) -> ApiResult<usize> {
         return Err(ApiError::param("heard_text", "'heard_text' is not how the last reply begins"));
     }
     let fits = |n: &usize| info.tokenizer.decode(&tokens[..*n]).len() <= text.len();
-    Ok((0..=tokens.len()).rev().find(fits).unwrap_or(0))
+    let (mut low, mut high) = (0, tokens.len() + 1);
+    while high - low > 1 {
+        let middle = low.midpoint(high);
+        if fits(&middle) { low = middle } else { high = middle }
+    }
+    // A character in pieces may be longer than the whole: one of the next counts of tokens can fit again.
+    Ok((low..=(low + 8).min(tokens.len())).rev().find(fits).unwrap_or(low))
 }
 
 pub(crate) async fn truncate(
@@ -520,7 +526,10 @@ pub(crate) async fn truncate(
             let text = format!("the last reply has {} tokens", reply.tokens.len());
             return Err(ApiError::param("heard_tokens", text));
         }
-        (None, Some(text)) => heard(&app.info, &reply.tokens, &text)?,
+        (None, Some(text)) => {
+            let (info, tokens) = (Arc::clone(&app.info), reply.tokens.clone());
+            blocking(move || heard(&info, &tokens, &text)).await?
+        }
         _ => {
             return Err(ApiError::param(
                 "heard_tokens",
