@@ -557,6 +557,28 @@ impl<P: Policy<u64>> CapsuleCache<P> {
         Ok(())
     }
 
+    /// Takes out the capsules that nobody but the cache holds, for an owner who goes on holding those that he needs and only
+    /// drops the others; returns how many there were. Pinned ones stay.
+    ///
+    /// # Errors
+    /// As [`remove`](Self::remove); those before are out then.
+    pub fn drop_unheld(&mut self, model: &mut Ampoule) -> Result<usize, Error> {
+        let unheld = |entry: &Entry| !entry.pinned && !entry.capsule.is_shared();
+        let keys: Vec<CapsuleKey> =
+            self.entries.iter().rev().filter(|(_, e)| unheld(e)).map(|(key, _)| *key).collect();
+        keys.iter().try_for_each(|key| self.remove(model, *key))?;
+        Ok(keys.len())
+    }
+
+    /// Moves so many bytes out of the tier that snapshots go to, for state that the engine keeps there and no cache counts.
+    ///
+    /// # Errors
+    /// If they have nowhere to go.
+    pub fn make_way(&mut self, model: &mut Ampoule, bytes: u64) -> Result<(), Error> {
+        let free = self.budgets().of(self.base).saturating_sub(self.usage(self.base).total());
+        self.reserve(model, free.saturating_add(bytes))
+    }
+
     /// Takes all capsules out.
     ///
     /// # Errors

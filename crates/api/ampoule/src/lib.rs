@@ -55,7 +55,7 @@ pub use ampoule_cuda::bench::GpuBandwidth;
 pub use ampoule_engine::{
     Capsule, Control, Counters, DeviceInfo, Digest, Engine, EngineError, EngineOptions,
     Fingerprint, FinishReason, History, Identity, LineageId, Origin, PieceKind, PrefillProgress,
-    Residence, SamplingParams, Segment, SlotId, StatePiece,
+    Residence, Rollback, SamplingParams, Segment, SlotId, StatePiece, Waypoints,
 };
 pub use ampoule_models::chat::{ChatError, ChatTemplate};
 pub use ampoule_models::decoder::BuildError;

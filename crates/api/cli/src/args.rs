@@ -466,7 +466,7 @@ pub(crate) enum CapsuleCommand {
     Load(StoreLoadArgs),
     /// List the capsules of a store with their own and shared bytes.
     #[command(after_help = "Example:\n  ampoule capsule list --store s3://bucket/agents")]
-    List(StoreListArgs),
+    List(CapsuleListArgs),
     /// Draw the capsules of a store as a tree.
     #[command(after_help = "Example:\n  ampoule capsule tree --store capsules --text ampoule-nano")]
     Tree(StoreListArgs),
@@ -529,6 +529,15 @@ pub(crate) struct StoreOnlyArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) store: StoreArgs,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CapsuleListArgs {
+    /// Show also what a server keeps without being asked: states of sessions and responses, boundaries.
+    #[arg(long)]
+    pub(crate) all: bool,
+    #[command(flatten)]
+    pub(crate) list: StoreListArgs,
 }
 
 #[derive(Debug, Args)]
@@ -678,6 +687,9 @@ pub(crate) struct ServeArgs {
     /// MiB of a request's body at most.
     #[arg(long, default_value_t = 8, value_name = "MIB", value_parser = above_zero)]
     pub(crate) body_mib: usize,
+    /// With a GPU: MiB of host memory for the capsules that its own (--capsule-mib) has no room for.
+    #[arg(long, default_value_t = 0, value_name = "MIB")]
+    pub(crate) host_capsule_mib: u64,
     /// Read every prompt anew: for comparison.
     #[arg(long)]
     pub(crate) no_capsules: bool,

@@ -4,6 +4,26 @@ mod common;
 
 use common::{TINY, error, json, run, stdout, text, tokens};
 
+#[test]
+fn a_list_leaves_out_what_a_server_keeps_on_its_own() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let store = folder.path().join("store");
+    let store = text(&store);
+    save(store, "--tokens 5,6,7 -n 2 --save mine");
+    let generate = format!("generate --model {TINY} --context 256 --store {store} -n 2");
+    for (tokens, name) in [("1,2", "server boundary 0"), ("3,4", "server capsule cap_1")] {
+        json(&generate, &["--tokens", tokens, "--save", name]);
+    }
+    let list = json(&format!("capsule list --store {store}"), &[]);
+    assert_eq!((list["capsules"].as_array().map(Vec::len), &list["hidden"]), (Some(2), &1.into()));
+    assert!(!list["capsules"].to_string().contains("boundary"), "{list}");
+    let all = json(&format!("capsule list --all --store {store}"), &[]);
+    assert_eq!((all["capsules"].as_array().map(Vec::len), &all["hidden"]), (Some(3), &0.into()));
+    let table = stdout(&format!("capsule list --store {store}"), &[]);
+    assert!(table.contains("3 capsules") && table.contains("1 of them"), "{table}");
+    assert!(stdout(&format!("capsule tree --store {store}"), &[]).contains("boundary"));
+}
+
 /// Continues tokens and saves under a name.
 fn save(store: &str, more: &str) -> serde_json::Value {
     json(&format!("generate --model {TINY} --context 256 --store {store} {more}"), &[])

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use ampoule::{FinishReason, ReplyOptions, SamplingParams};
+use ampoule::{Capsule, FinishReason, ReplyOptions, SamplingParams};
 use axum::body::Bytes;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
@@ -17,6 +17,7 @@ use crate::fields::Fields;
 use crate::grammar::Constraint;
 use crate::metrics::Metrics;
 use crate::prompt::{ModelInfo, Prompt};
+use crate::rewind::Cut;
 use crate::sse::Events;
 use crate::vault::Vault;
 use crate::worker::{Begun, Command, Event, Job, OnEnd, Start, Step, Worker};
@@ -197,6 +198,19 @@ impl App {
             tracing::error!(request, "the engine gave no answer");
             ApiError::internal()
         })?
+    }
+
+    /// Brings a state back to an earlier position of its branch, a step at a time between other requests'.
+    pub(crate) async fn rewind(&self, from: Capsule, position: u32) -> ApiResult<Cut> {
+        let (tell, told) = oneshot::channel();
+        let command = Command::Call(Box::new(move |worker| {
+            let then = Box::new(move |cut| {
+                let _ = tell.send(cut);
+            });
+            worker.rewind(from, position, then);
+        }));
+        self.engine.send(command).map_err(|_| ApiError::stopping())?;
+        told.await.map_err(|_| ApiError::internal())?
     }
 
     /// That the request is for the model there is.

@@ -13,6 +13,7 @@ mod error;
 mod fields;
 mod grammar;
 mod http;
+mod memory;
 mod metrics;
 mod native;
 mod openapi;
@@ -21,6 +22,7 @@ mod patience;
 mod pieces;
 mod prompt;
 mod responses;
+mod rewind;
 mod sse;
 mod start;
 mod vault;
@@ -71,6 +73,9 @@ pub struct Config {
     pub session_idle: Duration,
     /// Capsules of one key that were asked for, at most.
     pub capsules: usize,
+    /// Bytes of host memory for capsules that have to leave a device's own; where there is none the model's budget for
+    /// capsules is all there is.
+    pub host_capsule_bytes: u64,
     /// A folder for a durable store, and how to open it.
     pub store: Option<(String, ampoule::StoreOptions)>,
     /// Capsules of the store to have in memory from the start, by name.
@@ -102,6 +107,7 @@ impl Default for Config {
             sessions: 256,
             session_idle: Duration::from_secs(3600),
             capsules: 1024,
+            host_capsule_bytes: 0,
             store: None,
             warm: Vec::new(),
             faults: false,

@@ -86,10 +86,12 @@ pub(crate) struct Metrics {
     pub prompt_tokens: Counter,
     pub cached_tokens: Counter,
     pub read_tokens: Counter,
+    pub replayed_tokens: Counter,
     pub generated_tokens: Counter,
     pub restores: Counter,
     pub snapshots: Counter,
     pub evictions: Counter,
+    pub moves: Counter,
     pub sessions_parked: Counter,
     pub sessions_fetched: Counter,
     pub sessions_expired: Counter,
@@ -97,8 +99,10 @@ pub(crate) struct Metrics {
     pub running: Gauge,
     pub connections: Gauge,
     pub boundaries: Gauge,
-    pub capsule_bytes: Gauge,
-    pub capsule_budget: Gauge,
+    pub device_bytes: Gauge,
+    pub host_bytes: Gauge,
+    pub device_budget: Gauge,
+    pub host_budget: Gauge,
     pub disk_bytes: Gauge,
     pub sessions: Gauge,
     pub named: Gauge,
@@ -139,10 +143,20 @@ impl Metrics {
                 &self.cached_tokens,
             ),
             ("prompt_tokens_read_total", "Tokens that were read by prefill.", &self.read_tokens),
+            (
+                "rollback_tokens_read_total",
+                "Tokens that were read again to bring a session back to a place between boundaries.",
+                &self.replayed_tokens,
+            ),
             ("generation_tokens_total", "Tokens that were generated.", &self.generated_tokens),
             ("capsule_restores_total", "Capsules restored.", &self.restores),
             ("capsule_snapshots_total", "Boundaries frozen.", &self.snapshots),
             ("capsule_evictions_total", "Boundaries dropped to make room.", &self.evictions),
+            (
+                "capsule_moves_total",
+                "Pieces of capsules moved between a device's memory and the host's.",
+                &self.moves,
+            ),
             (
                 "sessions_parked_total",
                 "Sessions that left memory and lie in the store.",
@@ -170,7 +184,6 @@ impl Metrics {
             ("requests_running", "Replies being read for or generated.", &self.running),
             ("http_connections", "Open connections.", &self.connections),
             ("capsule_boundaries", "Boundaries kept automatically.", &self.boundaries),
-            ("capsule_budget_bytes", "Memory for capsules.", &self.capsule_budget),
             ("sessions", "Sessions of the native API in memory.", &self.sessions),
             ("capsules_named", "Capsules that clients asked for.", &self.named),
             ("stored_responses", "Responses that can be continued.", &self.responses),
@@ -184,9 +197,17 @@ impl Metrics {
         let _ = writeln!(
             out,
             "# HELP ampoule_capsule_bytes Bytes of capsules by tier.\n# TYPE ampoule_capsule_bytes gauge\n\
-             ampoule_capsule_bytes{{tier=\"memory\"}} {}\nampoule_capsule_bytes{{tier=\"disk\"}} {}",
-            self.capsule_bytes.value(),
-            self.disk_bytes.value()
+             ampoule_capsule_bytes{{tier=\"device\"}} {}\nampoule_capsule_bytes{{tier=\"host\"}} {}\n\
+             ampoule_capsule_bytes{{tier=\"disk\"}} {}\n\
+             # HELP ampoule_capsule_budget_bytes Memory for capsules by tier.\n\
+             # TYPE ampoule_capsule_budget_bytes gauge\n\
+             ampoule_capsule_budget_bytes{{tier=\"device\"}} {}\n\
+             ampoule_capsule_budget_bytes{{tier=\"host\"}} {}",
+            self.device_bytes.value(),
+            self.host_bytes.value(),
+            self.disk_bytes.value(),
+            self.device_budget.value(),
+            self.host_budget.value()
         );
         for (name, help, histogram) in [
             ("time_to_first_token_seconds", "From arrival to the first token.", &self.ttft),

@@ -43,6 +43,17 @@ pub(crate) struct Prompt {
     pub thinking: bool,
 }
 
+/// How the state ends that messages are added to.
+#[derive(Clone, Copy)]
+pub(crate) enum Before<'a> {
+    /// It is empty.
+    Nothing,
+    /// After these messages.
+    Message(&'a [Value]),
+    /// After the reply at the end of these messages, and its end token, if that was read.
+    Reply(&'a [Value], Option<u32>),
+}
+
 /// What the HTTP side must know of the model.
 pub(crate) struct ModelInfo {
     pub name: String,
@@ -274,22 +285,49 @@ impl ModelInfo {
         extra: &Map<String, Value>,
         end: Option<u32>,
     ) -> ApiResult<Option<Prompt>> {
+        self.added(space, Before::Reply(history, end), new, tools, extra, true)
+    }
+
+    /// What the template adds to a state for `new` messages, and for the reply to them if `reply`; `None` where it rewrites
+    /// what was said before.
+    pub(crate) fn added(
+        &self,
+        space: &Space,
+        before: Before<'_>,
+        new: &[Value],
+        tools: &[Tool],
+        extra: &Map<String, Value>,
+        reply: bool,
+    ) -> ApiResult<Option<Prompt>> {
         const STAND_IN: &str = "stand-in of a reply";
-        // The model's own words are in the state already: only what closes them matters.
-        let mut before = history.to_vec();
-        match before.last_mut() {
-            Some(last) if last["role"] == "assistant" => {
-                *last = json!({ "role": "assistant", "content": STAND_IN });
+        let (history, end) = match before {
+            Before::Nothing => {
+                let text = self.render(new, tools, reply, extra)?;
+                return self.prompt(space, &text).map(Some);
             }
-            _ => return Ok(None),
-        }
-        let mut whole = before.clone();
-        whole.extend_from_slice(new);
-        let seen = self.render(&before, tools, false, extra)?;
-        let wanted = self.render(&whole, tools, true, extra)?;
-        let (Some(added), Some(at)) = (wanted.strip_prefix(&seen), seen.rfind(STAND_IN)) else {
-            return Ok(None);
+            Before::Message(history) => (history, None),
+            Before::Reply(history, end) => (history, end),
         };
+        let mut seen = history.to_vec();
+        let replied = matches!(before, Before::Reply(..));
+        if replied {
+            // The model's own words are in the state already: only what closes them matters.
+            match seen.last_mut() {
+                Some(last) if last["role"] == "assistant" => {
+                    *last = json!({ "role": "assistant", "content": STAND_IN });
+                }
+                _ => return Ok(None),
+            }
+        }
+        let mut whole = seen.clone();
+        whole.extend_from_slice(new);
+        let seen = self.render(&seen, tools, false, extra)?;
+        let wanted = self.render(&whole, tools, reply, extra)?;
+        let Some(added) = wanted.strip_prefix(&seen) else { return Ok(None) };
+        if !replied {
+            return self.prompt(space, added).map(Some);
+        }
+        let Some(at) = seen.rfind(STAND_IN) else { return Ok(None) };
         let mut closing = &seen[at + STAND_IN.len()..];
         // Of what closes a reply the end token has been read, if the model drew it.
         let end = end.and_then(|id| self.tokenizer.token_text(id));

@@ -329,7 +329,7 @@ async fn state(app: &App, id: &str, response: &Arc<StoredResponse>) -> Option<am
     let (vault, id) = (Arc::clone(&app.vault), id.to_owned());
     let loaded = app.call(move |worker| {
         let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-        worker.with_room(|worker| durable.capsule(&mut worker.model, "response", &id))
+        worker.load(|worker| durable.capsule(&mut worker.model, "response", &id))
     });
     let capsule = loaded.await.ok()?;
     *lock(&response.end) = Some(capsule.clone());

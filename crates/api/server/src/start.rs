@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use ampoule::{Ampoule, Capsule};
+use ampoule::Ampoule;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
@@ -13,11 +13,14 @@ use tokio::sync::{Semaphore, watch};
 use crate::Config;
 use crate::app::{App, now};
 use crate::durable::{Durable, Record};
-use crate::error::ApiResult;
+use crate::memory::Relief;
 use crate::metrics::Metrics;
 use crate::prompt::ModelInfo;
 use crate::vault::{Limits, NamedCapsule, Vault};
 use crate::worker::{Command, Worker};
+
+/// A reply is cut soon after it was heard or not at all: after that the places to cut it at go before anything else.
+const CUT_WITHIN: Duration = Duration::from_secs(60);
 
 /// Boundaries that are parked when the server stops.
 const PARKED: usize = 32;
@@ -99,10 +102,20 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
     };
     let vault = Arc::new(Vault::new(limits, Arc::clone(&metrics), durable));
     let relieved = Arc::clone(&vault);
-    let relieve = Box::new(move || relieved.relieve());
+    let relieve = Box::new(move |relief| match relief {
+        Relief::Idle => relieved.relieve_of_waypoints(CUT_WITHIN),
+        Relief::Waypoints => relieved.relieve_of_waypoints(Duration::ZERO),
+        Relief::Any => relieved.relieve(),
+    });
     let fingerprint = model.engine.fingerprint().digest().to_string();
-    let mut worker =
-        Worker::new(model, config.slots, Arc::clone(&info), Arc::clone(&metrics), relieve)?;
+    let mut worker = Worker::new(
+        model,
+        config.slots,
+        Arc::clone(&info),
+        Arc::clone(&metrics),
+        config.host_capsule_bytes,
+        relieve,
+    )?;
     bring_back(&mut worker, &vault, &config.warm)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -186,7 +199,8 @@ fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(),
     };
     for name in warm {
         let id = durable.store().find(name)?;
-        let capsule = durable.store().load(&mut worker.model, id)?;
+        let loaded = worker.load(|worker| durable.store().load(&mut worker.model, id));
+        let capsule = loaded.map_err(|error| std::io::Error::other(error.message))?;
         let tokens = capsule.tokens();
         worker.cache.keep(&crate::app::space(&[0; 32], None), &tokens, capsule.clone());
         let named = NamedCapsule {
@@ -204,8 +218,7 @@ fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(),
     crate::native::bring_back(worker, vault, durable, &records);
     for Record { id, value, .. } in records.iter().filter(|r| r.kind == "boundary") {
         let space = value["space"].as_str().and_then(from_hex);
-        let loaded: ApiResult<Capsule> =
-            durable.capsule(&mut worker.model, "boundary", id).map_err(Into::into);
+        let loaded = worker.load(|worker| durable.capsule(&mut worker.model, "boundary", id));
         if let (Some(space), Ok(capsule)) = (space, loaded) {
             let tokens = capsule.tokens();
             worker.cache.keep(&space, &tokens, capsule);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ampoule::Capsule;
+use ampoule::{Capsule, Waypoints};
 use axum::http::StatusCode;
 use serde_json::Value;
 
@@ -64,6 +64,10 @@ pub(crate) struct Mark {
     pub end_token: Option<u32>,
     /// Messages known at that place.
     pub messages: usize,
+    /// Whether it ends with a whole message, and no reply has been asked for.
+    pub closed: bool,
+    /// Of the last reply: places within it that it can be cut at, while there is memory for them.
+    pub waypoints: Option<Waypoints>,
 }
 
 /// A session's state between calls.
@@ -72,6 +76,10 @@ pub(crate) struct SessionState {
     pub marks: Vec<Mark>,
     /// What was said, where it was said in messages.
     pub messages: Vec<Value>,
+    /// Where each of them ends, so far as that is known: of those that came in one call, the last.
+    pub ends: Vec<Option<MessageEnd>>,
+    /// The position before all of them: that of the capsule that the session began with.
+    pub origin: u32,
     pub tools: Vec<Value>,
     /// Whether a call is under way; then others are refused.
     pub busy: bool,
@@ -88,9 +96,28 @@ pub(crate) struct LastReply {
     pub tokens: Vec<u32>,
 }
 
+/// The place after a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub(crate) struct MessageEnd {
+    pub position: u32,
+    /// As in [`Mark`].
+    pub closed: bool,
+}
+
 impl SessionState {
     pub(crate) fn capsule(&self) -> Option<&Capsule> {
         self.marks.last().map(|mark| &mark.capsule)
+    }
+
+    /// Forgets the places within replies.
+    pub(crate) fn drop_waypoints(&mut self) {
+        self.marks.iter_mut().for_each(|mark| mark.waypoints = None);
+    }
+
+    /// Forgets messages, but for the first `count`.
+    pub(crate) fn cut_messages(&mut self, count: usize) {
+        self.messages.truncate(count);
+        self.ends.truncate(count);
     }
 }
 
@@ -232,10 +259,24 @@ impl Vault {
         mine
     }
 
-    /// Gives up something that can be had again, what was used least recently first: the state of a response, which can
-    /// still be read, and continued by reading its conversation again or from the store; a session that the store has;
-    /// the older boundaries of a session. False if there is nothing.
+    /// Gives up the places within the last reply of the session that was used least recently, and not for `idle`: cutting
+    /// that reply takes longer then. False if there are none.
+    pub(crate) fn relieve_of_waypoints(&self, idle: Duration) -> bool {
+        let all = lock(&self.sessions);
+        let has = |s: &Session| s.lock().marks.iter().any(|mark| mark.waypoints.is_some());
+        let long = all.values().filter(|session| session.idle() >= idle && has(session));
+        let Some(oldest) = long.max_by_key(|session| session.idle()) else { return false };
+        oldest.lock().drop_waypoints();
+        true
+    }
+
+    /// Gives up something that can be had again, what was used least recently first: places within replies; the state of a
+    /// response, which can still be read, and continued by reading its conversation again or from the store; a session
+    /// that the store has; the older boundaries of a session. False if there is nothing.
     pub(crate) fn relieve(&self) -> bool {
+        if self.relieve_of_waypoints(Duration::ZERO) {
+            return true;
+        }
         let all = lock(&self.responses);
         let held = all.values().filter(|r| lock(&r.end).is_some());
         let oldest = held.min_by_key(|r| r.used.load(Ordering::Relaxed));

@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use ampoule::store::tiers::{Budgets, Tier};
 use ampoule::{
-    Ampoule, BackendError, Capsule, EngineError, FinishReason, Reply, ReplyOptions, SamplingParams,
-    SlotId,
+    Ampoule, CacheOptions, Capsule, CapsuleCache, FinishReason, Reply, ReplyOptions, Residence,
+    SamplingParams, SlotId, Waypoints,
 };
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
@@ -21,8 +22,10 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::cache::{Cache, Space};
 use crate::error::{ApiError, ApiResult};
 use crate::grammar::Constraint;
+use crate::memory::Relief;
 use crate::metrics::Metrics;
 use crate::prompt::{ModelInfo, boundaries};
+use crate::rewind::{Cut, Rewinds};
 
 /// Tokens of a prompt that are read before other requests get their turn.
 const CHUNK: usize = 512;
@@ -61,6 +64,8 @@ pub(crate) struct End {
     pub reply: Vec<u32>,
     /// The end token, if the reply ended with one.
     pub eos: Option<u32>,
+    /// Places within the reply that it can be cut at.
+    pub waypoints: Option<Waypoints>,
 }
 
 /// A request for replies.
@@ -158,6 +163,8 @@ pub(crate) struct Worker {
     pub model: Ampoule,
     pub info: Arc<ModelInfo>,
     pub cache: Cache,
+    /// Where capsules lie. Those that nobody else holds go.
+    pub(crate) tiers: CapsuleCache,
     pub metrics: Arc<Metrics>,
     /// Whether rows made by decode are, bit for bit, those of prefill, so that a reply need not be read when it comes back.
     replies_exact: bool,
@@ -171,8 +178,9 @@ pub(crate) struct Worker {
     choices: VecDeque<(u64, u32)>,
     running: Vec<Sequence>,
     turn: usize,
+    pub(crate) rewinds: Rewinds,
     /// Asked to drop a capsule that somebody outside keeps; false if there is none.
-    relieve: Box<dyn FnMut() -> bool + Send>,
+    pub(crate) relieve: Box<dyn FnMut(Relief) -> bool + Send>,
 }
 
 impl Worker {
@@ -182,7 +190,8 @@ impl Worker {
         slots: usize,
         info: Arc<ModelInfo>,
         metrics: Arc<Metrics>,
-        relieve: Box<dyn FnMut() -> bool + Send>,
+        host_bytes: u64,
+        relieve: Box<dyn FnMut(Relief) -> bool + Send>,
     ) -> Result<Self, ampoule::Error> {
         let replies_exact = model.decode_reads_as_prefill()?;
         let mut free = Vec::new();
@@ -190,11 +199,20 @@ impl Worker {
             free.push(model.engine.create_slot()?);
         }
         let spare = model.engine.create_slot().ok();
-        metrics.capsule_budget.set(model.engine.capsule_bytes().1);
+        let own = model.engine.capsule_bytes().1 as u64;
+        let host = match model.engine.residence() {
+            Residence::Device => host_bytes,
+            Residence::Host => own,
+        };
+        let budgets = Budgets { device: own, host, disk: 0 };
+        let tiers = CapsuleCache::new(&model, None, CacheOptions { budgets, forget: false });
+        metrics.device_budget.set(tiers.budgets().device as usize);
+        metrics.host_budget.set(tiers.budgets().host as usize);
         Ok(Self {
             model,
             info,
             cache: Cache::default(),
+            tiers,
             metrics,
             replies_exact,
             free,
@@ -205,6 +223,7 @@ impl Worker {
             choices: VecDeque::new(),
             running: Vec::new(),
             turn: 0,
+            rewinds: Rewinds::default(),
             relieve,
         })
     }
@@ -212,8 +231,12 @@ impl Worker {
     /// Runs until it is told to stop; what runs then ends with an error.
     pub(crate) fn run(mut self, commands: &mpsc::Receiver<Command>) -> Self {
         loop {
-            let idle = self.running.is_empty() && self.queues.is_empty() && self.choices.is_empty();
+            let idle = self.running.is_empty()
+                && self.queues.is_empty()
+                && self.choices.is_empty()
+                && self.rewinds.is_empty();
             let mut next = if idle {
+                self.drop_unheld();
                 self.count();
                 match commands.recv() {
                     Ok(command) => Some(command),
@@ -235,18 +258,28 @@ impl Worker {
                 }
                 next = commands.try_recv().ok();
             }
+            self.admit_rewinds();
             self.admit();
             self.round();
+            self.advance_rewinds();
             self.count();
         }
     }
 
-    fn count(&self) {
+    fn count(&mut self) {
+        let moved = self.tiers.take_events().len();
+        self.metrics.moves.add(moved as u64);
         let waiting = self.queues.iter().map(|(_, q)| q.len()).sum::<usize>() + self.choices.len();
         self.metrics.queue_depth.set(waiting);
         self.metrics.running.set(self.running.len());
         self.metrics.boundaries.set(self.cache.len());
-        self.metrics.capsule_bytes.set(self.model.engine.capsule_bytes().0);
+        let own = self.model.engine.capsule_bytes().0;
+        let (device, host) = match self.model.engine.residence() {
+            Residence::Device => (own, self.tiers.usage(Tier::Host).total() as usize),
+            Residence::Host => (0, own),
+        };
+        self.metrics.device_bytes.set(device);
+        self.metrics.host_bytes.set(host);
     }
 
     fn end(mut self) -> Self {
@@ -258,6 +291,7 @@ impl Worker {
                 refuse(*job, ApiError::stopping());
             }
         }
+        self.rewinds.give_up();
         self
     }
 
@@ -304,7 +338,7 @@ impl Worker {
     }
 
     /// The free slot that holds most of the capsule's rows already.
-    fn slot_for(&mut self, capsule: Option<&Capsule>) -> Option<SlotId> {
+    pub(crate) fn slot_for(&mut self, capsule: Option<&Capsule>) -> Option<SlotId> {
         let held = |slot: &SlotId| {
             capsule.map_or(0, |c| self.model.engine.held(*slot, c).unwrap_or_default())
         };
@@ -339,12 +373,9 @@ impl Worker {
             return refuse(job, ApiError::internal());
         };
         let start = Instant::now();
-        let ready = self.guard(|worker| {
-            match &capsule {
-                Some(capsule) => worker.model.engine.restore(slot, capsule)?,
-                None => worker.model.engine.reset(slot)?,
-            }
-            Ok(())
+        let ready = self.guard(|worker| match &capsule {
+            Some(capsule) => worker.restore(slot, capsule),
+            None => Ok(worker.model.engine.reset(slot)?),
         });
         let restore = start.elapsed();
         if capsule.is_some() {
@@ -390,7 +421,7 @@ impl Worker {
         };
         let Some(slot) = self.slot_for(Some(&capsule)) else { return };
         let started = self.guard(|worker| {
-            worker.model.engine.restore(slot, &capsule)?;
+            worker.restore(slot, &capsule)?;
             worker.metrics.restores.add(1);
             worker.reply(id, choice, slot)
         });
@@ -414,7 +445,10 @@ impl Worker {
     }
 
     /// Runs something for one request: a panic becomes its error.
-    fn guard<T>(&mut self, work: impl FnOnce(&mut Self) -> ApiResult<T>) -> ApiResult<T> {
+    pub(crate) fn guard<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> ApiResult<T>,
+    ) -> ApiResult<T> {
         catch_unwind(AssertUnwindSafe(|| work(self))).unwrap_or_else(|panic| {
             self.metrics.panics.add(1);
             let text = panic.downcast_ref::<String>().map(String::as_str);
@@ -524,47 +558,6 @@ impl Worker {
         Ok(None)
     }
 
-    /// A boundary, with old ones dropped for it if need be; `None` if there is no room at all.
-    pub(crate) fn snapshot(&mut self, slot: SlotId) -> ApiResult<Option<Capsule>> {
-        let made = self.make_room(|worker| Ok(worker.model.engine.snapshot(slot)?))?;
-        match &made {
-            Some(_) => self.metrics.snapshots.add(1),
-            None => tracing::warn!("no room for a boundary; give more memory for capsules"),
-        }
-        Ok(made)
-    }
-
-    /// Runs what takes memory for capsules, with old boundaries dropped for it if need be.
-    ///
-    /// # Errors
-    /// 507 if there is no room at all; otherwise what `work` says.
-    pub(crate) fn with_room<T>(
-        &mut self,
-        work: impl FnMut(&mut Self) -> Result<T, ampoule::Error>,
-    ) -> ApiResult<T> {
-        self.make_room(work)?.ok_or_else(ApiError::no_room)
-    }
-
-    fn make_room<T>(
-        &mut self,
-        mut work: impl FnMut(&mut Self) -> Result<T, ampoule::Error>,
-    ) -> ApiResult<Option<T>> {
-        loop {
-            match work(self) {
-                Ok(made) => return Ok(Some(made)),
-                Err(ampoule::Error::Engine(EngineError::Backend(
-                    BackendError::CapsuleBudget { .. } | BackendError::OutOfMemory { .. },
-                ))) => {
-                    if !self.cache.evict() && !(self.relieve)() {
-                        return Ok(None);
-                    }
-                    self.metrics.evictions.add(1);
-                }
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
     fn decode(&mut self, sequence: &mut Sequence) -> ApiResult<Option<FinishReason>> {
         let Phase::Decode { reply, constraint, said, last } = &mut sequence.phase else {
             return Ok(None);
@@ -609,6 +602,11 @@ impl Worker {
             finished: step.finished,
             at: *last,
         }));
+        let cut_later = shared.job.on_end.is_some() && step.token.is_some();
+        let said = said.len();
+        if cut_later {
+            self.waypoint(sequence.slot, said)?;
+        }
         if first {
             // Where threads are as many as cores, whoever sends this token needs one: the next token can wait for that.
             std::thread::sleep(SEND_TIME);
@@ -619,10 +617,12 @@ impl Worker {
     /// Ends a sequence, gives its slot back and tells whoever waits.
     fn stop(&mut self, sequence: Sequence, outcome: &ApiResult<FinishReason>) {
         let Sequence { job: id, choice, slot, phase } = sequence;
-        let mut said = match phase {
-            Phase::Decode { said, .. } => said,
-            Phase::Prefill { .. } => Vec::new(),
+        let (mut said, reading) = match phase {
+            Phase::Decode { said, .. } => (said, false),
+            Phase::Prefill { .. } => (Vec::new(), true),
         };
+        // Whether the slot is still needed.
+        let mut busy = false;
         let failed = outcome.as_ref().err().cloned();
         if failed.is_none() && self.replies_exact && !said.is_empty() {
             self.keep_turn(id, slot, &said);
@@ -642,29 +642,34 @@ impl Worker {
             // An interrupted reply is delivered as far as it came; one whose client has gone, as far as it was sent.
             let gone = self.jobs.get(&id).is_some_and(|shared| shared.job.out.is_closed());
             let cancelled = matches!(outcome, Ok(FinishReason::Cancelled)) && gone;
-            let end = match &failed {
-                Some(error) => Err(error.clone()),
-                None => self.guard(|worker| {
-                    if let Some(sent) = sent.filter(|_| cancelled) {
-                        // The model must not believe that it said what nobody got.
-                        let sent = (sent.load(Ordering::Acquire) as usize).min(said.len());
-                        let back = (said.len() - sent) as u32;
-                        let position = worker.model.engine.position(slot)?;
-                        if back > 0 {
-                            worker.model.engine.rollback(slot, position - back)?;
-                        }
-                        said.truncate(sent);
-                    }
-                    let capsule = worker.snapshot(slot)?.ok_or_else(ApiError::internal)?;
-                    let eos = said.last().copied().filter(|t| worker.info.tokenizer.is_eos(*t));
-                    Ok(End { capsule, asked, reply: std::mem::take(&mut said), eos })
-                }),
+            let unsent = sent
+                .filter(|_| cancelled)
+                .map_or(0, |sent| said.len().saturating_sub(sent.load(Ordering::Acquire) as usize));
+            let info = Arc::clone(&self.info);
+            said.truncate(said.len() - unsent);
+            let finish = move |cut: ApiResult<Cut>| {
+                on_end(cut.map(|Cut { capsule, waypoints, .. }| {
+                    let eos = said.last().copied().filter(|t| info.tokenizer.is_eos(*t));
+                    End { capsule, asked, reply: said, eos, waypoints }
+                }));
             };
-            if catch_unwind(AssertUnwindSafe(|| on_end(end))).is_err() {
-                self.metrics.panics.add(1);
+            let position = self.model.engine.position(slot).unwrap_or_default();
+            if let Some(error) = &failed {
+                self.tell(|| finish(Err(error.clone())));
+            } else if reading {
+                self.tell(|| finish(Err(ApiError::conflict("ended before its prompt was read"))));
+            } else if unsent == 0 {
+                let cut = self.guard(|worker| worker.cut(slot, 0));
+                self.tell(|| finish(cut));
+            } else {
+                // The model must not believe that it said what nobody got.
+                busy = true;
+                self.rewind_slot(slot, position.saturating_sub(unsent as u32), Box::new(finish));
             }
         }
-        self.release(slot, failed.as_ref().is_some_and(|e| e.status.is_server_error()));
+        if !busy {
+            self.release(slot, failed.as_ref().is_some_and(|e| e.status.is_server_error()));
+        }
         let Some(shared) = self.jobs.get_mut(&id) else { return };
         shared.left -= 1;
         if let Some(error) = failed {
@@ -732,28 +737,22 @@ impl Worker {
         }
     }
 
-    /// Runs something in a slot that holds a capsule, for the verbs of the native API. Waits for no one: where all slots
-    /// are taken it has one of its own, if the engine was given one slot more than replies use.
-    pub(crate) fn with_slot<T>(
-        &mut self,
-        capsule: Option<&Capsule>,
-        work: impl FnOnce(&mut Self, SlotId) -> ApiResult<T>,
-    ) -> ApiResult<T> {
-        let free = self.slot_for(capsule);
-        let spared = free.is_none();
-        let slot = free.or_else(|| self.spare.take()).ok_or_else(|| ApiError::overloaded(1))?;
-        let result = self.guard(|worker| {
-            match capsule {
-                Some(capsule) => worker.model.engine.restore(slot, capsule)?,
-                None => worker.model.engine.reset(slot)?,
-            }
-            work(worker, slot)
+    /// The slot that replies may not take, so that the verbs of the native API need not wait for one to end.
+    pub(crate) const fn take_spare(&mut self) -> Option<SlotId> {
+        self.spare.take()
+    }
+
+    /// Makes the slot that was given back last the one that replies may not take.
+    pub(crate) fn spare_last(&mut self) {
+        self.spare = self.free.pop();
+    }
+
+    /// Calls what waits for an end: a panic is its own.
+    fn tell(&mut self, call: impl FnOnce()) {
+        let _ = self.guard(|_| {
+            call();
+            Ok(())
         });
-        self.release(slot, result.as_ref().is_err_and(|e| e.status.is_server_error()));
-        if spared {
-            self.spare = self.free.pop();
-        }
-        result
     }
 }
 

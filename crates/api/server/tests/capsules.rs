@@ -267,7 +267,7 @@ fn a_budget_that_is_full_changes_no_answer() {
         assert_eq!(a["choices"], b["choices"]);
     }
     assert!(metric(small.address(), "ampoule_capsule_evictions_total") > 0);
-    assert!(metric(small.address(), "ampoule_capsule_bytes{tier=\"memory\"}") <= 200 << 10);
+    assert!(metric(small.address(), "ampoule_capsule_bytes{tier=\"host\"}") <= 200 << 10);
     eventually("the slots are free", || metric(small.address(), "ampoule_requests_running") == 0);
     small.stop().unwrap();
     large.stop().unwrap();

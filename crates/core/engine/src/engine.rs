@@ -16,6 +16,7 @@ use ampoule_plan::{BufferId, Phase, Sealed, WeightSource};
 
 use crate::chain::KnownNodes;
 use crate::lineage::{Boundary, RowNode};
+use crate::rollback::{Waypoint, Waypoints};
 use crate::sampling::{Event, Stamped};
 use crate::{EngineError, SamplingParams};
 
@@ -82,10 +83,14 @@ pub(crate) struct Slot {
     pub(crate) base: Option<Arc<Boundary>>,
     /// Whether an experiment changed its state: no capsule may say it is of this lineage.
     pub(crate) tainted: bool,
+    /// Places within the tail that a rollback can start from.
+    pub(crate) waypoints: Vec<Waypoint>,
+    /// Those of the node that was frozen last.
+    pub(crate) passed: Option<Waypoints>,
 }
 
 impl Slot {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self {
             chain: None,
             tail: Vec::new(),
@@ -95,6 +100,8 @@ impl Slot {
             failure: None,
             base: None,
             tainted: false,
+            waypoints: Vec::new(),
+            passed: None,
         }
     }
 

@@ -69,6 +69,18 @@ pub enum EngineError {
         /// The position asked for.
         wanted: u32,
     },
+    /// A slot was used in the middle of a rollback.
+    #[error(
+        "slot {slot} is at position {position}, but its rollback stood at {expected}: it was used meanwhile; begin the rollback anew"
+    )]
+    RollbackBroken {
+        /// The slot.
+        slot: u32,
+        /// Its position.
+        position: u32,
+        /// Where the rollback left it.
+        expected: u32,
+    },
     /// A rollback behind an imported boundary whose file did not say which sampler settings led to it.
     #[error(
         "position {wanted} cannot be rebuilt: the capsule imported at position {position} has no journal of the settings that led there; export a capsule at {wanted} as well"

@@ -12,6 +12,7 @@ mod file;
 mod generate;
 mod lineage;
 mod piece;
+mod rollback;
 mod sampling;
 mod verbs;
 
@@ -22,6 +23,7 @@ pub use file::join_journals;
 pub use generate::FinishReason;
 pub use lineage::Capsule;
 pub use piece::{PieceKind, StatePiece};
+pub use rollback::{Rollback, Waypoints};
 pub use sampling::SamplingParams;
 
 pub use ampoule_backend::{BackendError, Counters, DeviceInfo, Residence, SlotId};

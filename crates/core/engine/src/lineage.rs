@@ -6,6 +6,7 @@ use ampoule_capsule::{History, LineageId, Manifest, Parent};
 
 use crate::chain::NewLink;
 use crate::piece::Piece;
+use crate::rollback::{Waypoint, Waypoints};
 use crate::sampling::Stamped;
 
 /// The rows between a boundary and its parent, and how they came about.
@@ -30,6 +31,8 @@ pub(crate) struct RowNode {
     pub(crate) imported_from: Option<Parent>,
     /// The boundary at the node's end, while somebody holds it.
     boundary: Mutex<Weak<Boundary>>,
+    /// Places before the node's end that a rollback can start from, while somebody holds them.
+    waypoints: Mutex<Weak<Vec<Waypoint>>>,
 }
 
 impl RowNode {
@@ -53,6 +56,7 @@ impl RowNode {
             id,
             imported_from: None,
             boundary: Mutex::default(),
+            waypoints: Mutex::default(),
         })
     }
 
@@ -74,6 +78,7 @@ impl RowNode {
             id: manifest.lineage,
             imported_from: manifest.parent,
             boundary: Mutex::default(),
+            waypoints: Mutex::default(),
         })
     }
 
@@ -98,6 +103,7 @@ impl RowNode {
             id: link.lineage,
             imported_from,
             boundary: Mutex::default(),
+            waypoints: Mutex::default(),
         })
     }
 
@@ -120,6 +126,14 @@ impl RowNode {
 
     pub(crate) fn boundary(&self) -> Option<Arc<Boundary>> {
         self.boundary.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
+    }
+
+    pub(crate) fn set_waypoints(&self, all: &Waypoints) {
+        *self.waypoints.lock().unwrap_or_else(PoisonError::into_inner) = all.downgrade();
+    }
+
+    pub(crate) fn waypoints(&self) -> Option<Arc<Vec<Waypoint>>> {
+        self.waypoints.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
     }
 }
 
@@ -186,6 +200,11 @@ impl Capsule {
     /// Tokens read at the boundary.
     pub fn position(&self) -> u32 {
         self.0.node.end()
+    }
+
+    /// Whether anybody else holds it: a clone of this, or a slot that goes on from it.
+    pub fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
     }
 
     /// Those tokens.

@@ -1,24 +1,14 @@
-//! Snapshot, restore, fork, rollback.
+//! Snapshot, restore, fork.
 
 use std::sync::Arc;
 
 use ampoule_backend::{SlotId, fixed_regions, row_regions};
-use ampoule_capsule::{History, Origin};
 
 use crate::engine::{Engine, Slot};
 use crate::lineage::{Capsule, RowNode, missing};
 use crate::piece::{Piece, PieceKind};
-use crate::sampling::Stamped;
+use crate::rollback::Waypoints;
 use crate::{EngineError, LineageId};
-
-/// What a rollback reads again.
-struct Replay {
-    /// Tokens after the boundary.
-    tokens: Vec<u32>,
-    /// Events at or after the boundary.
-    events: Vec<Stamped>,
-    history: History,
-}
 
 impl Engine {
     /// Freezes the slot's boundary.
@@ -56,8 +46,11 @@ impl Engine {
         };
         let entry = self.slot_mut(slot)?;
         let (tail, events) = (std::mem::take(&mut entry.tail), std::mem::take(&mut entry.events));
+        let waypoints = Waypoints::of(std::mem::take(&mut entry.waypoints));
         let node =
             RowNode::new(entry.chain.take(), tail, entry.history.clone(), Some(events), rows, id);
+        node.set_waypoints(&waypoints);
+        entry.passed = Some(waypoints);
         self.known.add(&node);
         let entry = self.slot_mut(slot)?;
         // The slot holds the rows it just froze. What it holds beyond its position is of another branch.
@@ -93,10 +86,29 @@ impl Engine {
         if capsule.0.engine != self.id {
             return Err(EngineError::ForeignCapsule);
         }
+        let held = self.thaw_path(slot, &capsule.0.node, &capsule.0.fixed)?;
+        let entry = self.slots.get_mut(&slot).ok_or(EngineError::NoSuchSlot { slot: slot.0 })?;
+        *entry = Slot {
+            chain: Some(Arc::clone(&capsule.0.node)),
+            history: capsule.0.node.history.clone(),
+            held,
+            base: Some(Arc::clone(&capsule.0)),
+            ..Slot::new()
+        };
+        Ok(())
+    }
+
+    /// Copies into a slot the rows of the path to `node` that it lacks, and `fixed`; the nodes that it holds then.
+    pub(crate) fn thaw_path(
+        &mut self,
+        slot: SlotId,
+        node: &Arc<RowNode>,
+        fixed: &Piece,
+    ) -> Result<Vec<Arc<RowNode>>, EngineError> {
         let entry = self.slots.get(&slot).ok_or(EngineError::NoSuchSlot { slot: slot.0 })?;
-        let lacks = missing(&entry.held, &capsule.0.node);
-        let pieces = lacks.iter().filter_map(|n| n.rows.as_ref()).chain([&capsule.0.fixed]);
-        let parts = pieces.map(|piece| piece.frozen()).collect::<Result<Vec<_>, _>>()?;
+        let lacks = missing(&entry.held, node);
+        let pieces = lacks.iter().filter_map(|n| n.rows.as_deref()).chain([fixed]);
+        let parts = pieces.map(Piece::frozen).collect::<Result<Vec<_>, _>>()?;
         let parts = parts.into_iter().map(|part| self.here(part)).collect::<Result<Vec<_>, _>>();
         let parts = self.survive(slot, parts)?;
         let thawed = self.program.thaw(slot, &parts);
@@ -108,17 +120,7 @@ impl Engine {
             held.truncate(first.depth);
             held.extend(lacks);
         }
-        *entry = Slot {
-            chain: Some(Arc::clone(&capsule.0.node)),
-            tail: Vec::new(),
-            history: capsule.0.node.history.clone(),
-            events: Vec::new(),
-            held,
-            failure: None,
-            base: Some(Arc::clone(&capsule.0)),
-            tainted: false,
-        };
-        Ok(())
+        Ok(held)
     }
 
     /// Tokens of the capsule whose rows lie in the slot's memory already: a restore into this slot copies only the rest.
@@ -203,106 +205,4 @@ impl Engine {
         }
         Ok(slot)
     }
-
-    /// Returns a slot to an earlier position of its own branch: the state as it was when the slot last stood there.
-    ///
-    /// The nearest earlier boundary that somebody still holds is restored, and the known tokens after it are read
-    /// again as they were read the first time, by prefill or by decode; so the bytes are the same. From a boundary
-    /// at `position` itself it costs the fixed state only.
-    ///
-    /// Settings made at `position` itself (a `begin_reply`, say) are part of that state.
-    ///
-    /// # Errors
-    /// If `position` is ahead, or behind an imported boundary whose file has no journal, nothing changes. If the device
-    /// fails the slot is empty and says so.
-    pub fn rollback(&mut self, slot: SlotId, position: u32) -> Result<(), EngineError> {
-        let entry = self.slot(slot)?;
-        let here = entry.position();
-        if entry.tainted {
-            return Err(EngineError::Tainted { slot: slot.0 });
-        }
-        if position > here {
-            return Err(EngineError::RollbackAhead {
-                slot: slot.0,
-                position: here,
-                wanted: position,
-            });
-        }
-        // Upwards from the slot, no further than the boundary that is found: a long branch costs no more than a short one.
-        let (mut boundary, mut after) = (None, Vec::new());
-        let mut next = entry.chain.as_ref();
-        while let Some(node) = next {
-            boundary = Some(node)
-                .filter(|n| n.end() <= position)
-                .and_then(|n| n.boundary())
-                .filter(|b| !b.fixed.is_away());
-            if boundary.is_some() {
-                break;
-            }
-            after.push(Arc::clone(node));
-            next = node.parent.as_ref();
-        }
-        after.reverse();
-        if let Some(node) = after.iter().find(|n| n.events.is_none()) {
-            return Err(EngineError::NoJournal { position: node.end(), wanted: position });
-        }
-        let replay = replay(&after, entry, position);
-        let start = if let Some(boundary) = boundary {
-            let from = Capsule(boundary);
-            let base = self.slot(slot)?.base.clone();
-            self.restore(slot, &from)?;
-            // What the slot was restored from stays its base while it stands behind it.
-            self.slot_mut(slot)?.base = base.or(Some(from.0.clone()));
-            from.position()
-        } else {
-            self.reset(slot)?;
-            0
-        };
-        self.replay(slot, start, replay).inspect_err(|error| self.empty(slot, &error.to_string()))
-    }
-
-    fn replay(&mut self, slot: SlotId, start: u32, replay: Replay) -> Result<(), EngineError> {
-        let mut events = replay.events.into_iter().peekable();
-        for segment in replay.history.since(start).collect::<Vec<_>>() {
-            let mut at = segment.start;
-            while at < segment.end {
-                while let Some(stamped) = events.next_if(|e| e.position <= at) {
-                    self.event(slot, stamped.event)?;
-                }
-                let stop = events.peek().map_or(segment.end, |e| e.position.min(segment.end));
-                let tokens = &replay.tokens[(at - start) as usize..(stop - start) as usize];
-                match segment.origin {
-                    Origin::Prefill => {
-                        self.append(slot, tokens, &mut |_| std::ops::ControlFlow::Continue(()))?;
-                    }
-                    Origin::Decode => {
-                        for token in tokens {
-                            self.step_forced(slot, *token)?;
-                        }
-                    }
-                }
-                at = stop;
-            }
-        }
-        for stamped in events {
-            self.event(slot, stamped.event)?;
-        }
-        Ok(())
-    }
-}
-
-/// What was read and set after the nodes before `nodes`, up to `position`.
-fn replay(nodes: &[Arc<RowNode>], slot: &Slot, position: u32) -> Replay {
-    let mut tokens: Vec<u32> = nodes
-        .iter()
-        .flat_map(|n| n.tokens.iter().copied())
-        .chain(slot.tail.iter().copied())
-        .collect();
-    let start = slot.position() - tokens.len() as u32;
-    tokens.truncate((position - start) as usize);
-    let events = nodes.iter().flat_map(|n| n.events.iter().flatten()).chain(&slot.events);
-    let events = events.filter(|e| e.position <= position).cloned().collect();
-    let mut history = slot.history.clone();
-    history.truncate(position);
-    Replay { tokens, events, history }
 }

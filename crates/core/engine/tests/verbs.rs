@@ -143,6 +143,129 @@ fn rollback_passes_over_dropped_and_tokenless_boundaries() {
     ));
 }
 
+/// Every State byte of a slot.
+type State = Vec<(String, Vec<u8>)>;
+
+/// A reply of 60 tokens with a waypoint every 8, settings changed in its middle; bytes and logits at every position.
+fn reply_with_waypoints(engine: &mut Engine) -> (SlotId, Capsule, Vec<State>) {
+    let slot = engine.create_slot().unwrap();
+    append(engine, slot, &tokens(10, 2));
+    let asked = engine.snapshot(slot).unwrap();
+    engine.configure(slot, &sampled(4)).unwrap();
+    engine.begin_reply(slot).unwrap();
+    let mut states = vec![engine.state_bytes(slot).unwrap()];
+    for n in 1..=60 {
+        engine.step(slot).unwrap();
+        if n == 24 || n == 37 {
+            // After the waypoint at 24, at no waypoint at 37.
+            if n == 24 {
+                assert!(engine.add_waypoint(slot).unwrap());
+            }
+            engine.reseed(slot, 900 + n).unwrap();
+        } else if n % 8 == 0 {
+            assert!(engine.add_waypoint(slot).unwrap());
+            assert!(!engine.add_waypoint(slot).unwrap(), "it is there");
+        }
+        states.push(engine.state_bytes(slot).unwrap());
+    }
+    (slot, asked, states)
+}
+
+fn launches(engine: &Engine) -> u64 {
+    engine.counters().launches
+}
+
+#[test]
+fn a_rollback_inside_a_reply_starts_from_a_waypoint_and_rebuilds_the_bytes() {
+    for frozen in [false, true] {
+        let mut engine = engine();
+        let (slot, asked, states) = reply_with_waypoints(&mut engine);
+        // Either the reply lies in the slot's tail, or a snapshot has made a node of it.
+        let held = frozen.then(|| engine.snapshot(slot).unwrap());
+        let passed = engine.waypoints(slot).unwrap().filter(|_| frozen);
+        assert_eq!(passed.as_ref().map(|w| w.positions().len()), frozen.then_some(7));
+        for kept in [59, 57, 40, 39, 25, 24, 23, 8, 7, 0] {
+            if let Some(capsule) = &held {
+                engine.restore(slot, capsule).unwrap();
+            }
+            let before = launches(&engine);
+            engine.rollback(slot, 10 + kept as u32).unwrap();
+            let read = launches(&engine) - before;
+            // The tokens since the waypoint, and the settings.
+            assert!(read <= 7 + 3, "{kept}: {read} launches");
+            assert!(engine.state_bytes(slot).unwrap() == states[kept], "{kept}");
+        }
+        // What follows from such a state is of the same lineage as if nothing had been cut.
+        if let Some(capsule) = &held {
+            engine.restore(slot, capsule).unwrap();
+            engine.rollback(slot, 10 + 44).unwrap();
+            let cut = engine.snapshot(slot).unwrap();
+            assert_eq!(engine.waypoints(slot).unwrap().unwrap().positions().len(), 5);
+            let twin = engine.create_slot().unwrap();
+            engine.restore(twin, &asked).unwrap();
+            engine.configure(twin, &sampled(4)).unwrap();
+            engine.begin_reply(twin).unwrap();
+            for n in 1..=44 {
+                engine.step(twin).unwrap();
+                if n == 24 || n == 37 {
+                    engine.reseed(twin, 900 + n).unwrap();
+                }
+            }
+            let straight = engine.snapshot(twin).unwrap();
+            assert!(export(&engine, &cut) == export(&engine, &straight), "file and journal");
+        }
+    }
+}
+
+#[test]
+fn waypoints_go_with_whoever_holds_them_and_count() {
+    let mut engine = engine();
+    let (slot, asked, states) = reply_with_waypoints(&mut engine);
+    let with = engine.capsule_bytes().0;
+    engine.keep_waypoints(slot, |position| position % 16 == 10).unwrap();
+    let fixed = asked.fixed_bytes();
+    assert_eq!(with - engine.capsule_bytes().0, 4 * fixed);
+    let capsule = engine.snapshot(slot).unwrap();
+    let held = engine.waypoints(slot).unwrap().unwrap();
+    assert_eq!((held.positions(), held.bytes()), (vec![26, 42, 58], 3 * fixed));
+    engine.restore(slot, &asked).unwrap();
+    assert!(engine.waypoints(slot).unwrap().is_none());
+    let with = engine.capsule_bytes().0;
+    drop(held);
+    assert_eq!(with - engine.capsule_bytes().0, 3 * fixed);
+    // Without them the reply is read again from its beginning, to the same bytes.
+    engine.restore(slot, &capsule).unwrap();
+    let before = launches(&engine);
+    engine.rollback(slot, 10 + 40).unwrap();
+    assert!(launches(&engine) - before >= 40);
+    assert!(engine.state_bytes(slot).unwrap() == states[40]);
+}
+
+#[test]
+fn a_rollback_goes_step_by_step_and_others_go_on_between() {
+    let mut engine = engine();
+    let (slot, _asked, states) = reply_with_waypoints(&mut engine);
+    engine.keep_waypoints(slot, |_| false).unwrap();
+    let other = engine.create_slot().unwrap();
+    append(&mut engine, other, &tokens(5, 8));
+    let mut rollback = engine.begin_rollback(slot, 10 + 30).unwrap();
+    let mut steps = 0;
+    while engine.advance(&mut rollback).unwrap() {
+        steps += 1;
+        assert_eq!(rollback.left(), 30 - steps);
+        engine.step(other).unwrap();
+    }
+    assert_eq!(steps, 29);
+    assert!(engine.state_bytes(slot).unwrap() == states[30]);
+    let mut broken = engine.begin_rollback(slot, 10 + 5).unwrap();
+    engine.advance(&mut broken).unwrap();
+    engine.step(slot).unwrap();
+    assert!(matches!(
+        engine.advance(&mut broken),
+        Err(EngineError::RollbackBroken { position: 12, expected: 11, .. })
+    ));
+}
+
 #[test]
 fn an_unchanged_slot_snapshots_to_the_same_capsule_and_memory_returns() {
     let mut engine = engine();

@@ -17,7 +17,7 @@ pub(crate) fn run(command: CapsuleCommand, global: &GlobalArgs) -> anyhow::Resul
         CapsuleCommand::Verify(args) => verify(&args),
         CapsuleCommand::Save(args) => save(&args, global),
         CapsuleCommand::Load(args) => store::load_one(&args, global),
-        CapsuleCommand::List(args) => store::list(&args),
+        CapsuleCommand::List(args) => store::list(&args.list, args.all),
         CapsuleCommand::Tree(args) => store::tree(&args),
         CapsuleCommand::Export(args) => store::export(&args),
         CapsuleCommand::Import(args) => store::import(&args),

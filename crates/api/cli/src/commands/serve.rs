@@ -95,6 +95,7 @@ pub(crate) fn run(args: &ServeArgs, global: &GlobalArgs) -> anyhow::Result<()> {
         keys,
         cors: args.cors.clone(),
         caching: !args.no_capsules,
+        host_capsule_bytes: args.host_capsule_mib.saturating_mul(1 << 20),
         store,
         warm: args.warm.clone(),
         ..Config::default()

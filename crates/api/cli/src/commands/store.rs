@@ -177,20 +177,28 @@ fn unreadable(catalog: &Catalog) -> anyhow::Result<()> {
     if whole { Ok(()) } else { Err(Failed.into()) }
 }
 
-pub(crate) fn list(args: &StoreListArgs) -> anyhow::Result<()> {
+/// Whether a server keeps this name on its own, as docs/server.md says. What clients pinned is theirs.
+fn automatic(name: &str) -> bool {
+    ["server session ", "server response ", "server boundary "].iter().any(|p| name.starts_with(p))
+}
+
+pub(crate) fn list(args: &StoreListArgs, all: bool) -> anyhow::Result<()> {
     let store = open_read_only(&args.store)?;
     let catalog = store.store().catalog()?;
     let names = names(&catalog);
+    let kept = |id: &CapsuleId| names.get(id).is_some_and(|n| n.iter().all(|n| automatic(n)));
+    let (shown, hidden): (Vec<_>, Vec<_>) =
+        catalog.capsules.iter().partition(|listed| all || !kept(&listed.capsule.id));
     let (rows, fixed) = catalog.state_bytes();
     if args.json {
-        let capsules: Vec<Value> = catalog.capsules.iter().map(|l| describe(l, &names)).collect();
+        let capsules: Vec<Value> = shown.iter().map(|l| describe(l, &names)).collect();
         let damaged: Vec<Value> = catalog
             .unreadable
             .iter()
             .map(|(id, damaged)| json!({ "id": id.to_string(), "problem": damaged.to_string() }))
             .collect();
         output::json(&json!({
-            "store": store.place(), "capsules": capsules, "unreadable": damaged,
+            "store": store.place(), "capsules": capsules, "hidden": hidden.len(), "unreadable": damaged,
             "row_bytes": rows, "fixed_bytes": fixed,
         }))?;
         return unreadable(&catalog);
@@ -202,7 +210,7 @@ pub(crate) fn list(args: &StoreListArgs) -> anyhow::Result<()> {
         columns.push("text");
     }
     let mut table = Table::new(&columns);
-    for listed in &catalog.capsules {
+    for listed in &shown {
         let capsule = &listed.capsule;
         let mut row = vec![
             names.get(&capsule.id).map_or_else(|| "-".to_owned(), |n| n.join(", ")),
@@ -224,12 +232,18 @@ pub(crate) fn list(args: &StoreListArgs) -> anyhow::Result<()> {
         output::bytes(rows),
         output::bytes(fixed)
     ))?;
+    if !hidden.is_empty() {
+        let count = hidden.len();
+        output::line(format!(
+            "{count} of them, kept by a server, are not shown; --all shows them"
+        ))?;
+    }
     unreadable(&catalog)
 }
 
 pub(crate) fn tree(args: &StoreListArgs) -> anyhow::Result<()> {
     if args.json {
-        return list(args);
+        return list(args, true);
     }
     let store = open_read_only(&args.store)?;
     let catalog = store.store().catalog()?;

@@ -181,7 +181,9 @@ pub(crate) async fn import(
     if body.is_empty() {
         return Err(ApiError::invalid("the body must be a capsule file"));
     }
-    let capsule = app.call(move |worker| Ok(worker.model.engine.import(&body)?)).await?;
+    let capsule = app
+        .call(move |worker| worker.load(|worker| Ok(worker.model.engine.import(&body)?)))
+        .await?;
     let named = NamedCapsule {
         key: caller.key,
         created: now(),

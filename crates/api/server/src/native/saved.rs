@@ -12,7 +12,7 @@ use crate::app::{App, Caller, blocking};
 use crate::durable::{Durable, Record};
 use crate::error::{ApiError, ApiResult};
 use crate::start::{from_hex, to_hex};
-use crate::vault::{LastReply, NamedCapsule, Session, SessionState, Vault};
+use crate::vault::{LastReply, MessageEnd, NamedCapsule, Session, SessionState, Vault};
 use crate::worker::Worker;
 
 /// How often what was removed from the store is deleted.
@@ -25,7 +25,8 @@ fn record(session: &Session) -> (Value, Option<Capsule>) {
     let reply = state.reply.as_ref().map(|r| json!({ "start": r.start, "tokens": r.tokens }));
     let record = json!({
         "key": to_hex(&session.key), "created": session.created, "parent": session.parent,
-        "messages": state.messages, "tools": state.tools, "reply": reply,
+        "messages": state.messages, "ends": state.ends, "origin": state.origin, "tools": state.tools, "reply": reply,
+        "closed": mark.is_some_and(|m| m.closed),
         "position": mark.map_or(0, |m| m.capsule.position()), "end_token": mark.and_then(|m| m.end_token),
     });
     (record, mark.map(|m| m.capsule.clone()))
@@ -37,15 +38,23 @@ fn session(record: &Value, capsule: Option<Capsule>) -> Option<Session> {
     let list = |name: &str| record[name].as_array().cloned().unwrap_or_default();
     let tokens = serde_json::from_value::<Vec<u32>>(record["reply"]["tokens"].clone()).ok();
     let start = record["reply"]["start"].as_u64().map(|start| start as u32);
+    let position = capsule.as_ref().map_or(0, Capsule::position);
+    let messages = list("messages");
+    let mut ends: Vec<Option<MessageEnd>> =
+        serde_json::from_value(record["ends"].clone()).unwrap_or_default();
+    ends.retain(|end| end.is_none_or(|end| end.position <= position));
+    ends.resize(messages.len(), None);
     let mut state = SessionState {
-        messages: list("messages"),
+        messages,
+        ends,
+        origin: record["origin"].as_u64().map_or(0, |origin| origin as u32).min(position),
         tools: list("tools"),
         reply: start.zip(tokens).map(|(start, tokens)| LastReply { start, tokens }),
         ..SessionState::default()
     };
     let end = record["end_token"].as_u64().map(|t| t as u32);
     if let Some(capsule) = capsule {
-        add_mark(&mut state, "parked", capsule, end);
+        add_mark(&mut state, "parked", capsule, end, record["closed"] == true);
     }
     let created = record["created"].as_u64().unwrap_or_default();
     let parent = record["parent"].as_str().map(str::to_owned);
@@ -100,7 +109,7 @@ pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResul
         .call(move |worker| {
             let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
             let load = |worker: &mut Worker| durable.capsule(&mut worker.model, "session", &which);
-            Ok(if read { Some(worker.with_room(load)?) } else { None })
+            Ok(if read { Some(worker.load(load)?) } else { None })
         })
         .await?;
     let session = session(&record, capsule).ok_or_else(missing)?;
@@ -141,7 +150,7 @@ pub(crate) fn bring_back(
     let of = |kind: &'static str| records.iter().filter(move |r| r.kind == kind);
     for Record { id, value: record, .. } in of("capsule") {
         let key = record["key"].as_str().and_then(from_hex);
-        let loaded = durable.capsule(&mut worker.model, "capsule", id);
+        let loaded = worker.load(|worker| durable.capsule(&mut worker.model, "capsule", id));
         match (key, loaded) {
             (Some(key), Ok(capsule)) => {
                 let text = |name: &str| record[name].as_str().map(str::to_owned);
@@ -152,7 +161,7 @@ pub(crate) fn bring_back(
                     NamedCapsule { key, created, name, parent, pinned: true, capsule },
                 );
             }
-            (_, Err(error)) => tracing::warn!(%error, "a pinned capsule was not brought back"),
+            (_, Err(error)) => tracing::warn!(?error, "a pinned capsule was not brought back"),
             _ => {}
         }
     }
@@ -162,14 +171,15 @@ pub(crate) fn bring_back(
             continue;
         }
         let read = record["position"].as_u64() != Some(0);
-        let loaded = read.then(|| durable.capsule(&mut worker.model, "session", id)).transpose();
+        let load = |worker: &mut Worker| durable.capsule(&mut worker.model, "session", id);
+        let loaded = read.then(|| worker.load(load)).transpose();
         match loaded {
             Ok(capsule) => {
                 if let Some(session) = session(record, capsule) {
                     vault.add_session(id, session);
                 }
             }
-            Err(error) => tracing::warn!(%error, "a session was not brought back"),
+            Err(error) => tracing::warn!(?error, "a session was not brought back"),
         }
     }
 }

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use ampoule::{Capsule, EncodeOptions, FinishReason};
 use axum::extract::{Path, Request, State};
@@ -10,6 +9,7 @@ use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use axum::{Extension, Json};
 use serde_json::{Map, Value, json};
+use tokio::sync::oneshot;
 
 use super::capsules::named;
 use super::{Answer, AppState, Caught, fields, forget, saved};
@@ -17,9 +17,9 @@ use crate::app::{App, Caller, Generation, Tally, blocking, new_id, now};
 use crate::cache::Space;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
-use crate::prompt::{ModelInfo, Prompt, messages};
+use crate::prompt::{Before, ModelInfo, Prompt, messages};
 use crate::sse::{self, Events};
-use crate::vault::{LastReply, Mark, Session, SessionState};
+use crate::vault::{LastReply, Mark, MessageEnd, Session, SessionState};
 use crate::worker::{End, OnEnd, Start};
 
 /// Marks of a session at most: older ones go.
@@ -64,14 +64,23 @@ pub(super) fn add_mark(
     kind: &str,
     capsule: Capsule,
     end_token: Option<u32>,
-) -> String {
-    let id = new_id("bnd_");
-    let messages = state.messages.len();
-    state.marks.push(Mark { id: id.clone(), kind: kind.to_owned(), capsule, end_token, messages });
+    closed: bool,
+) {
+    let (id, kind, messages) = (new_id("bnd_"), kind.to_owned(), state.messages.len());
+    let mark = Mark { id, kind, capsule, end_token, messages, closed, waypoints: None };
+    state.marks.push(mark);
     if state.marks.len() > MARKS {
         state.marks.remove(0);
     }
-    id
+}
+
+/// Makes a session one that begins with a capsule.
+fn begin_with(state: &mut SessionState, capsule: Capsule) {
+    state.marks.clear();
+    state.cut_messages(0);
+    state.reply = None;
+    state.origin = capsule.position();
+    add_mark(state, "capsule", capsule, None, false);
 }
 
 pub(super) fn session_object(id: &str, session: &Session) -> Value {
@@ -110,7 +119,7 @@ pub(crate) async fn create_session(
     let mut parent = None;
     if let Some(which) = from {
         let (id, named) = named(&app, &caller, &which)?;
-        add_mark(&mut state, "capsule", named.capsule, None);
+        begin_with(&mut state, named.capsule);
         parent = Some(id);
     }
     let id = new_id("sess_");
@@ -186,55 +195,89 @@ fn read_input(
             Ok(plain(info.tokenizer.encode(text, options).map_err(ampoule::Error::from)?))
         }
         Input::Messages(new) => {
-            let tools = ModelInfo::tools(state.tools.clone())?;
-            let Some(mark) = state.marks.last() else {
-                return info.chat(space, new, &tools, &Map::new());
-            };
-            let mut known = state.messages.clone();
-            if known.last().is_none_or(|m| m["role"] != "assistant") {
-                // A state that came as text or as a capsule: any conversation stands for it.
-                known = vec![
-                    json!({ "role": "user", "content": "stand-in" }),
-                    json!({ "role": "assistant", "content": "stand-in" }),
-                ];
-            }
-            let prompt =
-                info.continuation(space, &known, new, &tools, &Map::new(), mark.end_token)?;
-            prompt.ok_or_else(|| {
+            let last = state.marks.last();
+            let end = last.map(|mark| (mark.end_token, mark.closed));
+            added(info, space, state, state.messages.len(), end, new, true)?.ok_or_else(|| {
                 ApiError::conflict("the chat template rewrites what was said before, so these messages cannot follow this state")
             })
         }
     }
 }
 
-/// Tells of a reply's end to its session, wherever the client is.
-fn commit(busy: Arc<Busy>, info: Arc<ModelInfo>, input: Input, kind: &'static str) -> OnEnd {
+/// What the template adds for `new` messages to a session's state after its first `known` ones, and for the reply to them if
+/// `reply`. `end` is how that state ends: the end token of a reply, and whether a message is whole there; `None` where it is
+/// empty.
+fn added(
+    info: &ModelInfo,
+    space: &Space,
+    state: &SessionState,
+    known: usize,
+    end: Option<(Option<u32>, bool)>,
+    new: &[Value],
+    reply: bool,
+) -> ApiResult<Option<Prompt>> {
+    let tools = ModelInfo::tools(state.tools.clone())?;
+    let known = &state.messages[..known];
+    // A state that came as text or as a capsule: any conversation stands for it.
+    let stand_in = [
+        json!({ "role": "user", "content": "stand-in" }),
+        json!({ "role": "assistant", "content": "stand-in" }),
+    ];
+    let before = match end {
+        None => Before::Nothing,
+        Some((_, true)) => Before::Message(known),
+        Some((token, false)) => {
+            let replied = known.last().is_some_and(|m| m["role"] == "assistant");
+            Before::Reply(if replied { known } else { &stand_in }, token)
+        }
+    };
+    info.added(space, before, new, &tools, &Map::new(), reply)
+}
+
+/// Tells of a reply's end to its session, wherever the client is; `done` hears whether the session has it.
+fn commit(
+    busy: Arc<Busy>,
+    info: Arc<ModelInfo>,
+    input: Input,
+    kind: &'static str,
+    done: oneshot::Sender<ApiResult<()>>,
+) -> OnEnd {
     Box::new(move |end: ApiResult<End>| {
         let session = Arc::clone(&busy.0);
-        if let Ok(end) = end {
+        let outcome = end.map(|end| {
             let mut state = session.lock();
             let chat = matches!(input, Input::Messages(_));
+            let position = end.capsule.position();
+            let start = position - end.reply.len() as u32;
+            let ended = |position| Some(MessageEnd { position, closed: false });
             if let Input::Messages(new) = input {
                 state.messages.extend(new);
+                let count = state.messages.len();
+                state.ends.resize(count - 1, None);
+                state.ends.push(ended(start));
             }
-            if let Some(asked) = end.asked
-                && !end.reply.is_empty()
-            {
-                let start = asked.position();
-                add_mark(&mut state, "input", asked, None);
-                state.reply = Some(LastReply { start, tokens: end.reply.clone() });
+            state.reply = (kind == "reply").then(|| LastReply { start, tokens: end.reply.clone() });
+            if !end.reply.is_empty() {
+                if let Some(asked) = end.asked {
+                    add_mark(&mut state, "input", asked, None, false);
+                }
+                state.drop_waypoints();
+                if chat || !state.messages.is_empty() {
+                    let words: Vec<u32> =
+                        end.reply.iter().copied().filter(|t| !info.tokenizer.is_eos(*t)).collect();
+                    let said = info.tokenizer.decode(&words);
+                    state.messages.push(json!({ "role": "assistant", "content": said }));
+                    state.ends.push(ended(position));
+                }
             }
-            if !end.reply.is_empty() && (chat || !state.messages.is_empty()) {
-                let words: Vec<u32> =
-                    end.reply.iter().copied().filter(|t| !info.tokenizer.is_eos(*t)).collect();
-                state
-                    .messages
-                    .push(json!({ "role": "assistant", "content": info.tokenizer.decode(&words) }));
+            add_mark(&mut state, kind, end.capsule, end.eos, false);
+            if let Some(mark) = state.marks.last_mut().filter(|_| !end.reply.is_empty()) {
+                mark.waypoints = end.waypoints;
             }
-            add_mark(&mut state, kind, end.capsule, end.eos);
-        }
+        });
         // After the state has changed others may work on it.
         drop(busy);
+        let _ = done.send(outcome);
     })
 }
 
@@ -255,13 +298,28 @@ pub(crate) async fn append(
     }
     let mut wanted = app.wanted(&mut Fields::of(json!({}), "")?, &caller, &[], Some(0))?;
     wanted.reply.max_tokens = 0;
-    let (mut generation, session, busy) =
+    let Launched { mut generation, session, busy, ended } =
         launch(&app, &caller, &id, input, wanted, "append").await?;
     let mut tally = Tally::new(&generation);
     while generation.step(&mut tally).await?.is_some() {}
+    committed(ended).await?;
     saved::save(&app, &id, &session).await?;
     drop(busy);
     Ok(Json(session_object(&id, &session)).into_response())
+}
+
+/// A call on a session that the engine works on.
+struct Launched {
+    generation: Generation,
+    session: Arc<Session>,
+    busy: Arc<Busy>,
+    /// Told when the session stands where the call left it.
+    ended: oneshot::Receiver<ApiResult<()>>,
+}
+
+/// That a session has what a call added.
+async fn committed(ended: oneshot::Receiver<ApiResult<()>>) -> ApiResult<()> {
+    ended.await.map_err(|_| ApiError::stopping())?
 }
 
 async fn launch(
@@ -271,7 +329,7 @@ async fn launch(
     input: Input,
     wanted: crate::app::Wanted,
     kind: &'static str,
-) -> ApiResult<(Generation, Arc<Session>, Arc<Busy>)> {
+) -> ApiResult<Launched> {
     let permit = app.place()?;
     let session = session(app, caller, id).await?;
     let busy = Arc::new(Busy::take(&session)?);
@@ -286,11 +344,12 @@ async fn launch(
         Some(capsule) => Start::After(capsule.clone()),
         None => Start::Prompt { marks: prompt.marks },
     };
-    let on_end = commit(Arc::clone(&busy), Arc::clone(&app.info), input, kind);
+    let (done, ended) = oneshot::channel();
+    let on_end = commit(Arc::clone(&busy), Arc::clone(&app.info), input, kind, done);
     let generation =
         app.generate(caller, permit, wanted, start, prompt.tokens, None, Some(on_end))?;
     session.lock().interrupt = Some(Arc::clone(&generation.interrupt));
-    Ok((generation, session, busy))
+    Ok(Launched { generation, session, busy, ended })
 }
 
 pub(crate) async fn generate(
@@ -307,7 +366,7 @@ pub(crate) async fn generate(
     }
     let stream = fields.take::<bool>("stream")?.unwrap_or(false);
     fields.finish()?;
-    let (mut generation, session, busy) =
+    let Launched { mut generation, session, busy, ended } =
         launch(&app, &caller, &id, input, wanted, "reply").await?;
     let mut tally = Tally::new(&generation);
     let (mut text, mut tokens, mut finish) = (String::new(), Vec::new(), None);
@@ -320,6 +379,11 @@ pub(crate) async fn generate(
             text.push_str(&step.text);
             finish = step.finished.or(finish);
         }
+        let outcome = committed(ended).await;
+        // An interruption that came before the prompt was read leaves the session as it was.
+        if tally.generated > 0 || finish != Some(FinishReason::Cancelled) {
+            outcome?;
+        }
         saved::save(&app, &id, &session).await?;
         drop(busy);
         let finish = finish.ok_or_else(ApiError::stopping)?;
@@ -331,17 +395,32 @@ pub(crate) async fn generate(
     let sent = Arc::clone(&generation.sent);
     let (events, response) = sse::response(Arc::clone(&sent));
     tokio::spawn(async move {
-        let delivered = deliver(&app, &id, &session, generation, &events).await;
-        drop(events);
-        if !delivered {
-            // The reply may have ended before anybody saw that the client had gone. Its state has changed once the engine
-            // has let go of the session; then it is cut to what went out.
-            while Arc::strong_count(&busy) > 1 {
-                tokio::time::sleep(Duration::from_millis(2)).await;
+        let mut tally = Tally::new(&generation);
+        let told = deltas(generation, &mut tally, &events).await;
+        // The session stands where the engine left it: at the end, or, if it saw that the client had gone, at what went out.
+        let outcome = committed(ended).await;
+        let added = outcome.is_ok();
+        let begun = tally.generated > 0 || !matches!(told, Some(Ok(FinishReason::Cancelled)));
+        let here = match (told, outcome) {
+            (None, _) => false,
+            (Some(Err(error)), _) => events.event("error", &error.body(), 0).await,
+            (Some(Ok(_)), Err(error)) if begun => events.event("error", &error.body(), 0).await,
+            (Some(Ok(finish)), _) => {
+                // Saved before the client is told that the reply is complete.
+                let object = match saved::save(&app, &id, &session).await {
+                    Ok(()) => reply_object(&id, &session, &tally, finish),
+                    Err(error) => error.body(),
+                };
+                events.event("done", &object, tally.generated as u64).await
             }
-            let reply = session.lock().reply.clone();
+        };
+        drop(events);
+        if !here {
+            // The reply may have ended before anybody saw that the client had gone.
             let sent = sent.load(Ordering::Acquire) as usize;
-            if let Some(reply) = reply.filter(|reply| reply.tokens.len() > sent)
+            let reply = session.lock().reply.clone();
+            let more = reply.filter(|reply| added && reply.tokens.len() > sent);
+            if let Some(reply) = more
                 && let Err(error) = shorten(&app, &session, &reply, sent).await
             {
                 tracing::warn!(?error, "a session could not be cut to what was sent");
@@ -355,26 +434,18 @@ pub(crate) async fn generate(
     Ok(response)
 }
 
-/// Sends a reply as events; false if the client went away before its end. The session is saved before the client is told
-/// that the reply is complete.
-async fn deliver(
-    app: &Arc<App>,
-    id: &str,
-    session: &Session,
+/// Sends a reply as events; how it ended, and `None` if the client went away before that.
+async fn deltas(
     mut generation: Generation,
+    tally: &mut Tally,
     events: &Events,
-) -> bool {
-    let mut tally = Tally::new(&generation);
+) -> Option<ApiResult<FinishReason>> {
     let mut finish = None;
     loop {
-        let step = match generation.step_for(events, &mut tally).await {
-            None => return false,
-            Some(Err(error)) => {
-                events.event("error", &error.body(), 0).await;
-                return true;
-            }
-            Some(Ok(None)) => break,
-            Some(Ok(Some(step))) => step,
+        let step = match generation.step_for(events, tally).await? {
+            Err(error) => return Some(Err(error)),
+            Ok(None) => return Some(finish.ok_or_else(ApiError::stopping)),
+            Ok(Some(step)) => step,
         };
         finish = step.finished.or(finish);
         if step.token.is_some() {
@@ -386,15 +457,9 @@ async fn deliver(
         let tokens: Vec<u32> = step.token.into_iter().collect();
         let delta = json!({ "text": step.text, "tokens": tokens });
         if !events.event("delta", &delta, tally.generated as u64).await {
-            return false;
+            return None;
         }
     }
-    let object = match (finish, saved::save(app, id, session).await) {
-        (Some(finish), Ok(())) => reply_object(id, session, &tally, finish),
-        (None, _) => ApiError::stopping().body(),
-        (_, Err(error)) => error.body(),
-    };
-    events.event("done", &object, tally.generated as u64).await
 }
 
 fn reply_object(id: &str, session: &Session, tally: &Tally, finish: FinishReason) -> Value {
@@ -432,7 +497,13 @@ fn heard(info: &ModelInfo, tokens: &[u32], text: &str) -> ApiResult<usize> {
         return Err(ApiError::param("heard_text", "'heard_text' is not how the last reply begins"));
     }
     let fits = |n: &usize| info.tokenizer.decode(&tokens[..*n]).len() <= text.len();
-    Ok((0..=tokens.len()).rev().find(fits).unwrap_or(0))
+    let (mut low, mut high) = (0, tokens.len() + 1);
+    while high - low > 1 {
+        let middle = low.midpoint(high);
+        if fits(&middle) { low = middle } else { high = middle }
+    }
+    // A character in pieces may be longer than the whole: one of the next counts of tokens can fit again.
+    Ok((low..=(low + 8).min(tokens.len())).rev().find(fits).unwrap_or(low))
 }
 
 pub(crate) async fn truncate(
@@ -455,7 +526,10 @@ pub(crate) async fn truncate(
             let text = format!("the last reply has {} tokens", reply.tokens.len());
             return Err(ApiError::param("heard_tokens", text));
         }
-        (None, Some(text)) => heard(&app.info, &reply.tokens, &text)?,
+        (None, Some(text)) => {
+            let (info, tokens) = (Arc::clone(&app.info), reply.tokens.clone());
+            blocking(move || heard(&info, &tokens, &text)).await?
+        }
         _ => {
             return Err(ApiError::param(
                 "heard_tokens",
@@ -463,66 +537,151 @@ pub(crate) async fn truncate(
             ));
         }
     };
-    shorten(&app, &session, &reply, kept).await?;
+    let replayed = shorten(&app, &session, &reply, kept).await?;
     saved::save(&app, &id, &session).await?;
     drop(busy);
     let mut object = session_object(&id, &session);
     object["heard_tokens"] = json!(kept);
+    object["tokens_replayed"] = json!(replayed);
     Ok(Json(object).into_response())
 }
 
-/// Cuts the last reply to its first tokens.
+/// Cuts the last reply to its first tokens; returns how many were read again.
 async fn shorten(
     app: &Arc<App>,
     session: &Arc<Session>,
     reply: &LastReply,
     kept: usize,
-) -> ApiResult<()> {
-    back_to(app, session, reply.start + kept as u32, "truncate").await?;
+) -> ApiResult<u32> {
+    let place = MessageEnd { position: reply.start + kept as u32, closed: false };
+    let known = session.lock().messages.len();
+    let replayed = back_to(app, session, place, known, "truncate").await?;
     let mut state = session.lock();
     let tokens = reply.tokens[..kept].to_vec();
     if let Some(last) = state.messages.last_mut().filter(|m| m["role"] == "assistant") {
         last["content"] = json!(app.info.tokenizer.decode(&tokens));
-    }
-    // The boundary was made before the message was known to be there.
-    let known = state.messages.len();
-    if let Some(mark) = state.marks.last_mut() {
-        mark.messages = known;
+        if let Some(end) = state.ends.last_mut() {
+            *end = Some(place);
+        }
     }
     state.reply = Some(LastReply { start: reply.start, tokens });
-    Ok(())
+    Ok(replayed)
 }
 
-/// Rolls a session back to a position of its own branch.
+/// Rolls a session back to a place of its own branch, where it had `messages` messages; returns how many tokens were read
+/// again.
 async fn back_to(
     app: &Arc<App>,
     session: &Arc<Session>,
-    position: u32,
+    place: MessageEnd,
+    messages: usize,
     kind: &'static str,
-) -> ApiResult<()> {
+) -> ApiResult<u32> {
+    let MessageEnd { position, closed } = place;
     let head = session.lock().capsule().cloned();
     let head = head.ok_or_else(|| ApiError::conflict("this session is empty"))?;
     if position > head.position() {
         let text = format!("the session stands at {}", head.position());
         return Err(ApiError::param("tokens", text));
     }
-    let capsule = app
-        .call(move |worker| {
-            if position == 0 {
-                return Ok(None);
-            }
-            worker.with_slot(Some(&head), |worker, slot| {
-                worker.model.engine.rollback(slot, position)?;
-                worker.snapshot(slot)?.map(Some).ok_or_else(ApiError::no_room)
-            })
-        })
-        .await?;
+    let cut = match position {
+        0 => None,
+        _ => Some(app.rewind(head, position).await?),
+    };
     let mut state = session.lock();
     state.marks.retain(|m| m.capsule.position() < position);
-    if let Some(capsule) = capsule {
-        add_mark(&mut state, kind, capsule, None);
+    state.cut_messages(messages);
+    let Some(cut) = cut else { return Ok(0) };
+    let last = cut.capsule.tokens().last().copied();
+    let end = last.filter(|token| !closed && app.info.tokenizer.is_eos(*token));
+    add_mark(&mut state, kind, cut.capsule, end, closed);
+    if let Some(mark) = state.marks.last_mut() {
+        mark.waypoints = cut.waypoints;
     }
-    Ok(())
+    Ok(cut.replayed)
+}
+
+/// Where the first `message` messages of a session end.
+fn message_end(
+    info: &ModelInfo,
+    space: &Space,
+    state: &SessionState,
+    message: usize,
+) -> ApiResult<MessageEnd> {
+    let end = |count: usize| match count {
+        0 => Some(MessageEnd { position: state.origin, closed: false }),
+        _ => state.ends.get(count - 1).copied().flatten(),
+    };
+    if let Some(end) = end(message) {
+        return Ok(end);
+    }
+    // It came with others in one call: what the template made of it and those before it is read in the state.
+    let found = (0..message).rev().find_map(|count| Some((count, end(count)?)));
+    let (known, from) = found.ok_or_else(ApiError::internal)?;
+    let tokens = state.capsule().map(Capsule::tokens).unwrap_or_default();
+    let at = from.position as usize;
+    let last = at.checked_sub(1).and_then(|last| tokens.get(last)).copied();
+    let ends = last.map(|token| (Some(token).filter(|t| info.tokenizer.is_eos(*t)), from.closed));
+    let new = &state.messages[known..message];
+    let prompt = added(info, space, state, known, ends, new, false)?;
+    match (prompt, tokens.get(at..)) {
+        (Some(prompt), Some(read)) if read.starts_with(&prompt.tokens) => {
+            let position = from.position + prompt.tokens.len() as u32;
+            Ok(MessageEnd { position, closed: true })
+        }
+        _ => Err(ApiError::conflict(format!(
+            "message {message} came with others in one call, and the chat template writes it otherwise where it is the last; \
+             roll back to {known}, where that call began"
+        ))),
+    }
+}
+
+/// Rolls a session back to where it had so many messages.
+async fn back_to_message(
+    app: &Arc<App>,
+    caller: &Caller,
+    session: &Arc<Session>,
+    message: usize,
+) -> ApiResult<u32> {
+    let state = session.lock().clone();
+    let known = state.messages.len();
+    if message > known {
+        let text = format!("'message' is at most {known}: the session has so many");
+        return Err(ApiError::param("message", text));
+    }
+    let (info, space) = (Arc::clone(&app.info), caller.space(None));
+    let here = state.capsule().map_or(0, Capsule::position);
+    let place = blocking(move || message_end(&info, &space, &state, message)).await?;
+    if message == known && place.position == here {
+        return Ok(0);
+    }
+    let replayed = {
+        let mut state = session.lock();
+        let is = |m: &Mark| (m.capsule.position(), m.closed) == (place.position, place.closed);
+        // The first of several: later ones have settings of the call that followed.
+        match state.marks.iter().position(is) {
+            Some(at) => {
+                state.marks.truncate(at + 1);
+                state.cut_messages(message);
+                Some(0)
+            }
+            None if place.position == 0 && state.marks.is_empty() => Some(0),
+            None => None,
+        }
+    };
+    let replayed = match replayed {
+        Some(replayed) => replayed,
+        None => back_to(app, session, place, message, "rollback").await?,
+    };
+    let mut state = session.lock();
+    state.reply = None;
+    if let Some(mark) = state.marks.last_mut() {
+        mark.messages = message;
+    }
+    if let Some(end) = message.checked_sub(1).and_then(|last| state.ends.get_mut(last)) {
+        *end = Some(place);
+    }
+    Ok(replayed)
 }
 
 pub(crate) async fn rollback(
@@ -538,37 +697,33 @@ pub(crate) async fn rollback(
     fields.finish()?;
     let session = session(&app, &caller, &id).await?;
     let busy = Busy::take(&session)?;
-    let to_mark = |state: &mut SessionState, at: usize| {
-        state.marks.truncate(at + 1);
-        let known = state.marks.last().map_or(0, |m| m.messages);
-        state.messages.truncate(known);
-        state.reply = None;
-    };
-    match (boundary, message, tokens) {
+    let replayed = match (boundary, message, tokens) {
         (Some(boundary), None, None) => {
             let mut state = session.lock();
             let at = state.marks.iter().position(|m| m.id == boundary);
             let at = at.ok_or_else(|| ApiError::not_found("boundary"))?;
-            to_mark(&mut state, at);
-        }
-        (None, Some(message), None) => {
-            let mut state = session.lock();
-            let at = state.marks.iter().rposition(|m| m.messages == message && m.kind != "input");
-            let at = at.ok_or_else(|| {
-                ApiError::param(
-                    "message",
-                    "no boundary of this session lies after so many messages",
-                )
-            })?;
-            to_mark(&mut state, at);
-        }
-        (None, None, Some(tokens)) => {
-            back_to(&app, &session, tokens, "rollback").await?;
-            let mut state = session.lock();
+            state.marks.truncate(at + 1);
+            let known = state.marks.last().map_or(0, |m| m.messages);
+            state.cut_messages(known);
             state.reply = None;
-            // What was said is known only up to a boundary.
-            let known = state.marks.iter().rev().nth(1).map_or(0, |m| m.messages);
-            state.messages.truncate(known);
+            0
+        }
+        (None, Some(message), None) => back_to_message(&app, &caller, &session, message).await?,
+        (None, None, Some(position)) => {
+            let (known, closed) = {
+                let state = session.lock();
+                let ends = state.ends.iter().enumerate().rev();
+                let mut before = ends
+                    .filter_map(|(at, e)| Some((at, (*e)?)))
+                    .filter(|(_, e)| e.position <= position);
+                before.next().map_or((0, false), |(at, end)| {
+                    (at + 1, end.closed && end.position == position)
+                })
+            };
+            let place = MessageEnd { position, closed };
+            let replayed = back_to(&app, &session, place, known, "rollback").await?;
+            session.lock().reply = None;
+            replayed
         }
         _ => {
             return Err(ApiError::param(
@@ -576,10 +731,12 @@ pub(crate) async fn rollback(
                 "give one of 'boundary', 'message' and 'tokens'",
             ));
         }
-    }
+    };
     saved::save(&app, &id, &session).await?;
     drop(busy);
-    Ok(Json(session_object(&id, &session)).into_response())
+    let mut object = session_object(&id, &session);
+    object["tokens_replayed"] = json!(replayed);
+    Ok(Json(object).into_response())
 }
 
 pub(crate) async fn fork(
@@ -622,10 +779,7 @@ pub(crate) async fn restore(
     let busy = Busy::take(&session)?;
     {
         let mut state = session.lock();
-        state.marks.clear();
-        state.messages.clear();
-        state.reply = None;
-        add_mark(&mut state, "capsule", named.capsule, None);
+        begin_with(&mut state, named.capsule);
     }
     saved::save(&app, &id, &session).await?;
     drop(busy);
