@@ -4,6 +4,8 @@
 //! Every round gives each reply under way one token and one prompt under way one chunk, so a long prompt delays a stream by
 //! one chunk at most. What one request breaks (a panic included) ends with that request.
 
+mod first;
+
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -23,6 +25,7 @@ use crate::error::{ApiError, ApiResult};
 use crate::grammar::Constraint;
 use crate::metrics::Metrics;
 use crate::prompt::{ModelInfo, boundaries};
+use first::{First, Talk};
 
 /// Tokens of a prompt that are read before other requests get their turn.
 const CHUNK: usize = 512;
@@ -30,9 +33,6 @@ const CHUNK: usize = 512;
 /// Tokens that a prompt may add to a conversation without boundaries in them: no more than these are read again if the
 /// next prompt departs from this one after all.
 const AT_ONCE: usize = 192;
-
-/// For the first token of a reply to leave before the engine takes all cores again.
-const SEND_TIME: Duration = Duration::from_micros(100);
 
 /// What is asked of the engine.
 pub(crate) enum Command {
@@ -401,18 +401,6 @@ impl Worker {
         }
     }
 
-    /// Begins the reply in a slot that has read its prompt.
-    fn reply(&mut self, id: u64, choice: u32, slot: SlotId) -> ApiResult<Phase> {
-        let shared = self.jobs.get(&id).ok_or_else(ApiError::internal)?;
-        let mut params = shared.job.params.clone();
-        params.seed =
-            params.seed.wrapping_add(u64::from(choice).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        self.model.engine.configure(slot, &params)?;
-        let reply = Box::new(Reply::begin(&mut self.model, slot, &shared.job.reply)?);
-        let constraint = shared.job.constraint.clone().map(Box::new);
-        Ok(Phase::Decode { reply, constraint, said: Vec::new(), last: Instant::now() })
-    }
-
     /// Runs something for one request: a panic becomes its error.
     fn guard<T>(&mut self, work: impl FnOnce(&mut Self) -> ApiResult<T>) -> ApiResult<T> {
         catch_unwind(AssertUnwindSafe(|| work(self))).unwrap_or_else(|panic| {
@@ -497,31 +485,24 @@ impl Worker {
             }
         }
         self.metrics.prefill_time.observe(started.elapsed());
-        let shared = self.jobs.get(&sequence.job).ok_or_else(ApiError::internal)?;
-        let (job, prompt) = (&shared.job, matches!(shared.job.start, Start::Prompt { .. }));
-        let (space, choices) = (job.space, job.choices);
-        if (job.caching && prompt) || choices > 1 || job.on_end.is_some() {
-            let tokens = if prompt && job.caching { Some(job.tokens.clone()) } else { None };
-            let capsule = self.snapshot(slot)?;
-            if let (Some(tokens), Some(capsule)) = (tokens, &capsule) {
-                self.cache.keep(&space, &tokens, capsule.clone());
-            }
-            if choices > 1 && capsule.is_none() {
-                return Err(ApiError::param(
-                    "n",
-                    "there is no memory for the boundary that choices start from",
-                ));
-            }
-            if let Some(shared) = self.jobs.get_mut(&sequence.job) {
-                shared.asked = capsule;
-            }
+        let (id, choice) = (sequence.job, sequence.choice);
+        let shared = self.jobs.get(&id).ok_or_else(ApiError::internal)?;
+        let _ = shared.job.out.send(Event::Begun(shared.begun.clone()));
+        let choices = shared.job.choices;
+        // Other choices start from the boundary, so that has to be there before anything is said.
+        let first = if choices == 1 { self.first(id, choice, slot)? } else { None };
+        self.keep_asked(id, slot)?;
+        self.choices.extend((1..choices).map(|choice| (id, choice)));
+        let Some(First { phase, token, finished }) = first else {
+            sequence.phase = self.reply(id, choice, slot)?;
+            return Ok(None);
+        };
+        self.start(id, choice, slot)?;
+        if let Some(token) = token {
+            self.model.engine.step_forced(slot, token)?;
         }
-        if let Some(shared) = self.jobs.get(&sequence.job) {
-            let _ = shared.job.out.send(Event::Begun(shared.begun.clone()));
-        }
-        self.choices.extend((1..choices).map(|choice| (sequence.job, choice)));
-        sequence.phase = self.reply(sequence.job, sequence.choice, slot)?;
-        Ok(None)
+        sequence.phase = phase;
+        Ok(finished)
     }
 
     /// A boundary, with old ones dropped for it if need be; `None` if there is no room at all.
@@ -581,39 +562,10 @@ impl Worker {
             None => reply.step(&mut self.model)?,
         };
         let Some(step) = step else { return Ok(Some(FinishReason::Stop)) };
-        if let Some(token) = step.token {
-            let now = Instant::now();
-            self.metrics.generated_tokens.add(1);
-            if shared.first.is_none() {
-                shared.first = Some(now);
-                self.metrics.ttft.observe(shared.job.arrived.elapsed());
-            } else if !said.is_empty() {
-                self.metrics.inter_token.observe(now - *last);
-            }
-            *last = now;
-            said.push(token);
-            if let Some(constraint) = constraint {
-                constraint.drawn(token, self.info.tokenizer.is_eos(token))?;
-            }
-        }
-        let first = said.len() == 1 && sequence.choice == 0;
-        let logprobs = match (logits, step.token, shared.job.logprobs) {
-            (Some(logits), Some(token), Some(top)) => Some(log_probabilities(&logits, token, top)),
-            _ => None,
-        };
-        let _ = shared.job.out.send(Event::Step(Step {
-            choice: sequence.choice,
-            token: step.token,
-            text: step.text,
-            logprobs,
-            finished: step.finished,
-            at: *last,
-        }));
-        if first {
-            // Where threads are as many as cores, whoever sends this token needs one: the next token can wait for that.
-            std::thread::sleep(SEND_TIME);
-        }
-        Ok(step.finished)
+        let finished = step.finished;
+        let talk = Talk { choice: sequence.choice, constraint, said, last };
+        talk.tell(&self.metrics, &self.info, shared, step, logits)?;
+        Ok(finished)
     }
 
     /// Ends a sequence, gives its slot back and tells whoever waits.
@@ -763,25 +715,4 @@ fn refuse(job: Job, error: ApiError) {
         on_end(Err(error.clone()));
     }
     let _ = job.out.send(Event::Failed(error));
-}
-
-fn log_probabilities(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
-    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|l| f64::from(l - highest).exp()).sum();
-    let normal = f64::from(highest) + sum.ln();
-    let value = |index: u32| {
-        let logit = logits.get(index as usize).copied().unwrap_or(f32::NEG_INFINITY);
-        // JSON has no infinity.
-        ((f64::from(logit) - normal) as f32).max(-9999.0)
-    };
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let top = top.min(order.len());
-    let descending =
-        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    if top > 0 && top < order.len() {
-        order.select_nth_unstable_by(top - 1, descending);
-    }
-    order.truncate(top);
-    order.sort_unstable_by(descending);
-    TokenLogprobs { logprob: value(token), top: order.into_iter().map(|t| (t, value(t))).collect() }
 }
