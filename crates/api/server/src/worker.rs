@@ -136,7 +136,10 @@ struct Shared {
     job: Job,
     begun: Begun,
     left: u32,
+    /// When the first and the latest token were sent, and how many there were.
     first: Option<Instant>,
+    latest: Option<Instant>,
+    told: u32,
     /// The state before the replies.
     asked: Option<Capsule>,
 }
@@ -374,7 +377,10 @@ impl Worker {
         let id = self.next_job;
         self.next_job += 1;
         let left = job.choices;
-        self.jobs.insert(id, Shared { job, begun, left, first: None, asked: None });
+        self.jobs.insert(
+            id,
+            Shared { job, begun, left, first: None, latest: None, told: 0, asked: None },
+        );
         let phase = Phase::Prefill { at, stops: stops.into(), started: Instant::now() };
         let sequence = Sequence { job: id, choice: 0, slot, phase };
         match ready {
@@ -579,6 +585,9 @@ impl Worker {
         if failed.is_none() && self.replies_exact && !said.is_empty() {
             self.keep_turn(id, slot, &said);
         }
+        if let Ok(reason) = outcome {
+            self.metrics.finish(*reason);
+        }
         if matches!(outcome, Ok(FinishReason::Cancelled)) {
             self.metrics.cancelled.add(1);
         }
@@ -643,6 +652,14 @@ impl Worker {
         }
         if shared.left == 0 {
             self.metrics.request_time.observe(shared.job.arrived.elapsed());
+            if let (Some(first), Some(latest)) = (shared.first, shared.latest) {
+                let decode = latest - first;
+                self.metrics.decode_time.observe(decode);
+                // The first tokens of other choices take steps of decode too.
+                if shared.told > 1 {
+                    self.metrics.token_time.observe(decode / (shared.told - 1));
+                }
+            }
             self.jobs.remove(&id);
             self.choices.retain(|(job, _)| *job != id);
             let (ended, going): (Vec<_>, Vec<_>) =

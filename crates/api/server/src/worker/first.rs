@@ -48,6 +48,7 @@ impl Talk<'_> {
             } else if !said.is_empty() {
                 metrics.inter_token.observe(now - *last);
             }
+            (shared.latest, shared.told) = (Some(now), shared.told + 1);
             *last = now;
             said.push(token);
             if let Some(constraint) = constraint {
