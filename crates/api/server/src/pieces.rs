@@ -10,8 +10,11 @@ use ampoule::{EncodeOptions, Tokenizer, TokenizerError};
 
 use crate::cache::Space;
 
-/// Tokens that are kept: as many again may be held by the generation before.
-const KEPT: usize = 1 << 20;
+/// Bytes of pieces that are kept: as many again may be held by the generation before.
+const KEPT: usize = 4 << 20;
+
+/// What a piece takes beside its tokens: its place in the table, which is half empty at times, and what the allocator adds.
+const PIECE: usize = 128;
 
 /// Whole texts that are kept, and their bytes at most: conversations under way come again with more behind them.
 const TEXTS: usize = 32;
@@ -24,7 +27,9 @@ struct Known {
     young: HashMap<Digest, Vec<u32>>,
     /// What was young before; what is used again becomes young.
     old: HashMap<Digest, Vec<u32>>,
+    /// Bytes of the young and of the old.
     size: usize,
+    old_size: usize,
 }
 
 impl Known {
@@ -33,16 +38,17 @@ impl Known {
             return Some(found.clone());
         }
         let found = self.old.remove(digest)?;
+        self.old_size = self.old_size.saturating_sub(4 * found.len() + PIECE);
         self.put(*digest, found.clone());
         Some(found)
     }
 
     fn put(&mut self, digest: Digest, tokens: Vec<u32>) {
-        self.size += tokens.len() + 16;
+        self.size += 4 * tokens.len() + PIECE;
         self.young.insert(digest, tokens);
         if self.size > KEPT {
             self.old = std::mem::take(&mut self.young);
-            self.size = 0;
+            self.old_size = std::mem::take(&mut self.size);
         }
     }
 }
@@ -158,6 +164,16 @@ impl Pieces {
             }
         }
         Some(pieces)
+    }
+
+    /// Bytes of what is kept, about.
+    pub(crate) fn bytes(&self) -> usize {
+        let known = {
+            let known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            known.size + known.old_size
+        };
+        let wholes = self.wholes.lock().unwrap_or_else(PoisonError::into_inner);
+        known + wholes.0.iter().map(Whole::bytes).sum::<usize>()
     }
 
     /// The text in pieces: each but the first begins with a control token.
@@ -322,14 +338,16 @@ mod tests {
     #[test]
     fn what_is_not_used_goes() {
         let mut known = Known::default();
-        let piece = |n: u8| ([n; 32], vec![u32::from(n); KEPT / 4]);
+        let piece = |n: u8| ([n; 32], vec![u32::from(n); KEPT / 16]);
         for n in 0..40 {
             let (digest, tokens) = piece(n);
             known.put(digest, tokens);
             assert!(known.get(&[0; 32]).is_some(), "used each time: {n}");
         }
         assert!(known.get(&[1; 32]).is_none());
-        let held: usize = known.young.values().chain(known.old.values()).map(Vec::len).sum();
+        let bytes = |tokens: &Vec<u32>| 4 * tokens.len() + PIECE;
+        let held: usize = known.young.values().chain(known.old.values()).map(bytes).sum();
         assert!(held <= 2 * KEPT + KEPT / 2, "{held}");
+        assert_eq!(held, known.size + known.old_size);
     }
 }

@@ -254,6 +254,11 @@ impl ModelInfo {
         (Cow::Owned(out), Vec::new())
     }
 
+    /// Bytes of texts whose tokens are kept.
+    pub(crate) fn kept_bytes(&self) -> usize {
+        self.pieces.as_ref().map_or(0, Pieces::bytes)
+    }
+
     /// Refuses ids that the model has no token for.
     pub(crate) fn known(&self, tokens: &[u32], param: &str) -> ApiResult<()> {
         match tokens.iter().find(|token| **token as usize >= self.vocabulary) {
