@@ -198,8 +198,7 @@ struct Request {
 fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     let mut fields = Fields::parse(body)?;
     app.check_model(&mut fields)?;
-    let list: Vec<Value> = fields.require("messages")?;
-    let messages = messages(list)?;
+    let messages = messages(fields.list("messages")?)?;
     let (tools, choice, parallel) = Conversation::take_tools(&mut fields, false)?;
     let format =
         Conversation::take_format(fields.value("response_format"), "response_format", false)?;
