@@ -492,11 +492,12 @@ impl Worker {
         }
         self.metrics.prefill_time.observe(started.elapsed());
         let (id, choice) = (sequence.job, sequence.choice);
-        let shared = self.jobs.get(&id).ok_or_else(ApiError::internal)?;
-        let _ = shared.job.out.send(Event::Begun(shared.begun.clone()));
-        let choices = shared.job.choices;
+        let choices = self.jobs.get(&id).ok_or_else(ApiError::internal)?.job.choices;
         // Other choices start from the boundary, so that has to be there before anything is said.
         let first = if choices == 1 { self.first(id, choice, slot)? } else { None };
+        if first.is_none() {
+            self.tell_begun(id);
+        }
         self.keep_asked(id, slot)?;
         self.choices.extend((1..choices).map(|choice| (id, choice)));
         let Some(First { phase, token, finished }) = first else {

@@ -101,6 +101,13 @@ impl Worker {
         Ok(Phase::Decode { reply, constraint, said: Vec::new(), last: Instant::now() })
     }
 
+    /// Tells how the prompt was read.
+    pub(super) fn tell_begun(&self, id: u64) {
+        if let Some(shared) = self.jobs.get(&id) {
+            let _ = shared.job.out.send(Event::Begun(shared.begun.clone()));
+        }
+    }
+
     /// Keeps the boundary at the end of a prompt, for prompts that continue it, for other choices, and for who asked.
     pub(super) fn keep_asked(&mut self, id: u64, slot: SlotId) -> ApiResult<()> {
         let shared = self.jobs.get(&id).ok_or_else(ApiError::internal)?;
@@ -150,6 +157,8 @@ impl Worker {
         let mut reply = Box::new(Reply::resume(&self.model, slot, &shared.job.reply)?);
         let step = reply.announce(&self.model, token)?;
         let (token, finished) = (step.token, step.finished);
+        // With the token and not before it: whoever is woken by this takes a core from the draw.
+        let _ = shared.job.out.send(Event::Begun(shared.begun.clone()));
         let (mut said, mut last) = (Vec::new(), Instant::now());
         let talk = Talk { choice, constraint: &mut constraint, said: &mut said, last: &mut last };
         talk.tell(&self.metrics, &self.info, shared, step, logits)?;
