@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests of the store on a real S3 server (SeaweedFS, from its PyPI wheel), which it starts and stops.
+# Runs the tests of the store, and of a server whose store lies there, on a real S3 server (SeaweedFS, from its PyPI
+# wheel), which it starts and stops.
 # AMPOULE_S3_SAVES sets how many saves and loads go through the faulty proxy (120 by default).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -51,3 +52,4 @@ if [ -z "$ready" ]; then
     exit 1
 fi
 cargo test -p ampoule-store --features s3 --test remote -- --nocapture "$@"
+AWS_ENDPOINT=$AMPOULE_S3_ENDPOINT cargo test -p ampoule-cli --features s3 --test serve_s3

@@ -14,6 +14,7 @@ use std::time::SystemTime;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Environment, ErrorKind, UndefinedBehavior};
+use serde::ser::{Serialize, SerializeMap, Serializer};
 use serde_json::{Map, Value};
 
 /// The name under which the template is kept and appears in errors.
@@ -120,19 +121,15 @@ impl ChatTemplate {
     /// # Errors
     /// [`ChatError::Refused`] with the template's own words when it calls `raise_exception`, else
     /// [`ChatError::Render`].
-    pub fn render(
+    pub fn render<M: Serialize + ?Sized>(
         &self,
-        messages: &Value,
+        messages: &M,
         tools: Option<&Value>,
         add_generation_prompt: bool,
         extra: &Map<String, Value>,
     ) -> Result<String, ChatError> {
-        let mut context = self.variables.clone();
-        context.extend(extra.iter().map(|(name, value)| (name.clone(), value.clone())));
-        context.insert("messages".to_owned(), messages.clone());
-        context.insert("tools".to_owned(), tools.cloned().unwrap_or(Value::Null));
-        context.entry("documents").or_insert(Value::Null);
-        context.insert("add_generation_prompt".to_owned(), Value::Bool(add_generation_prompt));
+        let context =
+            Variables { settings: &self.variables, extra, messages, tools, add_generation_prompt };
         let context = minijinja::Value::from(minijinja::value::Serde(context));
         let template = self
             .environment
@@ -148,6 +145,30 @@ impl ChatTemplate {
             }
             ChatError::Render(describe(&error))
         })
+    }
+}
+
+/// The variables of one rendering, as they are: a long conversation is not copied for them.
+struct Variables<'a, M: ?Sized> {
+    settings: &'a Map<String, Value>,
+    extra: &'a Map<String, Value>,
+    messages: &'a M,
+    tools: Option<&'a Value>,
+    add_generation_prompt: bool,
+}
+
+impl<M: Serialize + ?Sized> Serialize for Variables<'_, M> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(None)?;
+        // Of two values with one name the later one counts.
+        map.serialize_entry("documents", &Value::Null)?;
+        for (name, value) in self.settings.iter().chain(self.extra) {
+            map.serialize_entry(name, value)?;
+        }
+        map.serialize_entry("messages", self.messages)?;
+        map.serialize_entry("tools", self.tools.unwrap_or(&Value::Null))?;
+        map.serialize_entry("add_generation_prompt", &self.add_generation_prompt)?;
+        map.end()
     }
 }
 

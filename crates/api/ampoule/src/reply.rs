@@ -94,6 +94,20 @@ impl Reply {
         self.step_with(model, |model, slot| model.step_where(slot, allowed))
     }
 
+    /// The first step of a reply whose first token is known by [`Ampoule::first_draw`], before that token is read: what it
+    /// says. If the step has a token it must be read by
+    /// [`Engine::step_forced`](crate::Engine::step_forced) before anything else is done with the slot.
+    ///
+    /// # Errors
+    /// If there is no such slot.
+    pub fn announce(&mut self, model: &Ampoule, token: u32) -> Result<ReplyStep, Error> {
+        let (token, finished) = match self.over(model)? {
+            Some(reason) => (None, Some(reason)),
+            None => (Some(token), None),
+        };
+        Ok(self.take(model, token, finished))
+    }
+
     fn step_with(
         &mut self,
         model: &mut Ampoule,
@@ -102,13 +116,30 @@ impl Reply {
         if self.done {
             return Ok(None);
         }
-        let (token, mut finished) = if self.generated >= self.max_tokens {
-            (None, Some(FinishReason::Length))
-        } else if model.engine.position(self.slot)? as usize >= model.engine.context() {
-            (None, Some(FinishReason::Context))
-        } else {
-            (Some(draw(model, self.slot)?), None)
+        let (token, finished) = match self.over(model)? {
+            Some(reason) => (None, Some(reason)),
+            None => (Some(draw(model, self.slot)?), None),
         };
+        Ok(Some(self.take(model, token, finished)))
+    }
+
+    /// Why there can be no further token, if so.
+    fn over(&self, model: &Ampoule) -> Result<Option<FinishReason>, Error> {
+        Ok(if self.generated >= self.max_tokens {
+            Some(FinishReason::Length)
+        } else if model.engine.position(self.slot)? as usize >= model.engine.context() {
+            Some(FinishReason::Context)
+        } else {
+            None
+        })
+    }
+
+    fn take(
+        &mut self,
+        model: &Ampoule,
+        token: Option<u32>,
+        mut finished: Option<FinishReason>,
+    ) -> ReplyStep {
         self.generated += usize::from(token.is_some());
         let mut text = String::new();
         match token {
@@ -121,7 +152,7 @@ impl Reply {
                 if passed.stopped.is_some() {
                     finished = Some(FinishReason::Stop);
                     self.done = true;
-                    return Ok(Some(ReplyStep { token: Some(token), text, finished }));
+                    return ReplyStep { token: Some(token), text, finished };
                 }
             }
             None => {}
@@ -132,7 +163,7 @@ impl Reply {
             text.push_str(&passed.text);
             text.push_str(&self.matcher.finish());
         }
-        Ok(Some(ReplyStep { token, text, finished }))
+        ReplyStep { token, text, finished }
     }
 
     /// Runs to the end; returns tokens, text and reason.

@@ -2,35 +2,11 @@
 
 mod common;
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
-
-use common::{Running, TINY, error, text};
+use common::{Running, TINY, call, error, post, text};
 use serde_json::{Value, json};
 
 fn serve(more: &[&str]) -> Running {
     common::serve(TINY, more)
-}
-
-fn call(address: &str, method: &str, path: &str, body: &Value) -> (u16, Value) {
-    let mut stream = TcpStream::connect(address).expect("it listens");
-    let body = if body.is_null() { String::new() } else { body.to_string() };
-    let head = format!(
-        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
-    stream.write_all(format!("{head}{body}").as_bytes()).expect("it reads");
-    let mut all = String::new();
-    stream.read_to_string(&mut all).expect("it answers");
-    let (head, body) = all.split_once("\r\n\r\n").expect("a head");
-    let status = head.split_whitespace().nth(1).and_then(|s| s.parse().ok()).expect("a status");
-    (status, serde_json::from_str(body).unwrap_or(Value::Null))
-}
-
-fn post(address: &str, path: &str, body: &Value) -> Value {
-    let (status, value) = call(address, "POST", path, body);
-    assert!((200..300).contains(&status), "{path}: {status} {value}");
-    value
 }
 
 #[test]
@@ -56,16 +32,7 @@ fn what_was_stored_goes_on_after_kill_9_bit_for_bit() {
     let ask = json!({ "max_tokens": 12, "temperature": 0, "ignore_eos": true });
     let told = post(&server.address, &format!("{path}/generate"), &ask);
     // In the middle of traffic.
-    let mut busy = TcpStream::connect(&server.address).expect("it listens");
-    let body = json!({ "prompt": "x", "max_tokens": 1500, "ignore_eos": true, "stream": true })
-        .to_string();
-    let head = format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
-        body.len()
-    );
-    busy.write_all(format!("{head}{body}").as_bytes()).expect("it reads");
-    let mut some = [0; 400];
-    busy.read_exact(&mut some).expect("a stream");
+    let _busy = common::stream_begun(&server.address);
     server.child.kill().expect("SIGKILL");
     server.child.wait().expect("it ends");
 

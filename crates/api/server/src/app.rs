@@ -321,6 +321,19 @@ pub(crate) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
 }
 
+/// As [`blocking`] for what is quick: where it is, a change of threads would cost more than it saves.
+pub(crate) async fn off_thread_if<T: Send + 'static>(
+    long: bool,
+    work: impl FnOnce() -> ApiResult<T> + Send + 'static,
+) -> ApiResult<T> {
+    if long {
+        return blocking(work).await;
+    }
+    // A panic must not end the connection's task without an answer.
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    caught.map_err(|_| ApiError::internal())?
+}
+
 pub(crate) fn random() -> u64 {
     let mut bytes = [0; 8];
     match getrandom::fill(&mut bytes) {

@@ -8,7 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
 use crate::app::{
-    App, Body, Caller, Generation, Prepared, Tally, Wanted, blocking, finish_word, new_id, now,
+    App, Body, Caller, Generation, Prepared, Tally, Wanted, finish_word, new_id, now, off_thread_if,
 };
 use crate::cache::Space;
 use crate::error::{ApiError, ApiResult};
@@ -198,8 +198,7 @@ struct Request {
 fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     let mut fields = Fields::parse(body)?;
     app.check_model(&mut fields)?;
-    let list: Vec<Value> = fields.require("messages")?;
-    let messages = messages(list)?;
+    let messages = messages(fields.list("messages")?)?;
     let (tools, choice, parallel) = Conversation::take_tools(&mut fields, false)?;
     let format =
         Conversation::take_format(fields.value("response_format"), "response_format", false)?;
@@ -249,14 +248,20 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     Ok(Request { conversation, wanted, stream, usage })
 }
 
-/// Makes prompt and grammar.
+/// Bytes of a body whose prompt is made without a change of threads: a few milliseconds of work at most.
+const QUICK: usize = 64 << 10;
+
+/// Makes prompt and grammar. `bytes` is how large the conversation is.
 pub(crate) async fn prepare(
     app: &Arc<App>,
-    conversation: &Conversation,
+    conversation: Conversation,
     space: Space,
+    bytes: usize,
 ) -> ApiResult<Prepared> {
-    let (info, conversation) = (Arc::clone(&app.info), conversation.clone());
-    blocking(move || {
+    let info = Arc::clone(&app.info);
+    // Grammars of large schemas take long to make.
+    let plain = conversation.format == Format::Text && conversation.tools.is_empty();
+    off_thread_if(!plain || bytes > QUICK, move || {
         let prompt =
             info.chat(&space, &conversation.messages, &conversation.tools, &conversation.extra)?;
         if prompt.tokens.len() >= info.context {
@@ -270,13 +275,14 @@ pub(crate) async fn prepare(
 
 pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResult<Response> {
     let request = parse(&app, &caller, &body)?;
+    let bytes = body.len();
     drop(body);
     let permit = app.place()?;
+    let calls = request.conversation.calls();
     let Prepared { prompt, constraint } =
-        prepare(&app, &request.conversation, request.wanted.space).await?;
+        prepare(&app, request.conversation, request.wanted.space, bytes).await?;
     let (choices, with_logprobs) = (request.wanted.choices, request.wanted.logprobs.is_some());
-    let splitter =
-        Splitter::new(app.info.think.is_some(), prompt.thinking, request.conversation.calls());
+    let splitter = Splitter::new(app.info.think.is_some(), prompt.thinking, calls);
     let start = Start::Prompt { marks: prompt.marks };
     let generation =
         app.generate(&caller, permit, request.wanted, start, prompt.tokens, constraint, None)?;

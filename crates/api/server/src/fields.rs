@@ -61,6 +61,17 @@ impl Fields {
         self.take(name)?.ok_or_else(|| ApiError::param(&path, format!("'{path}' is missing")))
     }
 
+    /// A list that must be there. What is in it is moved: [`require`](Self::require) would build every value anew.
+    pub(crate) fn list(&mut self, name: &str) -> ApiResult<Vec<Value>> {
+        match self.value(name) {
+            Some(Value::Array(list)) => Ok(list),
+            other => {
+                self.put(name, other);
+                self.require(name)
+            }
+        }
+    }
+
     /// A number in a range.
     pub(crate) fn within<T>(
         &mut self,

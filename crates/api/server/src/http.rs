@@ -290,6 +290,7 @@ async fn metrics(State(app): AppState, headers: HeaderMap) -> Response {
         )
         .into_response();
     }
+    app.metrics.text_bytes.set(app.info.kept_bytes());
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     ([(header::CONTENT_TYPE, kind)], app.metrics.render()).into_response()
 }

@@ -4,6 +4,8 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::Duration;
 
+use ampoule::FinishReason;
+
 /// A number that only grows.
 #[derive(Default)]
 pub(crate) struct Counter(AtomicU64);
@@ -104,6 +106,7 @@ pub(crate) struct Metrics {
     pub device_budget: Gauge,
     pub host_budget: Gauge,
     pub disk_bytes: Gauge,
+    pub text_bytes: Gauge,
     pub sessions: Gauge,
     pub named: Gauge,
     pub responses: Gauge,
@@ -113,9 +116,26 @@ pub(crate) struct Metrics {
     pub prefill_time: Histogram,
     pub restore_time: Histogram,
     pub request_time: Histogram,
+    pub decode_time: Histogram,
+    pub token_time: Histogram,
+    /// Choices that ended, by [`Metrics::finished`].
+    pub finished: [Counter; FINISHED.len()],
 }
 
+/// Why choices end, in the words of other servers. What a client ended or left is aborted.
+const FINISHED: [&str; 3] = ["stop", "length", "abort"];
+
 impl Metrics {
+    /// Counts a choice that ended.
+    pub(crate) fn finish(&self, reason: FinishReason) {
+        let index = match reason {
+            FinishReason::Length | FinishReason::Context => 1,
+            FinishReason::Cancelled => 2,
+            _ => 0,
+        };
+        self.finished[index].add(1);
+    }
+
     pub(crate) fn render(&self) -> String {
         let mut out = String::with_capacity(8192);
         for (name, help, counter) in [
@@ -184,6 +204,11 @@ impl Metrics {
             ("requests_running", "Replies being read for or generated.", &self.running),
             ("http_connections", "Open connections.", &self.connections),
             ("capsule_boundaries", "Boundaries kept automatically.", &self.boundaries),
+            (
+                "tokenized_text_bytes",
+                "Texts whose tokens are kept for prompts that repeat them.",
+                &self.text_bytes,
+            ),
             ("sessions", "Sessions of the native API in memory.", &self.sessions),
             ("capsules_named", "Capsules that clients asked for.", &self.named),
             ("stored_responses", "Responses that can be continued.", &self.responses),
@@ -209,16 +234,82 @@ impl Metrics {
             self.device_budget.value(),
             self.host_budget.value()
         );
+        let name = "ampoule_request_success_total";
+        let _ = writeln!(
+            out,
+            "# HELP {name} Replies that ended without an error, by why they ended.\n# TYPE {name} counter"
+        );
+        for (reason, count) in FINISHED.iter().zip(&self.finished) {
+            let _ = writeln!(out, "{name}{{finished_reason=\"{reason}\"}} {}", count.value());
+        }
         for (name, help, histogram) in [
             ("time_to_first_token_seconds", "From arrival to the first token.", &self.ttft),
             ("inter_token_latency_seconds", "Between tokens of a reply.", &self.inter_token),
             ("request_queue_time_seconds", "From arrival to a slot.", &self.queue_time),
             ("request_prefill_time_seconds", "Reading a prompt.", &self.prefill_time),
             ("capsule_restore_time_seconds", "Restoring a capsule.", &self.restore_time),
+            (
+                "request_decode_time_seconds",
+                "From a request's first token to its last.",
+                &self.decode_time,
+            ),
+            (
+                "request_time_per_output_token_seconds",
+                "Decode time of a request over its tokens after the first.",
+                &self.token_time,
+            ),
             ("e2e_request_latency_seconds", "From arrival to the last token.", &self.request_time),
         ] {
             histogram.write(&mut out, &format!("ampoule_{name}"), help);
         }
         out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buckets_add_up_and_reasons_are_told_apart() {
+        let metrics = Metrics::default();
+        for millis in [0, 1, 2, 30, 70_000] {
+            metrics.decode_time.observe(Duration::from_millis(millis));
+        }
+        for reason in [
+            FinishReason::Stop,
+            FinishReason::Length,
+            FinishReason::Context,
+            FinishReason::Cancelled,
+        ] {
+            metrics.finish(reason);
+        }
+        let text = metrics.render();
+        let name = "ampoule_request_decode_time_seconds";
+        for line in [
+            format!("{name}_bucket{{le=\"0.001\"}} 2"),
+            format!("{name}_bucket{{le=\"0.05\"}} 4"),
+            format!("{name}_bucket{{le=\"60\"}} 4"),
+            format!("{name}_bucket{{le=\"+Inf\"}} 5"),
+            format!("{name}_count 5"),
+            "ampoule_request_success_total{finished_reason=\"stop\"} 1".to_owned(),
+            "ampoule_request_success_total{finished_reason=\"length\"} 2".to_owned(),
+            "ampoule_request_success_total{finished_reason=\"abort\"} 1".to_owned(),
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+        }
+        // Every series has its help and its type, once.
+        for line in text.lines().filter(|l| !l.starts_with('#')) {
+            let series = line.split(['{', ' ']).next().unwrap();
+            let family = ["_bucket", "_sum", "_count"]
+                .iter()
+                .find_map(|end| series.strip_suffix(end))
+                .filter(|family| text.contains(&format!("# TYPE {family} histogram")))
+                .unwrap_or(series);
+            for word in ["HELP", "TYPE"] {
+                let count = text.matches(&format!("# {word} {family} ")).count();
+                assert_eq!(count, 1, "{word} of {family}");
+            }
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! From messages to tokens: what the model's own template makes of them, and where boundaries are worth taking.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::Arc;
@@ -69,6 +70,8 @@ pub(crate) struct ModelInfo {
     pub tool_open: Option<u32>,
     /// Control tokens by their text.
     special: Vec<String>,
+    /// Bytes with which a control token or its stand-in begins.
+    suspicious: [bool; 256],
     /// Tokens of texts that were seen before, where such texts can be cut.
     pieces: Option<Pieces>,
     /// Whether the template shows tools.
@@ -91,6 +94,11 @@ impl ModelInfo {
             .filter(|text| !text.is_empty())
             .take(MARKERS as usize)
             .collect();
+        let mut suspicious = [false; 256];
+        let marker = char::from_u32(MARKER).map(|c| c.encode_utf8(&mut [0; 4]).as_bytes()[0]);
+        for byte in special.iter().filter_map(|s| s.bytes().next()).chain(marker) {
+            suspicious[usize::from(byte)] = true;
+        }
         let think = tokenizer.id_of("<think>").zip(tokenizer.id_of("</think>"));
         let grammars = Grammars::new(&tokenizer, vocabulary);
         let created = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
@@ -106,6 +114,7 @@ impl ModelInfo {
             grammars,
             think,
             special,
+            suspicious,
             tools_shown: false,
             calls_shown: false,
             xml_calls: false,
@@ -135,6 +144,16 @@ impl ModelInfo {
             self.calls_shown =
                 ["probe_call", "probe_argument", "probe_result"].iter().all(|w| text.contains(w));
             self.xml_calls = text.contains("<function=probe_call>");
+        }
+    }
+
+    /// Whether any text in it has a byte with which control tokens or their stand-ins begin: most have none.
+    fn doubtful(&self, value: &Value) -> bool {
+        match value {
+            Value::String(text) => text.bytes().any(|byte| self.suspicious[usize::from(byte)]),
+            Value::Array(list) => list.iter().any(|v| self.doubtful(v)),
+            Value::Object(map) => map.values().any(|v| self.doubtful(v)),
+            _ => false,
         }
     }
 
@@ -202,21 +221,24 @@ impl ModelInfo {
     ) -> ApiResult<String> {
         let template = self.template.as_ref().ok_or(ampoule::Error::NoChatTemplate)?;
         let (mut messages, tools) = self.adapt(messages, tools);
-        for message in &mut messages {
-            self.guard(message);
+        if messages.iter().any(|message| self.doubtful(message)) {
+            messages.to_mut().iter_mut().for_each(|message| self.guard(message));
         }
         let tools = (!tools.is_empty()).then(|| {
             let mut shown = Value::Array(tools);
             self.guard(&mut shown);
             shown
         });
-        let text = template.render(&Value::Array(messages), tools.as_ref(), prompt, extra);
+        let text = template.render(&*messages, tools.as_ref(), prompt, extra);
         text.map_err(|error| ampoule::Error::from(error).into())
     }
 
     /// Says what the template cannot say in plain messages.
-    fn adapt(&self, messages: &[Value], tools: &[Tool]) -> (Vec<Value>, Vec<Value>) {
+    fn adapt<'a>(&self, messages: &'a [Value], tools: &[Tool]) -> (Cow<'a, [Value]>, Vec<Value>) {
         let shown: Vec<Value> = tools.iter().map(|tool| tool.shown.clone()).collect();
+        if self.calls_shown && (self.tools_shown || tools.is_empty()) {
+            return (Cow::Borrowed(messages), shown);
+        }
         let mut out: Vec<Value> = messages.to_vec();
         if !self.calls_shown {
             for message in &mut out {
@@ -224,7 +246,7 @@ impl ModelInfo {
             }
         }
         if self.tools_shown || tools.is_empty() {
-            return (out, shown);
+            return (Cow::Owned(out), shown);
         }
         let list: Vec<String> = shown.iter().map(Value::to_string).collect();
         let preamble = format!(
@@ -240,7 +262,12 @@ impl ModelInfo {
             }
             _ => out.insert(0, json!({ "role": "system", "content": preamble })),
         }
-        (out, Vec::new())
+        (Cow::Owned(out), Vec::new())
+    }
+
+    /// Bytes of texts whose tokens are kept.
+    pub(crate) fn kept_bytes(&self) -> usize {
+        self.pieces.as_ref().map_or(0, Pieces::bytes)
     }
 
     /// Refuses ids that the model has no token for.

@@ -284,7 +284,9 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     let (start, prepared) = match started {
         Some(started) => started,
         None => {
-            let mut prepared = prepare(&app, &request.conversation, request.wanted.space).await?;
+            let conversation = request.conversation.clone();
+            let mut prepared =
+                prepare(&app, conversation, request.wanted.space, usize::MAX).await?;
             let marks = std::mem::take(&mut prepared.prompt.marks);
             (Start::Prompt { marks }, prepared)
         }

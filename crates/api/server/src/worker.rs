@@ -4,6 +4,8 @@
 //! Every round gives each reply under way one token and one prompt under way one chunk, so a long prompt delays a stream by
 //! one chunk at most. What one request breaks (a panic included) ends with that request.
 
+mod first;
+
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -26,6 +28,7 @@ use crate::memory::Relief;
 use crate::metrics::Metrics;
 use crate::prompt::{ModelInfo, boundaries};
 use crate::rewind::{Cut, Rewinds};
+use first::{First, Talk};
 
 /// Tokens of a prompt that are read before other requests get their turn.
 const CHUNK: usize = 512;
@@ -33,9 +36,6 @@ const CHUNK: usize = 512;
 /// Tokens that a prompt may add to a conversation without boundaries in them: no more than these are read again if the
 /// next prompt departs from this one after all.
 const AT_ONCE: usize = 192;
-
-/// For the first token of a reply to leave before the engine takes all cores again.
-const SEND_TIME: Duration = Duration::from_micros(100);
 
 /// What is asked of the engine.
 pub(crate) enum Command {
@@ -141,7 +141,10 @@ struct Shared {
     job: Job,
     begun: Begun,
     left: u32,
+    /// When the first and the latest token were sent, and how many there were.
     first: Option<Instant>,
+    latest: Option<Instant>,
+    told: u32,
     /// The state before the replies.
     asked: Option<Capsule>,
 }
@@ -405,7 +408,10 @@ impl Worker {
         let id = self.next_job;
         self.next_job += 1;
         let left = job.choices;
-        self.jobs.insert(id, Shared { job, begun, left, first: None, asked: None });
+        self.jobs.insert(
+            id,
+            Shared { job, begun, left, first: None, latest: None, told: 0, asked: None },
+        );
         let phase = Phase::Prefill { at, stops: stops.into(), started: Instant::now() };
         let sequence = Sequence { job: id, choice: 0, slot, phase };
         match ready {
@@ -430,18 +436,6 @@ impl Worker {
             Ok(phase) => self.running.push(Sequence { job: id, choice, slot, phase }),
             Err(error) => self.stop(Sequence { job: id, choice, slot, phase: dummy }, &Err(error)),
         }
-    }
-
-    /// Begins the reply in a slot that has read its prompt.
-    fn reply(&mut self, id: u64, choice: u32, slot: SlotId) -> ApiResult<Phase> {
-        let shared = self.jobs.get(&id).ok_or_else(ApiError::internal)?;
-        let mut params = shared.job.params.clone();
-        params.seed =
-            params.seed.wrapping_add(u64::from(choice).wrapping_mul(0x9E37_79B9_7F4A_7C15));
-        self.model.engine.configure(slot, &params)?;
-        let reply = Box::new(Reply::begin(&mut self.model, slot, &shared.job.reply)?);
-        let constraint = shared.job.constraint.clone().map(Box::new);
-        Ok(Phase::Decode { reply, constraint, said: Vec::new(), last: Instant::now() })
     }
 
     /// Runs something for one request: a panic becomes its error.
@@ -531,31 +525,25 @@ impl Worker {
             }
         }
         self.metrics.prefill_time.observe(started.elapsed());
-        let shared = self.jobs.get(&sequence.job).ok_or_else(ApiError::internal)?;
-        let (job, prompt) = (&shared.job, matches!(shared.job.start, Start::Prompt { .. }));
-        let (space, choices) = (job.space, job.choices);
-        if (job.caching && prompt) || choices > 1 || job.on_end.is_some() {
-            let tokens = if prompt && job.caching { Some(job.tokens.clone()) } else { None };
-            let capsule = self.snapshot(slot)?;
-            if let (Some(tokens), Some(capsule)) = (tokens, &capsule) {
-                self.cache.keep(&space, &tokens, capsule.clone());
-            }
-            if choices > 1 && capsule.is_none() {
-                return Err(ApiError::param(
-                    "n",
-                    "there is no memory for the boundary that choices start from",
-                ));
-            }
-            if let Some(shared) = self.jobs.get_mut(&sequence.job) {
-                shared.asked = capsule;
-            }
+        let (id, choice) = (sequence.job, sequence.choice);
+        let choices = self.jobs.get(&id).ok_or_else(ApiError::internal)?.job.choices;
+        // Other choices start from the boundary, so that has to be there before anything is said.
+        let first = if choices == 1 { self.first(id, choice, slot)? } else { None };
+        if first.is_none() {
+            self.tell_begun(id);
         }
-        if let Some(shared) = self.jobs.get(&sequence.job) {
-            let _ = shared.job.out.send(Event::Begun(shared.begun.clone()));
+        self.keep_asked(id, slot)?;
+        self.choices.extend((1..choices).map(|choice| (id, choice)));
+        let Some(First { phase, token, finished }) = first else {
+            sequence.phase = self.reply(id, choice, slot)?;
+            return Ok(None);
+        };
+        self.start(id, choice, slot)?;
+        if let Some(token) = token {
+            self.model.engine.step_forced(slot, token)?;
         }
-        self.choices.extend((1..choices).map(|choice| (sequence.job, choice)));
-        sequence.phase = self.reply(sequence.job, sequence.choice, slot)?;
-        Ok(None)
+        sequence.phase = phase;
+        Ok(finished)
     }
 
     fn decode(&mut self, sequence: &mut Sequence) -> ApiResult<Option<FinishReason>> {
@@ -574,44 +562,15 @@ impl Worker {
             None => reply.step(&mut self.model)?,
         };
         let Some(step) = step else { return Ok(Some(FinishReason::Stop)) };
-        if let Some(token) = step.token {
-            let now = Instant::now();
-            self.metrics.generated_tokens.add(1);
-            if shared.first.is_none() {
-                shared.first = Some(now);
-                self.metrics.ttft.observe(shared.job.arrived.elapsed());
-            } else if !said.is_empty() {
-                self.metrics.inter_token.observe(now - *last);
-            }
-            *last = now;
-            said.push(token);
-            if let Some(constraint) = constraint {
-                constraint.drawn(token, self.info.tokenizer.is_eos(token))?;
-            }
-        }
-        let first = said.len() == 1 && sequence.choice == 0;
-        let logprobs = match (logits, step.token, shared.job.logprobs) {
-            (Some(logits), Some(token), Some(top)) => Some(log_probabilities(&logits, token, top)),
-            _ => None,
-        };
-        let _ = shared.job.out.send(Event::Step(Step {
-            choice: sequence.choice,
-            token: step.token,
-            text: step.text,
-            logprobs,
-            finished: step.finished,
-            at: *last,
-        }));
+        let finished = step.finished;
         let cut_later = shared.job.on_end.is_some() && step.token.is_some();
+        let talk = Talk { choice: sequence.choice, constraint, said, last };
+        talk.tell(&self.metrics, &self.info, shared, step, logits)?;
         let said = said.len();
         if cut_later {
             self.waypoint(sequence.slot, said)?;
         }
-        if first {
-            // Where threads are as many as cores, whoever sends this token needs one: the next token can wait for that.
-            std::thread::sleep(SEND_TIME);
-        }
-        Ok(step.finished)
+        Ok(finished)
     }
 
     /// Ends a sequence, gives its slot back and tells whoever waits.
@@ -626,6 +585,9 @@ impl Worker {
         let failed = outcome.as_ref().err().cloned();
         if failed.is_none() && self.replies_exact && !said.is_empty() {
             self.keep_turn(id, slot, &said);
+        }
+        if let Ok(reason) = outcome {
+            self.metrics.finish(*reason);
         }
         if matches!(outcome, Ok(FinishReason::Cancelled)) {
             self.metrics.cancelled.add(1);
@@ -696,6 +658,14 @@ impl Worker {
         }
         if shared.left == 0 {
             self.metrics.request_time.observe(shared.job.arrived.elapsed());
+            if let (Some(first), Some(latest)) = (shared.first, shared.latest) {
+                let decode = latest - first;
+                self.metrics.decode_time.observe(decode);
+                // The first tokens of other choices take steps of decode too.
+                if shared.told > 1 {
+                    self.metrics.token_time.observe(decode / (shared.told - 1));
+                }
+            }
             self.jobs.remove(&id);
             self.choices.retain(|(job, _)| *job != id);
             let (ended, going): (Vec<_>, Vec<_>) =
@@ -762,25 +732,4 @@ fn refuse(job: Job, error: ApiError) {
         on_end(Err(error.clone()));
     }
     let _ = job.out.send(Event::Failed(error));
-}
-
-fn log_probabilities(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
-    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|l| f64::from(l - highest).exp()).sum();
-    let normal = f64::from(highest) + sum.ln();
-    let value = |index: u32| {
-        let logit = logits.get(index as usize).copied().unwrap_or(f32::NEG_INFINITY);
-        // JSON has no infinity.
-        ((f64::from(logit) - normal) as f32).max(-9999.0)
-    };
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let top = top.min(order.len());
-    let descending =
-        |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    if top > 0 && top < order.len() {
-        order.select_nth_unstable_by(top - 1, descending);
-    }
-    order.truncate(top);
-    order.sort_unstable_by(descending);
-    TokenLogprobs { logprob: value(token), top: order.into_iter().map(|t| (t, value(t))).collect() }
 }

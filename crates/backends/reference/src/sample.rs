@@ -90,11 +90,12 @@ fn first_highest(values: impl Iterator<Item = (usize, f32)>) -> Option<usize> {
 
 /// Which values top-k, top-p and min-p keep.
 fn filtered(adjusted: &[f32], params: &[f32]) -> impl Fn(f32) -> bool + use<> {
-    let mut sorted = adjusted.to_vec();
-    sorted.sort_by(|a, b| b.total_cmp(a));
-    let highest = sorted[0];
-    let mut threshold = f32::NEG_INFINITY;
     let top_k = params[p::TOP_K] as usize;
+    let sorts = top_k > 0 || params[p::TOP_P] < 1.0;
+    let mut sorted = if sorts { adjusted.to_vec() } else { Vec::new() };
+    sorted.sort_by(|a, b| b.total_cmp(a));
+    let highest = adjusted.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut threshold = f32::NEG_INFINITY;
     if top_k > 0 && top_k < sorted.len() {
         threshold = sorted[top_k - 1];
         sorted.retain(|v| *v >= threshold);

@@ -157,7 +157,10 @@ impl KnownNodes {
             });
             self.sweep_at = (2 * self.nodes.len()).max(256);
         }
-        self.nodes.entry((node.id, node.start)).or_default().push(Arc::downgrade(node));
+        let same = self.nodes.entry((node.id, node.start)).or_default();
+        // A prompt that comes again and again makes the same node anew each time.
+        same.retain(|n| n.strong_count() > 0);
+        same.push(Arc::downgrade(node));
     }
 
     fn find(

@@ -118,8 +118,8 @@ impl SamplingParams {
         })
     }
 
-    /// The `params` buffer of the op `sample`.
-    pub(crate) fn buffer(&self, vocabulary: usize) -> [f32; p::LEN] {
+    /// The `params` buffer of the op `sample`, for a vocabulary of so many tokens.
+    pub fn buffer(&self, vocabulary: usize) -> [f32; p::LEN] {
         let mut out = [0.0; p::LEN];
         out[p::TEMPERATURE] = self.temperature;
         // Beyond the vocabulary the filter keeps all; f32 holds every smaller count exactly.

@@ -1,7 +1,8 @@
 //! Runs the built binary as a user does.
 #![allow(dead_code)] // each test program uses some of it
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -136,4 +137,55 @@ pub(crate) fn serve(model: &str, more: &[&str]) -> Running {
     BufReader::new(out).read_line(&mut line).expect("a line");
     let address = line.trim().strip_prefix("listening on http://").expect("the address").to_owned();
     Running { child, address }
+}
+
+/// One request on a connection of its own: status and body.
+fn exchange(address: &str, method: &str, path: &str, body: &Value) -> (u16, String) {
+    let mut stream = TcpStream::connect(address).expect("it listens");
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(format!("{head}{body}").as_bytes()).expect("it reads");
+    let mut all = String::new();
+    stream.read_to_string(&mut all).expect("it answers");
+    let (head, body) = all.split_once("\r\n\r\n").expect("a head");
+    let status = head.split_whitespace().nth(1).and_then(|s| s.parse().ok()).expect("a status");
+    (status, body.to_owned())
+}
+
+/// As [`exchange`], with a body of JSON.
+pub(crate) fn call(address: &str, method: &str, path: &str, body: &Value) -> (u16, Value) {
+    let (status, body) = exchange(address, method, path, body);
+    (status, serde_json::from_str(&body).unwrap_or(Value::Null))
+}
+
+/// Gets a text and expects success.
+pub(crate) fn get_text(address: &str, path: &str) -> String {
+    let (status, body) = exchange(address, "GET", path, &Value::Null);
+    assert_eq!(status, 200, "{path}: {body}");
+    body
+}
+
+/// A long stream whose first bytes have come.
+pub(crate) fn stream_begun(address: &str) -> TcpStream {
+    let mut busy = TcpStream::connect(address).expect("it listens");
+    let body = serde_json::json!({ "prompt": "x", "max_tokens": 1500, "ignore_eos": true, "stream": true });
+    let body = body.to_string();
+    let head = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    busy.write_all(format!("{head}{body}").as_bytes()).expect("it reads");
+    let mut some = [0; 400];
+    busy.read_exact(&mut some).expect("a stream");
+    busy
+}
+
+/// Posts and expects success.
+pub(crate) fn post(address: &str, path: &str, body: &Value) -> Value {
+    let (status, value) = call(address, "POST", path, body);
+    assert!((200..300).contains(&status), "{path}: {status} {value}");
+    value
 }
