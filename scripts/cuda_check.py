@@ -110,10 +110,11 @@ def main():
             print(f"{architecture:8} {path.name:16} {'ok' if good else 'FAILED'} {cubin} bytes", flush=True)
             if architecture == "sm_90a":
                 print("\n".join(report(log)))
+            # A warning is a failure: a variable once hid a function, and a kernel wrote zeros.
             problems = [l for l in log.splitlines() if "error" in l or "warning" in l]
             if not good or problems:
                 print(log if not good else "\n".join(problems))
-            failed += not good
+            failed += bool(not good or problems)
     if failed:
         sys.exit(f"{failed} compilations failed")
 
