@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 if [ -z "${AMPOULE_BINARY:-}" ]; then
     cargo build --quiet -p ampoule-cli
-    AMPOULE_BINARY=$PWD/target/debug/ampoule
+    AMPOULE_BINARY=${CARGO_TARGET_DIR:-$PWD/target}/debug/ampoule
 fi
 tools=$PWD/target/clients
 mkdir -p "$tools/js"

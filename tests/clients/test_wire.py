@@ -410,7 +410,7 @@ def test_metrics_are_what_prometheus_reads(server):
         assert kinds[f"ampoule_{name}"] == "counter" and families[f"ampoule_{name}"].samples[0].value > 0, name
     for name in ["queue_depth", "requests_running", "http_connections", "capsule_bytes"]:
         assert kinds[f"ampoule_{name}"] == "gauge"
-    assert {s.labels["tier"] for s in families["ampoule_capsule_bytes"].samples} >= {"memory", "disk"}
+    assert {s.labels["tier"] for s in families["ampoule_capsule_bytes"].samples} == {"device", "host", "disk"}
 
 
 def test_a_file_of_keys(tmp_path):

@@ -201,16 +201,26 @@ impl App {
     }
 
     /// Brings a state back to an earlier position of its branch, a step at a time between other requests'.
+    ///
+    /// # Errors
+    /// 429 if too many wait already.
     pub(crate) async fn rewind(&self, from: Capsule, position: u32) -> ApiResult<Cut> {
+        let place = self.place()?;
         let (tell, told) = oneshot::channel();
+        // Dropped with this future: whoever asked has gone then.
+        let (here, gone) = mpsc::channel::<()>();
         let command = Command::Call(Box::new(move |worker| {
             let then = Box::new(move |cut| {
+                drop(place);
                 let _ = tell.send(cut);
             });
-            worker.rewind(from, position, then);
+            let gone = Box::new(move || gone.try_recv() == Err(mpsc::TryRecvError::Disconnected));
+            worker.rewind(from, position, gone, then);
         }));
         self.engine.send(command).map_err(|_| ApiError::stopping())?;
-        told.await.map_err(|_| ApiError::internal())?
+        let cut = told.await.map_err(|_| ApiError::internal())?;
+        drop(here);
+        cut
     }
 
     /// That the request is for the model there is.

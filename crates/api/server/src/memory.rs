@@ -6,6 +6,9 @@ use ampoule::{BackendError, CacheError, Capsule, EngineError, Residence, SlotId}
 use crate::error::{ApiError, ApiResult};
 use crate::worker::Worker;
 
+/// Demotions on end that may fail to make room before something is dropped.
+const DEMOTIONS: u32 = 16;
+
 /// What may be dropped for something else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Relief {
@@ -34,13 +37,18 @@ impl Worker {
 
     /// Puts a capsule into a slot, from whatever memory it lies in; what is used comes to the fastest.
     pub(crate) fn restore(&mut self, slot: SlotId, capsule: &Capsule) -> ApiResult<()> {
+        let bytes = (capsule.fixed_bytes() + capsule.row_bytes()) as u64;
+        if bytes > self.tiers.budgets().device {
+            // More than fits at once, whatever is dropped: from where it lies, and nothing goes for it.
+            let restore = |worker: &mut Self| Ok(worker.model.engine.restore(slot, capsule)?);
+            return self.make_room_by(restore, |_| false)?.ok_or_else(ApiError::no_room);
+        }
         let restored = self.make_room(|worker| {
             let key = worker.tiers.insert(&mut worker.model, capsule, false)?;
             worker.tiers.restore(&mut worker.model, key, slot)
         })?;
         match restored {
             Some(()) => Ok(()),
-            // More than fits at once: from where it lies.
             None => Ok(self.model.engine.restore(slot, capsule)?),
         }
     }
@@ -100,13 +108,20 @@ impl Worker {
         mut work: impl FnMut(&mut Self) -> Result<T, ampoule::Error>,
         mut drop_one: impl FnMut(&mut Self) -> bool,
     ) -> ApiResult<Option<T>> {
+        // What a demotion sends away the work may bring back: so many without success, and something is dropped.
+        let mut demotions = 0;
         loop {
             match work(self) {
                 Ok(made) => return Ok(Some(made)),
                 Err(error) if lacks_room(&error) => {
-                    if self.drop_unheld() || self.demote(&error) {
+                    if self.drop_unheld() {
                         continue;
                     }
+                    demotions += 1;
+                    if demotions <= DEMOTIONS && self.demote(&error) {
+                        continue;
+                    }
+                    demotions = 0;
                     if !drop_one(self) {
                         return Ok(None);
                     }

@@ -144,7 +144,20 @@ fn complete(echo: &mut Map<String, Value>) {
             map.entry(name).or_insert(missing);
         }
     };
+    // A null stands for nothing given, whatever its name.
+    let drop_nulls = |value: &mut Value| {
+        if let Some(map) = value.as_object_mut() {
+            map.retain(|_, value| !value.is_null());
+        }
+    };
+    if let Some(text) = echo.get_mut("text") {
+        drop_nulls(text);
+        if let Some(format) = text.get_mut("format") {
+            drop_nulls(format);
+        }
+    }
     for tool in echo.get_mut("tools").and_then(Value::as_array_mut).into_iter().flatten() {
+        drop_nulls(tool);
         fill(tool, "strict", json!(true));
         fill(tool, "description", Value::Null);
         fill(tool, "parameters", Value::Null);

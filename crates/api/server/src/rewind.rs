@@ -33,10 +33,14 @@ pub(crate) struct Cut {
 /// Told where a rollback has ended.
 pub(crate) type Then = Box<dyn FnOnce(ApiResult<Cut>) + Send>;
 
+/// Tells whether whoever asked for a rollback has gone.
+pub(crate) type Gone = Box<dyn Fn() -> bool + Send>;
+
 /// A rollback that waits for a slot.
 struct Wish {
     from: Capsule,
     position: u32,
+    gone: Gone,
     then: Then,
 }
 
@@ -47,6 +51,7 @@ struct Rewind {
     spared: bool,
     rollback: Rollback,
     replayed: u32,
+    gone: Gone,
     then: Then,
 }
 
@@ -85,13 +90,14 @@ impl Worker {
     }
 
     /// Brings a state back to an earlier position of its branch; `then` gets the boundary there.
-    pub(crate) fn rewind(&mut self, from: Capsule, position: u32, then: Then) {
-        self.rewinds.waiting.push(Wish { from, position, then });
+    pub(crate) fn rewind(&mut self, from: Capsule, position: u32, gone: Gone, then: Then) {
+        self.rewinds.waiting.push(Wish { from, position, gone, then });
     }
 
     /// As [`Worker::rewind`] from where a slot stands; the slot is given back afterwards.
     pub(crate) fn rewind_slot(&mut self, slot: SlotId, position: u32, then: Then) {
-        self.begin_rewind(slot, false, None, position, then);
+        // The session wants it whether or not its client is there.
+        self.begin_rewind(slot, false, None, position, Box::new(|| false), then);
     }
 
     fn begin_rewind(
@@ -100,6 +106,7 @@ impl Worker {
         spared: bool,
         from: Option<&Capsule>,
         position: u32,
+        gone: Gone,
         then: Then,
     ) {
         let begun = self.guard(|worker| {
@@ -110,27 +117,38 @@ impl Worker {
         });
         match begun {
             Ok(rollback) => {
-                self.rewinds.running.push(Rewind { slot, spared, rollback, replayed: 0, then });
+                let rewind = Rewind { slot, spared, rollback, replayed: 0, gone, then };
+                self.rewinds.running.push(rewind);
             }
             Err(error) => self.end_rewind(slot, spared, Err(error), then),
         }
     }
 
     /// Gives rollbacks that wait the slots that there are: that of the native API, or a free one that holds the rows.
+    /// Where replies wait, the former alone: they must not wait for rollbacks.
     pub(crate) fn admit_rewinds(&mut self) {
+        self.rewinds.waiting.retain(|wish| !(wish.gone)());
         while let Some(wish) = self.rewinds.waiting.first() {
             let from = wish.from.clone();
-            let free = self.slot_for(Some(&from));
+            let free = if self.do_replies_wait() { None } else { self.slot_for(Some(&from)) };
             let spared = free.is_none();
             let Some(slot) = free.or_else(|| self.take_spare()) else { return };
             let wish = self.rewinds.waiting.remove(0);
-            self.begin_rewind(slot, spared, Some(&from), wish.position, wish.then);
+            self.begin_rewind(slot, spared, Some(&from), wish.position, wish.gone, wish.then);
         }
     }
 
-    /// Takes each rollback one step on.
+    /// Takes the rollback that was not served for longest one step on: a token or a chunk of a prompt.
     pub(crate) fn advance_rewinds(&mut self) {
-        for mut rewind in std::mem::take(&mut self.rewinds.running) {
+        let running = std::mem::take(&mut self.rewinds.running);
+        let (left, running): (Vec<_>, Vec<_>) = running.into_iter().partition(|r| (r.gone)());
+        for rewind in left {
+            let gone = Err(ApiError::conflict("whoever asked for this has gone"));
+            self.end_rewind(rewind.slot, rewind.spared, gone, rewind.then);
+        }
+        self.rewinds.running = running;
+        if !self.rewinds.running.is_empty() {
+            let mut rewind = self.rewinds.running.remove(0);
             let before = rewind.rollback.left();
             let more =
                 self.guard(|worker| Ok(worker.model.engine.advance(&mut rewind.rollback)?));

@@ -315,6 +315,11 @@ impl Worker {
         job
     }
 
+    /// Whether replies wait for a slot.
+    pub(crate) fn do_replies_wait(&self) -> bool {
+        !self.queues.is_empty() || !self.choices.is_empty()
+    }
+
     fn admit(&mut self) {
         let now = Instant::now();
         for (_, queue) in &mut self.queues {

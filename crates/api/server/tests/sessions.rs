@@ -106,6 +106,13 @@ fn a_cut_reads_no_more_than_lies_between_two_places_and_leaves_the_state_of_a_sh
         same(&talk, &twin, &format!("the state is that of a reply of {kept} tokens"));
     }
     assert!(all > 0, "cuts between places read something");
+    // A cut at its very end leaves the places within a reply.
+    let uncut = Talk::new(at);
+    uncut.call("append", &text);
+    uncut.say(300);
+    assert_eq!(uncut.call("truncate", &json!({ "heard_tokens": 300 }))["tokens_replayed"], 0);
+    let cut = uncut.call("truncate", &json!({ "heard_tokens": 200 }));
+    assert!(cut["tokens_replayed"].as_u64().unwrap() <= 31, "{cut}");
     // What follows: the same, bit for bit.
     let twin = Talk::new(at);
     twin.call("append", &text);
@@ -265,6 +272,15 @@ fn every_message_can_be_gone_back_to() {
         greedy(&straight, &[system.clone(), other])
     );
     assert_eq!(inside.position(), straight.position());
+    // What the first message alone leads to, without saying it again.
+    let asked = Talk::new(at);
+    let both = [first.clone(), second.clone()];
+    greedy(&asked, &both);
+    let state = asked.call("rollback", &json!({ "message": 1 }));
+    assert_eq!(state["messages"], 1);
+    let alone = Talk::new(at);
+    assert_eq!(greedy(&asked, &[]), greedy(&alone, std::slice::from_ref(&first)));
+    assert_eq!(asked.position(), alone.position());
     // 0: nothing was said yet.
     let empty = back(0);
     assert_eq!(empty.position(), 0);

@@ -155,8 +155,8 @@ impl Engine {
     ///
     /// # Errors
     /// If there is no such slot.
-    pub fn waypoints(&self, slot: SlotId) -> Result<Option<Waypoints>, EngineError> {
-        Ok(self.slot(slot)?.passed.clone())
+    pub fn waypoints(&mut self, slot: SlotId) -> Result<Option<Waypoints>, EngineError> {
+        Ok(self.slot_mut(slot)?.passed.take())
     }
 
     /// Returns a slot to an earlier position of its own branch: the state as it was when the slot last stood there.

@@ -184,7 +184,17 @@ fn read_input(
 ) -> ApiResult<Prompt> {
     let plain = |tokens: Vec<u32>| Prompt { marks: info.marks(&tokens), tokens, thinking: false };
     match input {
-        Input::Nothing => Ok(Prompt::default()),
+        // Behind a message that was gone back to: what opens a reply.
+        Input::Nothing => match state.marks.last() {
+            Some(mark) if mark.closed => {
+                let end = Some((mark.end_token, true));
+                let opened = added(info, space, state, state.messages.len(), end, &[], true)?;
+                opened.ok_or_else(|| {
+                    ApiError::conflict("the chat template opens no reply here; give 'messages'")
+                })
+            }
+            _ => Ok(Prompt::default()),
+        },
         Input::Tokens(tokens) => {
             info.known(tokens, "tokens")?;
             Ok(plain(tokens.clone()))
@@ -584,6 +594,11 @@ async fn back_to(
         let text = format!("the session stands at {}", head.position());
         return Err(ApiError::param("tokens", text));
     }
+    if position == head.position() && !closed {
+        let mut state = session.lock();
+        state.cut_messages(messages);
+        return Ok(0);
+    }
     let cut = match position {
         0 => None,
         _ => Some(app.rewind(head, position).await?),
@@ -591,6 +606,7 @@ async fn back_to(
     let mut state = session.lock();
     state.marks.retain(|m| m.capsule.position() < position);
     state.cut_messages(messages);
+    state.origin = state.origin.min(position);
     let Some(cut) = cut else { return Ok(0) };
     let last = cut.capsule.tokens().last().copied();
     let end = last.filter(|token| !closed && app.info.tokenizer.is_eos(*token));
