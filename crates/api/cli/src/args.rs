@@ -650,7 +650,7 @@ pub(crate) struct PlanArgs {
 #[command(after_help = "Examples:\n  \
         ampoule serve\n  \
         ampoule serve --port 0 --port-file port.txt --store sessions\n  \
-        AMPOULE_API_KEYS=secret ampoule serve --host 0.0.0.0\n\n\
+        AMPOULE_API_KEYS=first-key ampoule serve --host 0.0.0.0\n\n\
         The first line on standard output is the address. docs/server.md has the APIs, with clients in curl, Python and\n\
         JavaScript. SIGTERM and Ctrl-C end it in order: sessions are parked in the store.")]
 pub(crate) struct ServeArgs {

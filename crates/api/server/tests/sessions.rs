@@ -326,6 +326,31 @@ fn messages_can_be_gone_back_to_after_a_restart() {
 }
 
 #[test]
+fn an_interrupted_session_is_free_for_a_cut_at_once() {
+    let server = start(config());
+    let at = server.address();
+    let talk = Talk::new(at);
+    talk.call("append", &json!({ "text": "The harbour lay still, and the old lighthouse" }));
+    let start = talk.position();
+    for _ in 0..8 {
+        let path = talk.path("generate");
+        let reply = std::thread::spawn(move || {
+            post(at, &path, &json!({ "max_tokens": 2000, "ignore_eos": true, "seed": 5 })).json()
+        });
+        while !talk.state()["busy"].as_bool().unwrap() {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(std::time::Duration::from_millis(30));
+        assert_eq!(talk.call("interrupt", &json!({}))["interrupted"], true);
+        let cut = talk.call("truncate", &json!({ "heard_tokens": 4 }));
+        assert_eq!(cut["position"].as_u64(), Some(start + 4));
+        assert_eq!(reply.join().unwrap()["finish_reason"], "cancelled");
+        talk.call("rollback", &json!({ "tokens": start }));
+    }
+    server.stop().unwrap();
+}
+
+#[test]
 fn a_client_that_goes_away_frees_its_session_at_once_and_exactly() {
     let server = start(config());
     let at = server.address();

@@ -30,8 +30,10 @@ fn keys(args: &ServeArgs) -> anyhow::Result<Vec<[u8; 32]>> {
         None => std::env::var(KEYS_VARIABLE).unwrap_or_default(),
     };
     let given = args.api_key_file.is_some() || std::env::var_os(KEYS_VARIABLE).is_some();
+    // One a line or between commas; a line that begins with '#' is a comment.
+    let lines = text.lines().filter(|line| !line.trim_start().starts_with('#'));
     let keys: Vec<&str> =
-        text.split([',', '\n']).map(str::trim).filter(|k| !k.is_empty()).collect();
+        lines.flat_map(|line| line.split(',')).map(str::trim).filter(|k| !k.is_empty()).collect();
     ensure!(
         !given || !keys.is_empty(),
         "there are no API keys where they should be: nobody could ask"

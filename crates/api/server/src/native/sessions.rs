@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use ampoule::{Capsule, EncodeOptions, FinishReason};
 use axum::extract::{Path, Request, State};
@@ -36,6 +37,9 @@ pub(super) async fn session(app: &Arc<App>, caller: &Caller, id: &str) -> ApiRes
 
 /// A session that this call alone works on.
 struct Busy(Arc<Session>);
+
+/// How long `interrupt` waits for the reply to end.
+const INTERRUPT_WAIT: Duration = Duration::from_secs(2);
 
 impl Busy {
     fn take(session: &Arc<Session>) -> ApiResult<Self> {
@@ -492,12 +496,18 @@ pub(crate) async fn interrupt(
     Path(id): Path<String>,
 ) -> Answer {
     let session = session(&app, &caller, &id).await?;
-    let state = session.lock();
-    let running = state.interrupt.as_ref().is_some_and(|interrupt| {
+    let running = session.lock().interrupt.clone();
+    if let Some(interrupt) = &running {
         interrupt.store(true, Ordering::Relaxed);
-        true
-    });
-    Ok(Json(json!({ "id": id, "object": "session", "interrupted": running })).into_response())
+        // What comes next finds the session free. A client that reads its stream no further does not hold this one up.
+        let same = || session.lock().interrupt.as_ref().is_some_and(|i| Arc::ptr_eq(i, interrupt));
+        let begun = Instant::now();
+        while same() && begun.elapsed() < INTERRUPT_WAIT {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    let interrupted = running.is_some();
+    Ok(Json(json!({ "id": id, "object": "session", "interrupted": interrupted })).into_response())
 }
 
 /// How many tokens of a reply lie within a text that was heard.
