@@ -80,7 +80,7 @@ impl Worker {
         }
     }
 
-    /// As [`Worker::with_room`], but only boundaries that nobody asked for are dropped; `None` if that is not enough.
+    /// Runs what takes memory for capsules, with boundaries dropped for it that nobody asked for; `None` if that is not enough.
     pub(crate) fn room_from_cache<T>(
         &mut self,
         work: impl FnMut(&mut Self) -> Result<T, ampoule::Error>,

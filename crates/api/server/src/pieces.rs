@@ -242,14 +242,19 @@ mod tests {
     use super::*;
     use ampoule::{Ampoule, Device, LoadOptions, TEXTS};
 
-    #[test]
-    fn pieces_have_the_tokens_of_the_whole_and_namespaces_share_none() {
+    fn tiny() -> (Ampoule, Pieces) {
         let options = LoadOptions { device: Device::Cpu, context: 64, ..LoadOptions::default() };
         let model = Ampoule::load("random:qwen3.5-tiny", &options, &mut |_, _| {}).unwrap();
         let model = model.with_stand_in_tokenizer().unwrap();
-        let tokenizer = model.tokenizer().unwrap();
         let special: Vec<String> = ["<|im_start|>", "<|im_end|>"].map(String::from).to_vec();
-        let pieces = Pieces::new(tokenizer, &special).unwrap();
+        let pieces = Pieces::new(model.tokenizer().unwrap(), &special).unwrap();
+        (model, pieces)
+    }
+
+    #[test]
+    fn pieces_have_the_tokens_of_the_whole_and_namespaces_share_none() {
+        let (model, pieces) = tiny();
+        let tokenizer = model.tokenizer().unwrap();
         let mut text = String::new();
         for (index, passage) in TEXTS.iter().enumerate() {
             text.extend([
@@ -271,12 +276,8 @@ mod tests {
     /// Conversations that grow, are cut off, are changed anywhere and branch: always the tokens of the whole text.
     #[test]
     fn texts_that_begin_alike_have_the_tokens_of_the_whole() {
-        let options = LoadOptions { device: Device::Cpu, context: 64, ..LoadOptions::default() };
-        let model = Ampoule::load("random:qwen3.5-tiny", &options, &mut |_, _| {}).unwrap();
-        let model = model.with_stand_in_tokenizer().unwrap();
+        let (model, pieces) = tiny();
         let tokenizer = model.tokenizer().unwrap();
-        let special: Vec<String> = ["<|im_start|>", "<|im_end|>"].map(String::from).to_vec();
-        let pieces = Pieces::new(tokenizer, &special).unwrap();
         let mut dice = 11_u64;
         let mut next = |n: usize| {
             dice = dice

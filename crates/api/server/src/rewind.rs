@@ -1,6 +1,8 @@
 //! Rollbacks on the engine's thread: a token at a time between the tokens of replies under way, so that nobody waits for a
 //! whole one. And the waypoints that replies leave behind, from which rollbacks into them start.
 
+use std::collections::VecDeque;
+
 use ampoule::{Capsule, Rollback, SlotId, Waypoints};
 
 use crate::error::{ApiError, ApiResult};
@@ -58,12 +60,12 @@ struct Rewind {
 /// All rollbacks there are.
 #[derive(Default)]
 pub(crate) struct Rewinds {
-    waiting: Vec<Wish>,
-    running: Vec<Rewind>,
+    waiting: VecDeque<Wish>,
+    running: VecDeque<Rewind>,
 }
 
 impl Rewinds {
-    pub(crate) const fn is_empty(&self) -> bool {
+    pub(crate) fn is_empty(&self) -> bool {
         self.waiting.is_empty() && self.running.is_empty()
     }
 
@@ -91,7 +93,7 @@ impl Worker {
 
     /// Brings a state back to an earlier position of its branch; `then` gets the boundary there.
     pub(crate) fn rewind(&mut self, from: Capsule, position: u32, gone: Gone, then: Then) {
-        self.rewinds.waiting.push(Wish { from, position, gone, then });
+        self.rewinds.waiting.push_back(Wish { from, position, gone, then });
     }
 
     /// As [`Worker::rewind`] from where a slot stands; the slot is given back afterwards.
@@ -118,7 +120,7 @@ impl Worker {
         match begun {
             Ok(rollback) => {
                 let rewind = Rewind { slot, spared, rollback, replayed: 0, gone, then };
-                self.rewinds.running.push(rewind);
+                self.rewinds.running.push_back(rewind);
             }
             Err(error) => self.end_rewind(slot, spared, Err(error), then),
         }
@@ -128,12 +130,12 @@ impl Worker {
     /// Where replies wait, the former alone: they must not wait for rollbacks.
     pub(crate) fn admit_rewinds(&mut self) {
         self.rewinds.waiting.retain(|wish| !(wish.gone)());
-        while let Some(wish) = self.rewinds.waiting.first() {
+        while let Some(wish) = self.rewinds.waiting.front() {
             let from = wish.from.clone();
             let free = if self.do_replies_wait() { None } else { self.slot_for(Some(&from)) };
             let spared = free.is_none();
             let Some(slot) = free.or_else(|| self.take_spare()) else { return };
-            let wish = self.rewinds.waiting.remove(0);
+            let Some(wish) = self.rewinds.waiting.pop_front() else { return };
             self.begin_rewind(slot, spared, Some(&from), wish.position, wish.gone, wish.then);
         }
     }
@@ -146,24 +148,21 @@ impl Worker {
             let gone = Err(ApiError::conflict("whoever asked for this has gone"));
             self.end_rewind(rewind.slot, rewind.spared, gone, rewind.then);
         }
-        self.rewinds.running = running;
-        if !self.rewinds.running.is_empty() {
-            let mut rewind = self.rewinds.running.remove(0);
-            let before = rewind.rollback.left();
-            let more =
-                self.guard(|worker| Ok(worker.model.engine.advance(&mut rewind.rollback)?));
-            let read = before - rewind.rollback.left();
-            rewind.replayed += read;
-            self.metrics.replayed_tokens.add(u64::from(read));
-            match more {
-                Ok(true) => self.rewinds.running.push(rewind),
-                Ok(false) => {
-                    let (slot, replayed) = (rewind.slot, rewind.replayed);
-                    let cut = self.guard(|worker| worker.cut(slot, replayed));
-                    self.end_rewind(slot, rewind.spared, cut, rewind.then);
-                }
-                Err(error) => self.end_rewind(rewind.slot, rewind.spared, Err(error), rewind.then),
+        self.rewinds.running = running.into();
+        let Some(mut rewind) = self.rewinds.running.pop_front() else { return };
+        let before = rewind.rollback.left();
+        let more = self.guard(|worker| Ok(worker.model.engine.advance(&mut rewind.rollback)?));
+        let read = before - rewind.rollback.left();
+        rewind.replayed += read;
+        self.metrics.replayed_tokens.add(u64::from(read));
+        match more {
+            Ok(true) => self.rewinds.running.push_back(rewind),
+            Ok(false) => {
+                let (slot, replayed) = (rewind.slot, rewind.replayed);
+                let cut = self.guard(|worker| worker.cut(slot, replayed));
+                self.end_rewind(slot, rewind.spared, cut, rewind.then);
             }
+            Err(error) => self.end_rewind(rewind.slot, rewind.spared, Err(error), rewind.then),
         }
     }
 
@@ -179,10 +178,7 @@ impl Worker {
         if spared {
             self.spare_last();
         }
-        let _ = self.guard(|_| {
-            then(cut);
-            Ok(())
-        });
+        self.tell(|| then(cut));
     }
 }
 

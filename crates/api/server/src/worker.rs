@@ -723,7 +723,7 @@ impl Worker {
     }
 
     /// Calls what waits for an end: a panic is its own.
-    fn tell(&mut self, call: impl FnOnce()) {
+    pub(crate) fn tell(&mut self, call: impl FnOnce()) {
         let _ = self.guard(|_| {
             call();
             Ok(())

@@ -135,13 +135,17 @@ impl CudaFrozen {
 
     /// The device address of region `index`.
     pub(crate) fn address(&self, index: usize) -> u64 {
-        let base = self.store.resident.capsules.at() + self.at.unwrap_or(0) as u64;
-        base + self.pieces[index].offset as u64
+        self.base() + self.pieces[index].offset as u64
+    }
+
+    /// The device address of the range.
+    fn base(&self) -> u64 {
+        self.store.resident.capsules.at() + self.at.unwrap_or(0) as u64
     }
 
     /// The copies that put all of it into the slot at `slot`; none if regions overlap, and the later must win.
     pub(crate) fn whole(&self, slot: u64) -> Option<Vec<Transfer>> {
-        let base = self.store.resident.capsules.at() + self.at.unwrap_or(0) as u64;
+        let base = self.base();
         let transfer = |held: &Held| Transfer {
             from: base + held.offset as u64,
             to: slot + held.in_slot as u64,

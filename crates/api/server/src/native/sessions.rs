@@ -38,9 +38,6 @@ pub(super) async fn session(app: &Arc<App>, caller: &Caller, id: &str) -> ApiRes
 /// A session that this call alone works on.
 struct Busy(Arc<Session>);
 
-/// How long `interrupt` waits for the reply to end.
-const INTERRUPT_WAIT: Duration = Duration::from_secs(2);
-
 impl Busy {
     fn take(session: &Arc<Session>) -> ApiResult<Self> {
         let mut state = session.lock();
@@ -489,6 +486,9 @@ fn reply_object(id: &str, session: &Session, tally: &Tally, finish: FinishReason
         "usage": tally.usage(), "timings": tally.timings(),
     })
 }
+
+/// How long `interrupt` waits for the reply to end.
+const INTERRUPT_WAIT: Duration = Duration::from_secs(2);
 
 pub(crate) async fn interrupt(
     State(app): AppState,
