@@ -8,7 +8,8 @@
 // that depends on their number alone. attention_stream: blocks go from split to split, with the next ones on their way to
 // shared memory; attention_split: a block a split, for what the former does not take.
 // Prefill: tiles of keys from position 0 upwards. A tile wholly masked for a row changes no bit of it, so a row does not
-// depend on the rows beside it.
+// depend on the rows beside it. With few tokens all query heads of a key head share the rows of a tile: keys and values are
+// read once for all of them.
 
 #define SPLIT 64
 #define MOST_SPLITS 4096
@@ -29,6 +30,8 @@ struct Attention {
     int parts;   // attention_tiles: 1 where each block takes one part of the keys
     int stages;  // attention_stream: splits in shared memory at a time
     int early;   // attention_stream: 1: rows below the cursor, and the cursor, are read before the wait
+    int pack;    // attention_tiles: query heads that share a tile, token by token: all of a key head, or 1
+    int pad;
 };
 
 template <int KV> struct Eight {
@@ -651,19 +654,23 @@ __device__ __forceinline__ void merge(float* o, const float4 whole, const float*
 template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(const Attention& p, bool parted) {
     const int BM = 64, LD = D + 8;  // rows are 16 bytes apart in the banks
     extern __shared__ float4 shared[];
-    u16* qs = (u16*)shared;  // [BM][LD]
-    u16* ks = qs + BM * LD;  // [BN][LD]
-    u16* vs = ks + BN * LD;  // [BN][LD]
+    // Two tiles of keys and values at a time where registers leave room for two blocks a multiprocessor anyway: the next one is
+    // on its way for as long as a tile takes.
+    const int STAGES = D == 256 ? 2 : 1;
+    u16* qs = (u16*)shared;           // [BM][LD]
+    u16* ks = qs + BM * LD;           // [STAGES][BN][LD]
+    u16* vs = ks + STAGES * BN * LD;  // [STAGES][BN][LD]
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     pdl_wait();
     pdl_launch();
-    const int h = blockIdx.x, kh = h / (p.heads / p.kv_heads);
-    const i64 t0 = (i64)(gridDim.y - 1 - blockIdx.y) * BM;  // longest rows first
-    const i64 valid = valid_rows(p.count, p.rows);
+    // A row of a tile is a token's query of one head; with `shared_heads` heads in a tile, row r is token r / shared_heads.
+    const int shared_heads = p.pack, h0 = blockIdx.x * shared_heads, kh = h0 / (p.heads / p.kv_heads);
+    const int t0 = (int)(gridDim.y - 1 - blockIdx.y) * BM;  // longest rows first
+    const int valid = (int)valid_rows(p.count, p.rows) * shared_heads;
     if (t0 >= valid) return;
     const i64 position = *p.cursor;
-    const i64 last = t0 + BM < valid ? t0 + BM : valid;
-    i64 limit = position + last;
+    const int last = t0 + BM < valid ? t0 + BM : valid;
+    i64 limit = position + (last - 1) / shared_heads + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
     // Keys are taken in parts that begin at absolute multiples of PART. Here: one part, or all of them in rising order.
     const i64 first = parted ? (i64)blockIdx.z * PART : 0;
@@ -678,12 +685,14 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
             bool live = j0 + j < limit;
             copy_async(into + j * LD + d, from + (live ? j0 + j : 0) * ld + d, live);
         }
-        commit_async();
     };
     stage(ks, key, p.key.ld, first);
+    if (STAGES == 2) stage(vs, value, p.value.ld, first);
+    commit_async();
     for (int i = threadIdx.x; i < BM * (D / 4); i += 128) {
         int r = i / (D / 4), d = i % (D / 4) * 4;
-        float4 q = t0 + r < valid ? load4(p.query, t0 + r, (i64)h * D + d, (i64)(h + 1) * D) : make_float4(0.f, 0.f, 0.f, 0.f);
+        const int t = (t0 + r) / shared_heads, h = h0 + (t0 + r) % shared_heads;
+        float4 q = t0 + r < valid ? load4(p.query, t, (i64)h * D + d, (i64)(h + 1) * D) : make_float4(0.f, 0.f, 0.f, 0.f);
         uint2 w;
         w.x = pack<KV>(q.x, q.y);
         w.y = pack<KV>(q.z, q.w);
@@ -698,10 +707,20 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     float4* kept = (float4*)p.partial + block * (D / 8 * 128) + threadIdx.x;  // [D / 8][128]
     float4* kept_sums = (float4*)p.sums + block * 128 + threadIdx.x;
     // Rows of this lane: its fragment's rows lane/4 and lane/4 + 8.
-    const i64 see0 = position + t0 + warp * 16 + lane / 4, see1 = see0 + 8;
+    const int row = t0 + warp * 16 + lane / 4;
+    const i64 see0 = position + row / shared_heads, see1 = position + (row + 8) / shared_heads;
     const float log2e = 1.4426950408889634f;
+    int here = 0;  // of the tile at hand, from the first one
     for (i64 j0 = first; j0 < beyond; j0 += BN) {
-        stage(vs, value, p.value.ld, j0);
+        if (STAGES == 2) {
+            if (j0 + BN < beyond) {
+                stage(ks + (BN * LD - here), key, p.key.ld, j0 + BN);
+                stage(vs + (BN * LD - here), value, p.value.ld, j0 + BN);
+            }
+        } else {
+            stage(vs, value, p.value.ld, j0);
+        }
+        commit_async();
         wait_async<1>();
         __syncthreads();
         float s[BN / 8][4];
@@ -714,14 +733,16 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
 #pragma unroll
             for (int j = 0; j < BN; j += 16) {
                 u32 b[4];
-                ldmatrix4(b, ks + (j + (lane & 7) + (lane >> 4) * 8) * LD + d + ((lane >> 3) & 1) * 8);
+                ldmatrix4(b, ks + here + (j + (lane & 7) + (lane >> 4) * 8) * LD + d + ((lane >> 3) & 1) * 8);
                 mma<KV>(s[j / 8], a, b[0], b[1]);
                 mma<KV>(s[j / 8 + 1], a, b[2], b[3]);
             }
         }
-        __syncthreads();
-        if (j0 + BN < beyond) stage(ks, key, p.key.ld, j0 + BN);
-        else commit_async();
+        if (STAGES == 1) {
+            __syncthreads();
+            if (j0 + BN < beyond) stage(ks, key, p.key.ld, j0 + BN);
+            commit_async();
+        }
         float top[2] = {m[0], m[1]};
 #pragma unroll
         for (int i = 0; i < BN / 8; ++i)
@@ -765,22 +786,25 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
             o[i][2] *= keep[1];
             o[i][3] *= keep[1];
         }
-        wait_async<1>();
-        __syncthreads();
+        if (STAGES == 1) {
+            wait_async<1>();
+            __syncthreads();
+        }
         // A tile that some row does not wholly see: a weight of zero must hide whatever later rows hold, NaN included.
-        if (j0 + BN > position + t0 + 1) shield<KV, D, BN>(vs, o, see0 - j0, see1 - j0, lane);
+        if (j0 + BN > position + t0 / shared_heads + 1) shield<KV, D, BN>(vs + here, o, see0 - j0, see1 - j0, lane);
 #pragma unroll
         for (int j = 0; j < (busy ? BN : 0); j += 16) {
             const u32 a[4] = {pa[j / 8][0], pa[j / 8][1], pa[j / 8 + 1][0], pa[j / 8 + 1][1]};
 #pragma unroll
             for (int d = 0; d < D; d += 16) {
                 u32 b[4];
-                ldmatrix4t(b, vs + (j + (lane & 15)) * LD + d + (lane >> 4) * 8);
+                ldmatrix4t(b, vs + here + (j + (lane & 15)) * LD + d + (lane >> 4) * 8);
                 mma<KV>(o[d / 8], a, b[0], b[1]);
                 mma<KV>(o[d / 8 + 1], a, b[2], b[3]);
             }
         }
         __syncthreads();
+        if (STAGES == 2) here = BN * LD - here;
         if (!parted && limit > PART && ((j0 + BN) % PART == 0 || j0 + BN >= limit) && busy) {
             // The end of a part: add it to those before.
             float x[2], y[2];
@@ -814,8 +838,8 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     }
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-        const i64 t = t0 + warp * 16 + lane / 4 + e * 8;
-        if (t >= valid) continue;
+        if (row + e * 8 >= valid) continue;
+        const int t = (row + e * 8) / shared_heads, h = h0 + (row + e * 8) % shared_heads;
         const float inverse = 1.f / l[e];
 #pragma unroll
         for (int i = 0; i < D / 8; ++i) {
@@ -840,43 +864,54 @@ extern "C" __global__ void __launch_bounds__(128) attention_parts(const __grid_c
     pdl_wait();
     pdl_launch();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const i64 t0 = (i64)(gridDim.y - 1 - blockIdx.y) * 64;
-    const i64 valid = valid_rows(p.count, p.rows);
+    const int shared_heads = p.pack, t0 = (int)(gridDim.y - 1 - blockIdx.y) * 64;
+    const int valid = (int)valid_rows(p.count, p.rows) * shared_heads;
     if (t0 + warp * 16 >= valid) return;
-    const i64 last = t0 + 64 < valid ? t0 + 64 : valid;
-    i64 limit = (i64)*p.cursor + last;
+    const int last = t0 + 64 < valid ? t0 + 64 : valid;
+    i64 limit = (i64)*p.cursor + (last - 1) / shared_heads + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
     const int parts = (int)((limit + PART - 1) / PART), groups = p.head_dim / 8;
     float whole_m[2], whole_l[2], o[4][4];
-    for (int part = 0; part < parts; ++part) {
-        const i64 block = blockIdx.x + (i64)gridDim.x * (blockIdx.y + (i64)gridDim.y * part);
-        const float4 sums = ((const float4*)p.sums)[block * 128 + threadIdx.x];
-        const float4* kept = (const float4*)p.partial + block * (groups * 128) + threadIdx.x + blockIdx.z * 512;
-        float4 v[4];
+    const int TOGETHER = 8;  // parts whose loads are on their way together
+    for (int from = 0; from < parts; from += TOGETHER) {
+        float4 sums[TOGETHER], v[TOGETHER][4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = kept[i * 128];
-        const float m[2] = {sums.x, sums.z}, l[2] = {sums.y, sums.w};
-        float x[2] = {0.f, 0.f}, y[2] = {1.f, 1.f};
-        if (part > 0) {
-            merge_scales(whole_m, whole_l, m, l, x, y);
-        } else {
-            whole_m[0] = m[0], whole_m[1] = m[1], whole_l[0] = l[0], whole_l[1] = l[1];
+        for (int j = 0; j < TOGETHER; ++j) {
+            const int part = from + j < parts ? from + j : from;
+            const i64 block = blockIdx.x + (i64)gridDim.x * (blockIdx.y + (i64)gridDim.y * part);
+            const float4* kept = (const float4*)p.partial + block * (groups * 128) + threadIdx.x + blockIdx.z * 512;
+            sums[j] = ((const float4*)p.sums)[block * 128 + threadIdx.x];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) v[j][i] = kept[i * 128];
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float4 whole = make_float4(o[i][0], o[i][1], o[i][2], o[i][3]);
-            o[i][0] = v[i].x, o[i][1] = v[i].y, o[i][2] = v[i].z, o[i][3] = v[i].w;
-            if (part > 0) merge(o[i], whole, x, y);
+        for (int j = 0; j < TOGETHER; ++j) {
+            if (from + j >= parts) break;
+            const bool before = from + j > 0;
+            const float m[2] = {sums[j].x, sums[j].z}, l[2] = {sums[j].y, sums[j].w};
+            float x[2] = {0.f, 0.f}, y[2] = {1.f, 1.f};
+            if (before) {
+                merge_scales(whole_m, whole_l, m, l, x, y);
+            } else {
+                whole_m[0] = m[0], whole_m[1] = m[1], whole_l[0] = l[0], whole_l[1] = l[1];
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float4 whole = make_float4(o[i][0], o[i][1], o[i][2], o[i][3]);
+                o[i][0] = v[j][i].x, o[i][1] = v[j][i].y, o[i][2] = v[j][i].z, o[i][3] = v[j][i].w;
+                if (before) merge(o[i], whole, x, y);
+            }
         }
     }
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-        const i64 t = t0 + warp * 16 + lane / 4 + e * 8;
-        if (t >= valid) continue;
+        const int row = t0 + warp * 16 + lane / 4 + e * 8;
+        if (row >= valid) continue;
+        const int t = row / shared_heads, h = blockIdx.x * shared_heads + row % shared_heads;
         const float inverse = 1.f / whole_l[e];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const i64 c = (i64)blockIdx.x * p.head_dim + (blockIdx.z * 4 + i) * 8 + (lane & 3) * 2;
+            const i64 c = (i64)h * p.head_dim + (blockIdx.z * 4 + i) * 8 + (lane & 3) * 2;
             store1(p.out, t, c, o[i][2 * e] * inverse);
             store1(p.out, t, c + 1, o[i][2 * e + 1] * inverse);
         }

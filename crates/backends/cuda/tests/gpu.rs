@@ -35,11 +35,15 @@ fn model(dtype: DType) -> BuiltModel {
 }
 
 fn model_of(name: &str, dtype: DType) -> BuiltModel {
+    model_with_context(name, dtype, 512)
+}
+
+fn model_with_context(name: &str, dtype: DType, context: usize) -> BuiltModel {
     let options = BuildOptions {
-        context: 512,
+        context,
         prefill: vec![1, 32, 64],
         score: 32,
-        decode_contexts: vec![256, 512],
+        decode_contexts: vec![256, context],
         precision: Precision { activation: dtype, kv_cache: dtype },
     };
     ModelFiles::open(name).unwrap().build(&options).unwrap()
@@ -197,6 +201,28 @@ fn fusion_chains_and_early_launch_change_no_bit() {
             );
         }
     }
+}
+
+/// Heads of 256 elements, several query heads for each key head, keys of more than one part: what the kernel for tensor cores
+/// takes, and the tiny model does not have.
+#[test]
+fn prefill_of_wide_heads_is_near_decode() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let built = model_with_context("random:qwen3.5-0.8b", DType::BF16, 1024);
+    let mut runner = Runner::new(&backend, &built);
+    let (read, decoded) = (runner.reset(), runner.reset());
+    let tokens = text(600);
+    for part in tokens.chunks(64) {
+        runner.prefill(read, part, 64);
+    }
+    runner.prefill(decoded, &tokens[..1], 1);
+    for &token in &tokens[1..] {
+        runner.write("input.forced", &[token]);
+        assert_eq!(runner.decode(decoded, 1024), token);
+    }
+    let error = distance(&runner.logits(read), &runner.logits(decoded));
+    println!("prefill against decode: {error:e}");
+    assert!(error < 5e-2, "prefill differs from decode by {error}");
 }
 
 /// Rows of several pieces, several rows a warp, norms by a whole block: none of which the tiny model has.

@@ -159,6 +159,8 @@ pub(crate) struct AttentionArgs {
     pub(crate) parts: i32,
     pub(crate) stages: i32,
     pub(crate) early: i32,
+    pub(crate) pack: i32,
+    pub(crate) pad: i32,
 }
 
 /// `Delta` of `recurrent.cu`.
@@ -231,7 +233,7 @@ mod tests {
         assert!(size_of::<Chain>() <= 4096);
         assert_eq!(size_of::<Gemv>(), 80 + SEGMENTS * size_of::<Segment>());
         assert_eq!(size_of::<HeadNorm>(), 72);
-        assert_eq!(size_of::<AttentionArgs>(), 6 * 24 + 5 * 8 + 10 * 4);
+        assert_eq!(size_of::<AttentionArgs>(), 6 * 24 + 5 * 8 + 12 * 4);
         assert_eq!(size_of::<DeltaArgs>(), 4 * 24 + 4 * 8 + 6 * 4 + 2 * 24 + 2 * 8 + 8);
         assert_eq!(size_of::<SampleArgs>(), 12 * 8 + 16);
         assert!(size_of::<Gemv>() <= 4096);

@@ -184,15 +184,20 @@ impl Launcher<'_> {
         if takes_tiles(table, o) {
             let parts = parts(o);
             a.parts = i32::from(parts > 1);
-            let keys = if o.head_dim == 256 { 32 } else { 64 };
+            // Rows of a tile: with few tokens, those of all query heads of a key head.
+            let pack = if parts > 1 { o.heads / o.kv_heads } else { 1 };
+            a.pack = pack as i32;
+            let (heads, tiles) = (o.heads / pack, (rows * pack).div_ceil(TILE));
+            // Keys of a tile, and tiles at a time.
+            let (keys, stages) = if o.head_dim == 256 { (32, 2) } else { (64, 1) };
             let name = format!("attention_tiles_{}_{}", dtype_suffix(a.key.dtype), o.head_dim);
             let how = Launch {
-                shared: ((64 + 2 * keys) * (o.head_dim + 8) * 2) as u32,
-                ..self.early([o.heads as u32, rows.div_ceil(TILE) as u32, parts as u32], 128)
+                shared: ((64 + 2 * stages * keys) * (o.head_dim + 8) * 2) as u32,
+                ..self.early([heads as u32, tiles as u32, parts as u32], 128)
             };
             self.go(&name, how, args![a])?;
             if parts > 1 {
-                let grid = [o.heads as u32, rows.div_ceil(TILE) as u32, (o.head_dim / 32) as u32];
+                let grid = [heads as u32, tiles as u32, (o.head_dim / 32) as u32];
                 self.go("attention_parts", self.early(grid, 128), args![a])?;
             }
         } else {
