@@ -679,12 +679,14 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     const bool busy = t0 + warp * 16 < valid;  // warps without rows only load
     const u16* key = (const u16*)p.key.p + (i64)kh * D;
     const u16* value = (const u16*)p.value.p + (i64)kh * D;
+    // A thread copies 16 bytes of every STEP-th row; the rows past the last one are zeros.
+    const int STEP = 128 / (D / 8), row_of = threadIdx.x / (D / 8), column_of = threadIdx.x % (D / 8) * 8;
     auto stage = [&](u16* into, const u16* from, i64 ld, i64 j0) {
-        for (int i = threadIdx.x; i < BN * (D / 8); i += 128) {
-            int j = i / (D / 8), d = i % (D / 8) * 8;
-            bool live = j0 + j < limit;
-            copy_async(into + j * LD + d, from + (live ? j0 + j : 0) * ld + d, live);
-        }
+        const u16* at = from + (j0 + row_of) * ld + column_of;
+        const int left = (int)(limit - j0) - row_of;
+        into += row_of * LD + column_of;
+#pragma unroll
+        for (int n = 0; n < BN / STEP; ++n, at += STEP * ld) copy_async(into + n * STEP * LD, n * STEP < left ? at : from, n * STEP < left);
     };
     stage(ks, key, p.key.ld, first);
     if (STAGES == 2) stage(vs, value, p.value.ld, first);
@@ -743,15 +745,18 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
             if (j0 + BN < beyond) stage(ks, key, p.key.ld, j0 + BN);
             commit_async();
         }
+        // Whether some row does not see all of the tile, or not all of it is there.
+        const bool ragged = j0 + BN > position + t0 / shared_heads + 1 || j0 + BN > limit;
+        const int last0 = ragged ? (int)((see0 < limit ? see0 : limit - 1) - j0) : BN;
+        const int last1 = ragged ? (int)((see1 < limit ? see1 : limit - 1) - j0) : BN;
         float top[2] = {m[0], m[1]};
 #pragma unroll
         for (int i = 0; i < BN / 8; ++i)
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const i64 j = j0 + i * 8 + (lane & 3) * 2 + (e & 1);
-                const float v = j <= (e < 2 ? see0 : see1) && j < limit ? s[i][e] * p.scale : -INFINITY;
-                s[i][e] = v;
-                top[e >> 1] = fmaxf(top[e >> 1], v);
+                s[i][e] *= p.scale;
+                if (i * 8 + (lane & 3) * 2 + (e & 1) > (e < 2 ? last0 : last1)) s[i][e] = -INFINITY;
+                top[e >> 1] = fmaxf(top[e >> 1], s[i][e]);
             }
         float keep[2], sum[2] = {0.f, 0.f};
 #pragma unroll
@@ -791,7 +796,7 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
             __syncthreads();
         }
         // A tile that some row does not wholly see: a weight of zero must hide whatever later rows hold, NaN included.
-        if (j0 + BN > position + t0 / shared_heads + 1) shield<KV, D, BN>(vs + here, o, see0 - j0, see1 - j0, lane);
+        if (ragged) shield<KV, D, BN>(vs + here, o, see0 - j0, see1 - j0, lane);
 #pragma unroll
         for (int j = 0; j < (busy ? BN : 0); j += 16) {
             const u32 a[4] = {pa[j / 8][0], pa[j / 8][1], pa[j / 8 + 1][0], pa[j / 8 + 1][1]};
@@ -850,7 +855,9 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     }
 }
 #define TILES(name, KV, D, BN)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(128) name(const __grid_constant__ Attention p) { tiles_body<KV, D, BN>(p, p.parts != 0); }
+    extern "C" __global__ void __launch_bounds__(128, 2) name(const __grid_constant__ Attention p) {              \
+        tiles_body<KV, D, BN>(p, p.parts != 0);                                                                    \
+    }
 TILES(attention_tiles_bf16_64, BF16, 64, 64)
 TILES(attention_tiles_bf16_128, BF16, 128, 64)
 TILES(attention_tiles_bf16_256, BF16, 256, 32)
@@ -858,8 +865,8 @@ TILES(attention_tiles_f16_64, F16, 64, 64)
 TILES(attention_tiles_f16_128, F16, 128, 64)
 TILES(attention_tiles_f16_256, F16, 256, 32)
 
-// Adds the parts that attention_tiles left, in rising order. Grid: that of attention_tiles, with D / 32 in place of parts: a
-// block takes four groups of eight columns.
+// Adds the parts that attention_tiles left, in rising order. Grid: that of attention_tiles, with D / 8 in place of parts: a
+// block takes eight columns.
 extern "C" __global__ void __launch_bounds__(128) attention_parts(const __grid_constant__ Attention p) {
     pdl_wait();
     pdl_launch();
@@ -871,35 +878,29 @@ extern "C" __global__ void __launch_bounds__(128) attention_parts(const __grid_c
     i64 limit = (i64)*p.cursor + (last - 1) / shared_heads + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
     const int parts = (int)((limit + PART - 1) / PART), groups = p.head_dim / 8;
-    float whole_m[2], whole_l[2], o[4][4];
-    const int TOGETHER = 8;  // parts whose loads are on their way together
+    float whole_m[2], whole_l[2], o[4];
+    const int TOGETHER = 12;  // parts whose loads are on their way together
     for (int from = 0; from < parts; from += TOGETHER) {
-        float4 sums[TOGETHER], v[TOGETHER][4];
+        float4 sums[TOGETHER], v[TOGETHER];
 #pragma unroll
         for (int j = 0; j < TOGETHER; ++j) {
             const int part = from + j < parts ? from + j : from;
             const i64 block = blockIdx.x + (i64)gridDim.x * (blockIdx.y + (i64)gridDim.y * part);
-            const float4* kept = (const float4*)p.partial + block * (groups * 128) + threadIdx.x + blockIdx.z * 512;
             sums[j] = ((const float4*)p.sums)[block * 128 + threadIdx.x];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) v[j][i] = kept[i * 128];
+            v[j] = ((const float4*)p.partial)[(block * groups + blockIdx.z) * 128 + threadIdx.x];
         }
 #pragma unroll
         for (int j = 0; j < TOGETHER; ++j) {
             if (from + j >= parts) break;
-            const bool before = from + j > 0;
             const float m[2] = {sums[j].x, sums[j].z}, l[2] = {sums[j].y, sums[j].w};
-            float x[2] = {0.f, 0.f}, y[2] = {1.f, 1.f};
-            if (before) {
+            const float4 whole = make_float4(o[0], o[1], o[2], o[3]);
+            o[0] = v[j].x, o[1] = v[j].y, o[2] = v[j].z, o[3] = v[j].w;
+            if (from + j > 0) {
+                float x[2], y[2];
                 merge_scales(whole_m, whole_l, m, l, x, y);
+                merge(o, whole, x, y);
             } else {
                 whole_m[0] = m[0], whole_m[1] = m[1], whole_l[0] = l[0], whole_l[1] = l[1];
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float4 whole = make_float4(o[i][0], o[i][1], o[i][2], o[i][3]);
-                o[i][0] = v[j][i].x, o[i][1] = v[j][i].y, o[i][2] = v[j][i].z, o[i][3] = v[j][i].w;
-                if (before) merge(o[i], whole, x, y);
             }
         }
     }
@@ -909,11 +910,8 @@ extern "C" __global__ void __launch_bounds__(128) attention_parts(const __grid_c
         if (row >= valid) continue;
         const int t = row / shared_heads, h = blockIdx.x * shared_heads + row % shared_heads;
         const float inverse = 1.f / whole_l[e];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const i64 c = (i64)h * p.head_dim + (blockIdx.z * 4 + i) * 8 + (lane & 3) * 2;
-            store1(p.out, t, c, o[i][2 * e] * inverse);
-            store1(p.out, t, c + 1, o[i][2 * e + 1] * inverse);
-        }
+        const i64 c = (i64)h * p.head_dim + blockIdx.z * 8 + (lane & 3) * 2;
+        store1(p.out, t, c, o[2 * e] * inverse);
+        store1(p.out, t, c + 1, o[2 * e + 1] * inverse);
     }
 }

@@ -1,7 +1,7 @@
 // Region copy, random weights, dequantisation, comparison of bits.
 //
-// copy_regions: floor 2 bytes moved per byte copied. The table is a kernel parameter; blocks take tiles of 1024 vectors
-// of 16 bytes in turn, so a table of one large and many small regions loads every multiprocessor alike.
+// copy_regions: floor 2 bytes moved per byte copied. The table is a kernel parameter; blocks take tiles of 512 or 2048
+// vectors of 16 bytes in turn, so a table of one large and many small regions loads every multiprocessor alike.
 // random_fill: bit for bit ampoule_plan::RandomFill. dequantise: GGML blocks to bf16.
 
 struct Piece {
@@ -11,18 +11,28 @@ struct Piece {
 };
 template <int N> struct Pieces {
     int count;
-    int pad;
+    int moved;         // vectors that a thread has on their way: 8, or 2 where beginning and end weigh more
     i64 first[N + 1];  // vectors before each piece; both ends have the same address modulo 16
     Piece piece[N];
 };
 
-#define TILE (4 * BLOCK)  // vectors that a block moves at a time; neighbours move neighbouring tiles
+// Vectors v, v + BLOCK, ... before `end`, which are all whole, as long as MOVED of them are left; v goes on behind them.
+template <int MOVED> __device__ __forceinline__ void move_whole(const uint4* from, uint4* to, i64& v, i64 end) {
+    for (; v + (MOVED - 1) * BLOCK < end; v += MOVED * BLOCK) {
+        uint4 moved[MOVED];
+#pragma unroll
+        for (int m = 0; m < MOVED; ++m) moved[m] = from[v + m * BLOCK];
+#pragma unroll
+        for (int m = 0; m < MOVED; ++m) to[v + m * BLOCK] = moved[m];
+    }
+}
 template <int N> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
     const i64 total = t.first[t.count];
+    const int size = t.moved * BLOCK;  // of a tile: neighbours move neighbouring ones
     int low = 0;
-    for (i64 tile = (i64)blockIdx.x * TILE; tile < total; tile += (i64)gridDim.x * TILE) {
+    for (i64 tile = (i64)blockIdx.x * size; tile < total; tile += (i64)gridDim.x * size) {
     i64 at = tile;
-    const i64 end = at + TILE < total ? at + TILE : total;
+    const i64 end = at + size < total ? at + size : total;
     // The piece that the tile begins in: near the last one if there are few, by halves if there are many.
     if (N <= 96) {
         while (low + 1 < t.count && t.first[low + 1] <= at) ++low;
@@ -45,12 +55,10 @@ template <int N> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
         const i64 whole = (p.bytes + skew) / 16;  // vectors before this one end inside the piece
         const uint4* from = (const uint4*)(p.from - skew);
         uint4* to = (uint4*)(p.to - skew);
-        for (; v + 3 * BLOCK < v_end && v + 3 * BLOCK < whole && (skew == 0 || v > 0); v += 4 * BLOCK) {
-            uint4 a = __ldcs(from + v), b = __ldcs(from + v + BLOCK), c = __ldcs(from + v + 2 * BLOCK), d = __ldcs(from + v + 3 * BLOCK);
-            __stcs(to + v, a);
-            __stcs(to + v + BLOCK, b);
-            __stcs(to + v + 2 * BLOCK, c);
-            __stcs(to + v + 3 * BLOCK, d);
+        if (skew == 0 || v > 0) {
+            const i64 sure = v_end < whole ? v_end : whole;
+            if (t.moved == 8) move_whole<8>(from, to, v, sure);
+            else move_whole<2>(from, to, v, sure);
         }
         for (; v < v_end; v += BLOCK) {
             if (v < whole && (v > 0 || skew == 0)) {

@@ -4,7 +4,7 @@
 // gated_delta: qkv [T, 2*KH*KD + VH*VD], state f32 [VH*KD, VD]. Floor: state read and written once, 7 FLOP per element
 // of the state and token; the chain over tokens is serial.
 //
-// gated_delta: a block owns COLUMNS value columns of one value head; eight lanes share a column pair and split the
+// gated_delta: a block owns some value columns of one value head; eight lanes share a column pair and split the
 // key rows, in registers for the whole launch. Tokens come in tiles: all warps normalise queries and keys of the
 // tile into shared memory, then run its tokens one after another without a barrier. A token's arithmetic does not depend
 // on where a launch starts or ends, so prefill by any buckets and decode give the same bits.
@@ -78,264 +78,379 @@ struct Delta {
 
 __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 
-// CHUNKS chunks of 32 key rows; a lane holds four rows of each, of two columns.
-template <int CHUNKS, int COLUMNS, int TOKENS>
-__device__ __forceinline__ void delta_body(const Delta& p) {
-    const int KD = CHUNKS * 32;
-    __shared__ __align__(16) float ks[TOKENS][KD];
-    __shared__ __align__(16) float qs[TOKENS][KD];
-    __shared__ float vs[TOKENS][COLUMNS];
-    __shared__ float gs[TOKENS], bs[TOKENS], kq[TOKENS];
-    __shared__ __align__(16) float head_out[256];
-    __shared__ bool last;
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    const int h = blockIdx.x;
-    const int kh = h / (p.value_heads / p.key_heads);
-    const int group = lane & (GROUPS - 1);
-    const int pair = threadIdx.x / GROUPS;
-    const int col = blockIdx.y * p.columns + pair * 2;
-    const bool own0 = pair * 2 < p.columns && col < p.value_dim, own1 = pair * 2 + 1 < p.columns && col + 1 < p.value_dim;
-    const i64 q0 = (i64)kh * p.key_dim, k0 = (i64)(p.key_heads + kh) * p.key_dim;
-    const i64 v0 = 2 * (i64)p.key_heads * p.key_dim + (i64)h * p.value_dim;
-    const bool wide = (p.value_dim & 1) == 0;
-    float* state = p.state + (i64)h * p.key_dim * p.value_dim;
+// What a lane holds of the state: of CHUNKS chunks of 32 key rows, four rows of each, of two columns.
+template <int CHUNKS> struct Held {
+    float s0[CHUNKS * 4], s1[CHUNKS * 4], rate, dt;
+    float* state;  // of the head
+    int group, pair, col;
+    bool own0, own1;  // whether there are such columns
 
-    float s0[CHUNKS * 4], s1[CHUNKS * 4];
-    float rate, dt;
-    auto read_state = [&]() {
-        rate = expf(p.a_log[h]), dt = p.dt_bias[h];
+    __device__ __forceinline__ explicit Held(const Delta& p) {
+        group = threadIdx.x & (GROUPS - 1), pair = threadIdx.x / GROUPS;
+        col = blockIdx.y * p.columns + pair * 2;
+        own0 = pair * 2 < p.columns && col < p.value_dim, own1 = pair * 2 + 1 < p.columns && col + 1 < p.value_dim;
+        state = p.state + (i64)blockIdx.x * p.key_dim * p.value_dim;
+    }
+    template <typename Two, typename One> __device__ __forceinline__ void each(const Delta& p, Two two, One one) {
+        float* at = state + (i64)(group * 4) * p.value_dim + col;
+        const bool wide = own0 && own1 && (p.value_dim & 1) == 0;
+        if (wide && p.key_dim == CHUNKS * 32) {
+            // Nothing to ask for each: the accesses go out one behind the other.
+#pragma unroll
+            for (int i = 0; i < CHUNKS * 4; ++i) two((float2*)(at + ((i >> 2) * 32 + (i & 3)) * p.value_dim), s0[i], s1[i]);
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < CHUNKS * 4; ++i) {
-            int r = (i >> 2) * 32 + group * 4 + (i & 3);
-            s0[i] = s1[i] = 0.f;
-            if (r < p.key_dim) {
-                const float* at = state + (i64)r * p.value_dim + col;
-                if (own0 && own1 && wide) {
-                    float2 v = *(const float2*)at;
-                    s0[i] = v.x;
-                    s1[i] = v.y;
-                } else {
-                    if (own0) s0[i] = at[0];
-                    if (own1) s1[i] = at[1];
-                }
+            const int r = (i >> 2) * 32 + (i & 3);
+            if (group * 4 + r >= p.key_dim) continue;
+            if (wide) {
+                two((float2*)(at + r * p.value_dim), s0[i], s1[i]);
+            } else {
+                if (own0) one(at + r * p.value_dim, s0[i]);
+                if (own1) one(at + r * p.value_dim + 1, s1[i]);
             }
         }
-    };
-    if (p.early) read_state();
+    }
+    __device__ __forceinline__ void read(const Delta& p) {
+        rate = expf(p.a_log[blockIdx.x]), dt = p.dt_bias[blockIdx.x];
+#pragma unroll
+        for (int i = 0; i < CHUNKS * 4; ++i) s0[i] = s1[i] = 0.f;
+        each(p, [](const float2* at, float& a, float& b) { const float2 v = *at; a = v.x, b = v.y; }, [](const float* at, float& a) { a = *at; });
+    }
+    __device__ __forceinline__ void write(const Delta& p) {
+        each(p, [](float2* at, float a, float b) { *at = make_float2(a, b); }, [](float* at, float a) { *at = a; });
+    }
+    __device__ __forceinline__ float decay(float raw) const { return expf(-rate * softplus(raw + dt)); }
+};
+
+// A lane's rows of a key or query.
+template <int CHUNKS> struct Rows {
+    float x[CHUNKS * 4];
+    __device__ __forceinline__ void read(const float* row, int group) {
+#pragma unroll
+        for (int c = 0; c < CHUNKS; ++c) {
+            const float4 v = *(const float4*)(row + c * 32 + group * 4);
+            x[c * 4] = v.x, x[c * 4 + 1] = v.y, x[c * 4 + 2] = v.z, x[c * 4 + 3] = v.w;
+        }
+    }
+};
+
+// Query and key of a token, a lane's elements c * 32 + lane: normed (the query over the root of its length, too), and their product.
+template <int CHUNKS> struct Normed {
+    float q[CHUNKS], k[CHUNKS], qq, kk, kq;
+    __device__ __forceinline__ void squares(const u32* raw_q, const u32* raw_k, int dtype) {
+        qq = kk = 0.f;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; ++c) {
+            q[c] = cooked(raw_q[c], dtype);
+            k[c] = cooked(raw_k[c], dtype);
+            qq = fmaf(q[c], q[c], qq);
+            kk = fmaf(k[c], k[c], kk);
+        }
+    }
+    __device__ __forceinline__ void scale(float root) {
+        const float q_scale = 1.f / (sqrtf(qq + 1e-6f) * root), k_scale = 1.f / sqrtf(kk + 1e-6f);
+        kq = 0.f;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; ++c) {
+            q[c] *= q_scale;
+            k[c] *= k_scale;
+            kq = fmaf(k[c], q[c], kq);
+        }
+    }
+};
+
+// One token, with norm and gate of the head's output.
+template <int CHUNKS, int COLUMNS>
+__device__ __forceinline__ void delta_step(const Delta& p) {
+    const int KD = CHUNKS * 32;
+    __shared__ __align__(16) float ks[KD], qs[KD];
+    __shared__ __align__(16) float head_out[256];
+    __shared__ float gs, bs, kq;
+    __shared__ bool last;
+    const int lane = threadIdx.x & 31, h = blockIdx.x, kh = h / (p.value_heads / p.key_heads);
+    Held<CHUNKS> held(p);
+    if (p.early) held.read(p);
     pdl_wait();
     // Not before: a chain's rings would take the memory's time from what follows here.
     pdl_launch();
-    const bool norms = p.gate.p && gridDim.y == 1;
+    const bool alone = gridDim.y == 1;  // the block has all of the head
     u32 gate = 0;
     float norm_weight = 0.f;
-    if (norms && (int)threadIdx.x < p.value_dim) {
+    if (alone && (int)threadIdx.x < p.value_dim) {
         gate = raw1(p.gate, 0, (i64)h * p.value_dim + threadIdx.x);
         norm_weight = p.norm_weight[threadIdx.x];
     }
-    if (!p.early) read_state();
-    const int valid = (int)valid_rows(p.count, p.rows);
-    const float root = sqrtf((float)p.key_dim);
-
-    for (int base = 0; base < valid; base += TOKENS) {
-        const int here = valid - base < TOKENS ? valid - base : TOKENS;
-        __syncthreads();
-        // A warp prepares AT_ONCE tokens side by side; all their loads go out before the first sum.
-        const int AT_ONCE = CHUNKS <= 4 && COLUMNS <= 32 ? 4 : 1;
-        for (int from = 0; from < here; from += warps * AT_ONCE) {
-            u32 raw_q[AT_ONCE][CHUNKS], raw_k[AT_ONCE][CHUNKS], raw_decay = 0, raw_beta = 0;
+    if (!p.early) held.read(p);
+    if (valid_rows(p.count, p.rows) == 0) return;
+    const i64 v0 = 2 * (i64)p.key_heads * p.key_dim + (i64)h * p.value_dim + held.col;
+    const u32 raw_v0 = held.own0 ? raw1(p.qkv, 0, v0) : 0u, raw_v1 = held.own1 ? raw1(p.qkv, 0, v0 + 1) : 0u;
+    if (threadIdx.x < 32) {
+        u32 raw_q[CHUNKS], raw_k[CHUNKS];
 #pragma unroll
-            for (int n = 0; n < AT_ONCE; ++n)
-#pragma unroll
-                for (int c = 0; c < CHUNKS; ++c) {
-                    const int r = c * 32 + lane, at = from + warp + n * warps;
-                    const bool live = r < p.key_dim && at < here;
-                    raw_q[n][c] = live ? raw1(p.qkv, base + at, q0 + r) : 0u;
-                    raw_k[n][c] = live ? raw1(p.qkv, base + at, k0 + r) : 0u;
-                }
-            // Lane n has the rates of the warp's token n.
-            const int own_token = from + warp + lane * warps;
-            const bool rates = lane < AT_ONCE && own_token < here;
-            if (rates) {
-                raw_decay = raw1(p.decay, base + own_token, h);
-                raw_beta = raw1(p.beta, base + own_token, h);
-            }
-            if (from == 0) {
-                // Values of the tile, VALUES a thread at a time.
-                const int VALUES = 4;
-                for (int i = threadIdx.x; i < here * COLUMNS; i += VALUES * blockDim.x) {
-                    u32 raw_v[VALUES];
-#pragma unroll
-                    for (int n = 0; n < VALUES; ++n) {
-                        const int at = i + n * blockDim.x, t = at / COLUMNS, c = at % COLUMNS;
-                        const int column = blockIdx.y * p.columns + c;
-                        const bool live = t < here && c < p.columns && column < p.value_dim;
-                        raw_v[n] = live ? raw1(p.qkv, base + t, v0 + column) : 0u;
-                    }
-#pragma unroll
-                    for (int n = 0; n < VALUES; ++n) {
-                        const int at = i + n * blockDim.x, t = at / COLUMNS, c = at % COLUMNS;
-                        if (t < here) vs[t][c] = cooked(raw_v[n], p.qkv.dtype);
-                    }
-                }
-            }
-            float qv[AT_ONCE][CHUNKS], kv[AT_ONCE][CHUNKS], qq[AT_ONCE], kk[AT_ONCE], dot[AT_ONCE];
-#pragma unroll
-            for (int n = 0; n < AT_ONCE; ++n) {
-                qq[n] = kk[n] = dot[n] = 0.f;
-#pragma unroll
-                for (int c = 0; c < CHUNKS; ++c) {
-                    qv[n][c] = cooked(raw_q[n][c], p.qkv.dtype);
-                    kv[n][c] = cooked(raw_k[n][c], p.qkv.dtype);
-                    qq[n] = fmaf(qv[n][c], qv[n][c], qq[n]);
-                    kk[n] = fmaf(kv[n][c], kv[n][c], kk[n]);
-                }
-            }
-#pragma unroll
-            for (int d = 16; d > 0; d >>= 1)
-#pragma unroll
-                for (int n = 0; n < AT_ONCE; ++n) {
-                    qq[n] += __shfl_xor_sync(FULL, qq[n], d);
-                    kk[n] += __shfl_xor_sync(FULL, kk[n], d);
-                }
-#pragma unroll
-            for (int n = 0; n < AT_ONCE; ++n) {
-                const int i = from + warp + n * warps;
-                const float q_norm = sqrtf(qq[n] + 1e-6f), k_norm = sqrtf(kk[n] + 1e-6f);
-#pragma unroll
-                for (int c = 0; c < CHUNKS; ++c) {
-                    const float q = qv[n][c] / q_norm / root, k = kv[n][c] / k_norm;
-                    if (i < here) {
-                        qs[i][c * 32 + lane] = q;
-                        ks[i][c * 32 + lane] = k;
-                    }
-                    dot[n] = fmaf(k, q, dot[n]);
-                }
-            }
-#pragma unroll
-            for (int d = 16; d > 0; d >>= 1)
-#pragma unroll
-                for (int n = 0; n < AT_ONCE; ++n) dot[n] += __shfl_xor_sync(FULL, dot[n], d);
-            if (rates) {
-                float own_dot = dot[0];
-#pragma unroll
-                for (int n = 1; n < AT_ONCE; ++n)
-                    if (lane == n) own_dot = dot[n];
-                kq[own_token] = own_dot;
-                gs[own_token] = expf(-rate * softplus(cooked(raw_decay, p.decay.dtype) + dt));
-                bs[own_token] = sigmoid(cooked(raw_beta, p.beta.dtype));
-            }
+        for (int c = 0; c < CHUNKS; ++c) {
+            const int r = c * 32 + lane;
+            raw_q[c] = r < p.key_dim ? raw1(p.qkv, 0, (i64)kh * p.key_dim + r) : 0u;
+            raw_k[c] = r < p.key_dim ? raw1(p.qkv, 0, (i64)(p.key_heads + kh) * p.key_dim + r) : 0u;
         }
-        __syncthreads();
-        for (int i = 0; i < here; ++i) {
-            const i64 t = base + i;
-            const float v_0 = own0 ? vs[i][pair * 2] : 0.f, v_1 = own1 ? vs[i][pair * 2 + 1] : 0.f;
-            const float g = gs[i];
-            float a0 = 0.f, a1 = 0.f, c0 = 0.f, c1 = 0.f;
+        const u32 raw_decay = raw1(p.decay, 0, h), raw_beta = raw1(p.beta, 0, h);
+        Normed<CHUNKS> token;
+        token.squares(raw_q, raw_k, p.qkv.dtype);
 #pragma unroll
-            for (int c = 0; c < CHUNKS; ++c) {
-                float4 k = *(const float4*)&ks[i][c * 32 + group * 4];
-                float4 q = *(const float4*)&qs[i][c * 32 + group * 4];
-                float kx[4] = {k.x, k.y, k.z, k.w}, qx[4] = {q.x, q.y, q.z, q.w};
+        for (int d = 16; d > 0; d >>= 1) {
+            token.qq += __shfl_xor_sync(FULL, token.qq, d);
+            token.kk += __shfl_xor_sync(FULL, token.kk, d);
+        }
+        token.scale(sqrtf((float)p.key_dim));
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const int r = c * 4 + j;
-                    a0 = fmaf(s0[r], kx[j], a0);
-                    a1 = fmaf(s1[r], kx[j], a1);
-                    c0 = fmaf(s0[r], qx[j], c0);
-                    c1 = fmaf(s1[r], qx[j], c1);
-                }
-            }
-#pragma unroll
-            for (int d = GROUPS / 2; d > 0; d >>= 1) {
-                a0 += __shfl_xor_sync(FULL, a0, d);
-                a1 += __shfl_xor_sync(FULL, a1, d);
-                c0 += __shfl_xor_sync(FULL, c0, d);
-                c1 += __shfl_xor_sync(FULL, c1, d);
-            }
-            const float d0 = (v_0 - g * a0) * bs[i], d1 = (v_1 - g * a1) * bs[i];
-#pragma unroll
-            for (int c = 0; c < CHUNKS; ++c) {
-                const float4 k = *(const float4*)&ks[i][c * 32 + group * 4];
-                const float kx[4] = {k.x, k.y, k.z, k.w};
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const int r = c * 4 + j;
-                    s0[r] = fmaf(kx[j], d0, g * s0[r]);
-                    s1[r] = fmaf(kx[j], d1, g * s1[r]);
-                }
-            }
-            if (group == 0) {
-                const i64 o = (i64)h * p.value_dim + col;
-                const float o0 = fmaf(kq[i], d0, g * c0), o1 = fmaf(kq[i], d1, g * c1);
-                if (own0) store1(p.out, t, o, o0);
-                if (own1) store1(p.out, t, o + 1, o1);
-                if (norms) {
-                    if (own0) head_out[pair * 2] = rounded(o0, p.out.dtype);
-                    if (own1) head_out[pair * 2 + 1] = rounded(o1, p.out.dtype);
-                }
-            }
+        for (int c = 0; c < CHUNKS; ++c) {
+            qs[c * 32 + lane] = token.q[c];
+            ks[c * 32 + lane] = token.k[c];
+        }
+        token.kq = warp_sum(token.kq);
+        if (lane == 0) {
+            kq = token.kq;
+            gs = held.decay(cooked(raw_decay, p.decay.dtype));
+            bs = sigmoid(cooked(raw_beta, p.beta.dtype));
         }
     }
-    // The plan has one row where there is a gate. The last block of a head to get here norms and gates it, in the order of
-    // the separate kernel; the state is written while the blocks count themselves.
-    if (norms) {
+    __syncthreads();
+    Rows<CHUNKS> k, q;
+    k.read(ks, held.group);
+    q.read(qs, held.group);
+    const float g = gs;
+    float a0 = 0.f, a1 = 0.f, c0 = 0.f, c1 = 0.f;
+#pragma unroll
+    for (int r = 0; r < CHUNKS * 4; ++r) {
+        a0 = fmaf(held.s0[r], k.x[r], a0);
+        a1 = fmaf(held.s1[r], k.x[r], a1);
+        c0 = fmaf(held.s0[r], q.x[r], c0);
+        c1 = fmaf(held.s1[r], q.x[r], c1);
+    }
+#pragma unroll
+    for (int d = GROUPS / 2; d > 0; d >>= 1) {
+        a0 += __shfl_xor_sync(FULL, a0, d);
+        a1 += __shfl_xor_sync(FULL, a1, d);
+        c0 += __shfl_xor_sync(FULL, c0, d);
+        c1 += __shfl_xor_sync(FULL, c1, d);
+    }
+    const float d0 = (cooked(raw_v0, p.qkv.dtype) - g * a0) * bs, d1 = (cooked(raw_v1, p.qkv.dtype) - g * a1) * bs;
+#pragma unroll
+    for (int r = 0; r < CHUNKS * 4; ++r) {
+        held.s0[r] = fmaf(k.x[r], d0, g * held.s0[r]);
+        held.s1[r] = fmaf(k.x[r], d1, g * held.s1[r]);
+    }
+    if (held.group == 0) {
+        const i64 o = (i64)h * p.value_dim + held.col;
+        const float o0 = fmaf(kq, d0, g * c0), o1 = fmaf(kq, d1, g * c1);
+        if (held.own0) store1(p.out, 0, o, o0);
+        if (held.own1) store1(p.out, 0, o + 1, o1);
+        if (alone) {
+            if (held.own0) head_out[held.pair * 2] = rounded(o0, p.out.dtype);
+            if (held.own1) head_out[held.pair * 2 + 1] = rounded(o1, p.out.dtype);
+        }
+    }
+    // The block, or the last block of a head to get here, norms and gates it, in the order of the separate kernel; the state is
+    // written while the blocks count themselves.
+    const View local = {head_out, 0, F32, 1};
+    if (alone) {
         __syncthreads();
-        const View local = {head_out, 0, F32, 1};
         const int c = threadIdx.x;
         // Few warps: a head has at most 256 columns, and every one of them is some thread's.
         if (c < ((p.value_dim + 31) & ~31)) {
             const float scale = rms_scale(warp_squares(local, 0, 0, p.value_dim), p.value_dim, p.eps);
             if (c < p.value_dim) store1(p.normed, 0, (i64)h * p.value_dim + c, head_out[c] * scale * norm_weight * silu(cooked(gate, p.gate.dtype)));
         }
-    } else if (p.gate.p) {
+    } else {
         __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) last = atomicInc(p.done + h, gridDim.y - 1) == gridDim.y - 1;
     }
-    if (valid > 0) {
-#pragma unroll
-        for (int i = 0; i < CHUNKS * 4; ++i) {
-            int r = (i >> 2) * 32 + group * 4 + (i & 3);
-            if (r < p.key_dim) {
-                float* at = state + (i64)r * p.value_dim + col;
-                if (own0 && own1 && wide) {
-                    *(float2*)at = make_float2(s0[i], s1[i]);
-                } else {
-                    if (own0) at[0] = s0[i];
-                    if (own1) at[1] = s1[i];
-                }
-            }
+    held.write(p);
+    if (alone) return;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    const i64 first = (i64)h * p.value_dim;
+    for (int c = threadIdx.x; c < p.value_dim; c += blockDim.x) {
+        if (p.out.dtype == F32) {
+            head_out[c] = ((volatile const float*)p.out.p)[first + c];
+        } else {
+            const u16 raw = ((volatile const u16*)p.out.p)[first + c];
+            head_out[c] = p.out.dtype == BF16 ? bf16_to_f32(raw) : f16_to_f32(raw);
         }
     }
-    if (p.gate.p && !norms) {
-        __syncthreads();
-        if (!last) return;
-        __threadfence();
-        const i64 first = (i64)h * p.value_dim;
-        for (int c = threadIdx.x; c < p.value_dim; c += blockDim.x) {
-            if (p.out.dtype == F32) {
-                head_out[c] = ((volatile const float*)p.out.p)[first + c];
-            } else {
-                const u16 raw = ((volatile const u16*)p.out.p)[first + c];
-                head_out[c] = p.out.dtype == BF16 ? bf16_to_f32(raw) : f16_to_f32(raw);
-            }
-        }
-        __syncthreads();
-        const View local = {head_out, 0, F32, 1};
-        const float scale = rms_scale(warp_squares(local, 0, 0, p.value_dim), p.value_dim, p.eps);
-        for (int c = threadIdx.x; c < p.value_dim; c += blockDim.x)
-            store1(p.normed, 0, first + c, head_out[c] * scale * p.norm_weight[c] * silu(load1(p.gate, 0, first + c)));
-    }
+    __syncthreads();
+    const float scale = rms_scale(warp_squares(local, 0, 0, p.value_dim), p.value_dim, p.eps);
+    for (int c = threadIdx.x; c < p.value_dim; c += blockDim.x)
+        store1(p.normed, 0, first + c, head_out[c] * scale * p.norm_weight[c] * silu(load1(p.gate, 0, first + c)));
 }
-#define DELTA(name, CHUNKS, COLUMNS, TOKENS, THREADS)                                               \
-    extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 1 : 4) name(const __grid_constant__ Delta p) { \
-        delta_body<CHUNKS, COLUMNS, TOKENS>(p);                                                     \
+
+// Many tokens: the same arithmetic, laid out for the chain over tokens, which is the whole time of this kernel. What a token
+// needs of keys, queries and rates is in shared memory or registers before its turn; of its own sums only S^T k stands
+// between it and the next token. S^T q goes to shared memory in GROUPS pieces, which are added once a tile.
+template <int CHUNKS, int TOKENS>
+__device__ __forceinline__ void delta_tokens(const Delta& p) {
+    const int KD = CHUNKS * 32, PAIRS = 16, EACH = TOKENS / 4;
+    __shared__ __align__(16) float ks[TOKENS][KD], qs[TOKENS][KD];
+    __shared__ __align__(16) float2 cs[TOKENS][PAIRS][GROUPS];
+    __shared__ float2 vs[TOKENS][PAIRS], ds[TOKENS][PAIRS];
+    __shared__ float gs[TOKENS], bs[TOKENS], kq[TOKENS];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, threads = blockDim.x, warps = threads >> 5;
+    const int h = blockIdx.x, kh = h / (p.value_heads / p.key_heads), first_column = blockIdx.y * p.columns;
+    const i64 q0 = (i64)kh * p.key_dim, k0 = (i64)(p.key_heads + kh) * p.key_dim;
+    const i64 v0 = 2 * (i64)p.key_heads * p.key_dim + (i64)h * p.value_dim + first_column;
+    Held<CHUNKS> held(p);
+    if (p.early) held.read(p);
+    pdl_wait();
+    pdl_launch();
+    if (!p.early) held.read(p);
+    const int valid = (int)valid_rows(p.count, p.rows);
+    const float root = sqrtf((float)p.key_dim);
+
+    // A warp prepares tokens warp, warp + warps, ... of a tile; lane n has the rates of its n-th. Narrow heads have fewer warps
+    // than four, and tiles of fewer tokens.
+    const int tile = warps * EACH, own = warp + lane * warps;
+    u32 raw_q[EACH][CHUNKS], raw_k[EACH][CHUNKS], raw_v[EACH], raw_decay = 0, raw_beta = 0;
+    // Tokens past the end are the last one again: nothing reads what becomes of them.
+    auto fetch_as = [&](bool four_bytes, int base) {
+#pragma unroll
+        for (int n = 0; n < EACH; ++n) {
+            const int t = base + warp + n * warps < valid ? base + warp + n * warps : valid - 1;
+            const i64 row = t * p.qkv.ld + lane;
+            auto at = [&](i64 column) { return four_bytes ? ((const u32*)p.qkv.p)[row + column] : (u32)((const u16*)p.qkv.p)[row + column]; };
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) {
+                const bool live = c * 32 + lane < p.key_dim;
+                raw_q[n][c] = live ? at(q0 + c * 32) : 0u;
+                raw_k[n][c] = live ? at(k0 + c * 32) : 0u;
+            }
+            raw_v[n] = lane < p.columns && first_column + lane < p.value_dim ? at(v0) : 0u;
+        }
+        if (lane < EACH && base + own < valid) {
+            raw_decay = raw1(p.decay, base + own, h);
+            raw_beta = raw1(p.beta, base + own, h);
+        }
+    };
+    auto fetch = [&](int base) {
+        // One question for all loads, not one for each.
+        if (p.qkv.dtype == F32) fetch_as(true, base);
+        else fetch_as(false, base);
+    };
+    auto prepare = [&]() {
+        Normed<CHUNKS> token[EACH];
+#pragma unroll
+        for (int n = 0; n < EACH; ++n) token[n].squares(raw_q[n], raw_k[n], p.qkv.dtype);
+#pragma unroll
+        for (int d = 16; d > 0; d >>= 1)
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) {
+                token[n].qq += __shfl_xor_sync(FULL, token[n].qq, d);
+                token[n].kk += __shfl_xor_sync(FULL, token[n].kk, d);
+            }
+#pragma unroll
+        for (int n = 0; n < EACH; ++n) {
+            const int i = warp + n * warps;
+            token[n].scale(root);
+#pragma unroll
+            for (int c = 0; c < CHUNKS; ++c) {
+                qs[i][c * 32 + lane] = token[n].q[c];
+                ks[i][c * 32 + lane] = token[n].k[c];
+            }
+            ((float*)vs[i])[lane] = cooked(raw_v[n], p.qkv.dtype);
+        }
+#pragma unroll
+        for (int d = 16; d > 0; d >>= 1)
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) token[n].kq += __shfl_xor_sync(FULL, token[n].kq, d);
+        if (lane < EACH) {
+            float own_kq = token[0].kq;
+#pragma unroll
+            for (int n = 1; n < EACH; ++n)
+                if (lane == n) own_kq = token[n].kq;
+            kq[own] = own_kq;
+            gs[own] = held.decay(cooked(raw_decay, p.decay.dtype));
+            bs[own] = sigmoid(cooked(raw_beta, p.beta.dtype));
+        }
+    };
+    if (valid > 0) fetch(0);
+    for (int base = 0; base < valid; base += tile) {
+        const int here = valid - base < tile ? valid - base : tile;
+        prepare();
+        __syncthreads();
+        if (base + tile < valid) fetch(base + tile);
+        Rows<CHUNKS> k, q;
+        k.read(ks[0], held.group);
+        float g = gs[0], b = bs[0];
+        float2 v = vs[0][held.pair];
+        for (int i = 0; i < here; ++i) {
+            float a0 = 0.f, a1 = 0.f, c0 = 0.f, c1 = 0.f;
+#pragma unroll
+            for (int r = 0; r < CHUNKS * 4; ++r) {
+                a0 = fmaf(held.s0[r], k.x[r], a0);
+                a1 = fmaf(held.s1[r], k.x[r], a1);
+            }
+#pragma unroll
+            for (int d = GROUPS / 2; d > 0; d >>= 1) {
+                a0 += __shfl_xor_sync(FULL, a0, d);
+                a1 += __shfl_xor_sync(FULL, a1, d);
+            }
+            q.read(qs[i], held.group);
+#pragma unroll
+            for (int r = 0; r < CHUNKS * 4; ++r) {
+                c0 = fmaf(held.s0[r], q.x[r], c0);
+                c1 = fmaf(held.s1[r], q.x[r], c1);
+            }
+            cs[i][held.pair][held.group] = make_float2(c0, c1);
+            const float d0 = (v.x - g * a0) * b, d1 = (v.y - g * a1) * b;
+#pragma unroll
+            for (int r = 0; r < CHUNKS * 4; ++r) {
+                held.s0[r] = fmaf(k.x[r], d0, g * held.s0[r]);
+                held.s1[r] = fmaf(k.x[r], d1, g * held.s1[r]);
+            }
+            if (held.group == 0) ds[i][held.pair] = make_float2(d0, d1);
+            const int next = i + 1 < here ? i + 1 : i;
+            k.read(ks[next], held.group);
+            g = gs[next], b = bs[next], v = vs[next][held.pair];
+        }
+        __syncthreads();
+        for (int n = threadIdx.x; n < here * PAIRS; n += threads) {
+            const int i = n / PAIRS, pair = n % PAIRS, column = first_column + pair * 2;
+            if (pair * 2 >= p.columns || column >= p.value_dim) continue;
+            // In the order of the butterfly: 4, 2, 1 apart.
+            const float4* from = (const float4*)cs[i][pair];
+            const float4 c01 = from[0], c23 = from[1], c45 = from[2], c67 = from[3];
+            const float c0 = ((c01.x + c45.x) + (c23.x + c67.x)) + ((c01.z + c45.z) + (c23.z + c67.z));
+            const float c1 = ((c01.y + c45.y) + (c23.y + c67.y)) + ((c01.w + c45.w) + (c23.w + c67.w));
+            const float2 d = ds[i][pair];
+            const i64 o = (i64)h * p.value_dim + column;
+            store1(p.out, base + i, o, fmaf(kq[i], d.x, gs[i] * c0));
+            if (pair * 2 + 1 < p.columns && column + 1 < p.value_dim) store1(p.out, base + i, o + 1, fmaf(kq[i], d.y, gs[i] * c1));
+        }
+        __syncthreads();
     }
-DELTA(gated_delta_1, 1, 32, 16, 128)
-DELTA(gated_delta_2, 2, 32, 16, 128)
-DELTA(gated_delta_4, 4, 32, 16, 128)
-DELTA(gated_delta_8, 8, 32, 16, 128)
-// One block a head: decode.
-DELTA(gated_delta_wide_1, 1, 128, 1, 512)
-DELTA(gated_delta_wide_2, 2, 128, 1, 512)
-DELTA(gated_delta_wide_4, 4, 128, 1, 512)
+    if (valid > 0) held.write(p);
+}
+
+#define DELTA_STEP(name, CHUNKS, COLUMNS, THREADS)                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 1 : 4) name(const __grid_constant__ Delta p) { \
+        delta_step<CHUNKS, COLUMNS>(p);                                                                          \
+    }
+// One block a head where a head has at most 128 columns and 128 key rows, else blocks of 32 columns.
+DELTA_STEP(gated_delta_step_wide_1, 1, 128, 512)
+DELTA_STEP(gated_delta_step_wide_2, 2, 128, 512)
+DELTA_STEP(gated_delta_step_wide_4, 4, 128, 512)
+DELTA_STEP(gated_delta_step_1, 1, 32, 128)
+DELTA_STEP(gated_delta_step_2, 2, 32, 128)
+DELTA_STEP(gated_delta_step_4, 4, 32, 128)
+DELTA_STEP(gated_delta_step_8, 8, 32, 128)
+
+#define DELTA_TOKENS(name, CHUNKS, TOKENS)                                                       \
+    extern "C" __global__ void __launch_bounds__(128, 2) name(const __grid_constant__ Delta p) { \
+        delta_tokens<CHUNKS, TOKENS>(p);                                                         \
+    }
+DELTA_TOKENS(gated_delta_tokens_1, 1, 16)
+DELTA_TOKENS(gated_delta_tokens_2, 2, 16)
+DELTA_TOKENS(gated_delta_tokens_4, 4, 16)
+DELTA_TOKENS(gated_delta_tokens_8, 8, 8)

@@ -241,10 +241,13 @@ pub(crate) fn copy(resident: &Resident, transfers: &[Transfer]) -> Result<(), Ba
 #[repr(C)]
 struct Table<const ENDS: usize, const N: usize> {
     count: i32,
-    pad: i32,
+    moved: i32,
     first: [i64; ENDS],
     piece: [Piece; N],
 }
+
+/// 128 MiB: from so many on, blocks move larger tiles.
+const MANY_VECTORS: i64 = 8 << 20;
 
 fn launch_copy<const ENDS: usize, const N: usize>(
     resident: &Resident,
@@ -253,7 +256,7 @@ fn launch_copy<const ENDS: usize, const N: usize>(
 ) -> Result<(), BackendError> {
     let mut table = Table::<ENDS, N> {
         count: transfers.len() as i32,
-        pad: 0,
+        moved: 0,
         first: [0; ENDS],
         piece: [Piece::default(); N],
     };
@@ -265,9 +268,10 @@ fn launch_copy<const ENDS: usize, const N: usize>(
         table.first[i + 1] = vectors;
     }
     let launcher = Launcher::plain(resident);
-    // Blocks of 256 threads that each move at least four vectors a thread, eight blocks a multiprocessor.
-    let most = resident.device.limits.multiprocessors * 8;
-    let blocks = (vectors as u64).div_ceil(1024).clamp(1, u64::from(most)) as u32;
+    // Blocks of 256 threads; at most 32 a multiprocessor, and more than it holds at a time: the last ones to end are short.
+    table.moved = if vectors < MANY_VECTORS { 2 } else { 8 };
+    let most = resident.device.limits.multiprocessors * 32;
+    let blocks = (vectors / (256 * i64::from(table.moved)) + 1).clamp(1, i64::from(most)) as u32;
     launcher.go(name, Launch::new([blocks, 1, 1], 256), args![table])
 }
 

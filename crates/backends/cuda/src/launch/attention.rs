@@ -197,7 +197,7 @@ impl Launcher<'_> {
             };
             self.go(&name, how, args![a])?;
             if parts > 1 {
-                let grid = [heads as u32, tiles as u32, (o.head_dim / 32) as u32];
+                let grid = [heads as u32, tiles as u32, (o.head_dim / 8) as u32];
                 self.go("attention_parts", self.early(grid, 128), args![a])?;
             }
         } else {

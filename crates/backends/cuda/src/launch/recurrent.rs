@@ -78,7 +78,12 @@ impl Launcher<'_> {
         }
         let threads = (columns.div_ceil(2) * GROUPS).next_multiple_of(32) as u32;
         let grid = [o.value_heads as u32, o.value_dim.div_ceil(columns) as u32, 1];
-        let name = format!("gated_delta_{}{chunks}", if wide { "wide_" } else { "" });
+        let kind = match norm {
+            None => "tokens",
+            Some(_) if wide => "step_wide",
+            Some(_) => "step",
+        };
+        let name = format!("gated_delta_{kind}_{chunks}");
         self.go(&name, self.early(grid, threads), args![p])
     }
 }
