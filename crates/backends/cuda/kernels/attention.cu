@@ -854,9 +854,9 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
         }
     }
 }
-#define TILES(name, KV, D, BN)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(128, 2) name(const __grid_constant__ Attention p) {              \
-        tiles_body<KV, D, BN>(p, p.parts != 0);                                                                    \
+#define TILES(name, KV, D, BN)                                                            \
+    extern "C" __global__ void __launch_bounds__(128, 2) name(const __grid_constant__ Attention p) {\
+        tiles_body<KV, D, BN>(p, p.parts != 0);                                           \
     }
 TILES(attention_tiles_bf16_64, BF16, 64, 64)
 TILES(attention_tiles_bf16_128, BF16, 128, 64)

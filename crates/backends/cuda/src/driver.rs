@@ -329,15 +329,20 @@ unsafe impl Sync for PinnedMemory {}
 impl PinnedMemory {
     /// Allocates zeroed memory, mapped into the device's address space.
     pub(crate) fn new(context: &Arc<Context>, bytes: usize) -> Result<Self, BackendError> {
+        let memory = Self::unwritten(context, bytes)?;
+        // SAFETY: freshly allocated, `bytes` long.
+        unsafe { ptr::write_bytes(memory.at, 0, bytes) };
+        Ok(memory)
+    }
+
+    /// The same, but what it holds is not defined: it must be written before it is read.
+    pub(crate) fn unwritten(context: &Arc<Context>, bytes: usize) -> Result<Self, BackendError> {
         context.enter()?;
         let mut at = ptr::null_mut();
         // SAFETY: `at` is written; the context is current. 2 is CU_MEMHOSTALLOC_DEVICEMAP.
         let status = unsafe { sys::cuMemHostAlloc(&raw mut at, bytes, 2) };
         check(status, &format!("page-locking {bytes} bytes of host memory"))?;
-        let at = at.cast::<u8>();
-        // SAFETY: freshly allocated, `bytes` long.
-        unsafe { ptr::write_bytes(at, 0, bytes) };
-        Ok(Self { at, bytes, context: Arc::clone(context) })
+        Ok(Self { at: at.cast(), bytes, context: Arc::clone(context) })
     }
 
     /// The host address.

@@ -12,6 +12,7 @@ use crate::driver::{Event, Launch, Stream};
 use crate::launch::arguments::Piece;
 use crate::launch::{Launcher, args};
 use crate::memory::Resident;
+use crate::pinned::PinnedPool;
 use crate::pool::Pool;
 use crate::staging::Downloader;
 
@@ -23,6 +24,7 @@ pub(crate) struct CapsuleStore {
     pub(crate) resident: Arc<Resident>,
     ranges: Mutex<Ranges>,
     downloads: Mutex<Option<Downloader>>,
+    pub(crate) pinned: PinnedPool,
     pub(crate) copies: Arc<Stream>,
     budget: usize,
     pub(crate) synchronizations: AtomicU64,
@@ -46,6 +48,7 @@ impl CapsuleStore {
             resident: Arc::clone(resident),
             ranges: Mutex::new(Ranges { pool, used: 0 }),
             downloads: Mutex::new(None),
+            pinned: PinnedPool::default(),
             copies,
             budget,
             synchronizations: AtomicU64::new(0),
@@ -246,8 +249,8 @@ struct Table<const ENDS: usize, const N: usize> {
     piece: [Piece; N],
 }
 
-/// 128 MiB: from so many on, blocks move larger tiles.
-const MANY_VECTORS: i64 = 8 << 20;
+/// 64 MiB: from so many on, blocks move larger tiles.
+const MANY_VECTORS: i64 = 4 << 20;
 
 fn launch_copy<const ENDS: usize, const N: usize>(
     resident: &Resident,

@@ -1,62 +1,137 @@
 //! Frozen state in page-locked host memory: where capsules wait that the device has no room for.
 
 use std::any::Any;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use ampoule_backend::{BackendError, Frozen, Region, Residence};
 
-use crate::driver::{Event, PinnedMemory};
+use crate::driver::{Context, Event, PinnedMemory, device_error};
 use crate::frozen::{CapsuleStore, CudaFrozen};
+use crate::pool::{ALIGNMENT, Pool};
 
-/// Regions in host memory, back to back.
+/// Least and most bytes that are page-locked at a time, unless more are wanted at once.
+const SLAB: (usize, usize) = (4 << 20, 512 << 20);
+
+/// Page-locked memory in slabs. Locking costs 0.6 ms a MiB, thirty times as much as a copy over the link, so what has been
+/// locked stays so for the next capsules, until the program goes.
+#[derive(Default)]
+pub(crate) struct PinnedPool(Mutex<Vec<Slab>>);
+
+struct Slab {
+    memory: PinnedMemory,
+    free: Pool,
+}
+
+/// Bytes of a slab, given back by [`PinnedPool::release`].
+#[derive(Clone, Copy)]
+struct Range {
+    slab: usize,
+    offset: usize,
+    bytes: usize,
+    at: *mut u8,
+}
+
+// SAFETY: a range is memory of its own; who may touch it is up to its holder.
+unsafe impl Send for Range {}
+// SAFETY: as above: after it was filled, holders only read.
+unsafe impl Sync for Range {}
+
+impl PinnedPool {
+    /// How often memory was locked.
+    pub(crate) fn slabs(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    /// A range for each size.
+    fn allocate(
+        &self,
+        context: &Arc<Context>,
+        sizes: &[usize],
+    ) -> Result<Vec<Range>, BackendError> {
+        let mut slabs = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = Vec::with_capacity(sizes.len());
+        for (index, &bytes) in sizes.iter().enumerate() {
+            if let Some(range) = take(&mut slabs, bytes) {
+                ranges.push(range);
+                continue;
+            }
+            // Twice as much as before, and all that is still wanted.
+            let rest: usize = sizes[index..].iter().map(|size| size + ALIGNMENT).sum();
+            let locked: usize = slabs.iter().map(|slab| slab.memory.bytes()).sum();
+            let size = locked.clamp(SLAB.0, SLAB.1).max(rest).next_multiple_of(ALIGNMENT);
+            let added = PinnedMemory::unwritten(context, size);
+            let added = added.map(|memory| slabs.push(Slab { memory, free: Pool::new(size) }));
+            let range = added.and_then(|()| {
+                take(&mut slabs, bytes).ok_or_else(|| {
+                    device_error(format!("{bytes} bytes do not fit into {size} new ones"))
+                })
+            });
+            ranges.push(range.inspect_err(|_| give_back(&mut slabs, &ranges))?);
+        }
+        Ok(ranges)
+    }
+
+    fn release(&self, ranges: &[Range]) {
+        give_back(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner), ranges);
+    }
+}
+
+fn take(slabs: &mut [Slab], bytes: usize) -> Option<Range> {
+    slabs.iter_mut().enumerate().find_map(|(slab, s)| {
+        let offset = s.free.allocate(bytes)?;
+        // SAFETY: the offset lies in the slab.
+        let at = unsafe { s.memory.at().add(offset) };
+        Some(Range { slab, offset, bytes, at })
+    })
+}
+
+fn give_back(slabs: &mut [Slab], ranges: &[Range]) {
+    for range in ranges {
+        slabs[range.slab].free.release(range.offset, range.bytes);
+    }
+}
+
+/// Regions in host memory.
 pub(crate) struct PinnedFrozen {
     store: Arc<CapsuleStore>,
     regions: Vec<Region>,
-    /// Of each region from the start of the memory, and its end.
-    offsets: Vec<usize>,
-    /// None if nothing was frozen.
-    memory: Option<PinnedMemory>,
+    /// Of each region.
+    ranges: Vec<Range>,
+}
+
+impl Drop for PinnedFrozen {
+    fn drop(&mut self) {
+        self.store.pinned.release(&self.ranges);
+    }
 }
 
 impl PinnedFrozen {
     /// Copies state off the device and waits for it, and for what was to fill the state before; replays go on meanwhile.
     pub(crate) fn from_device(frozen: &CudaFrozen) -> Result<Self, BackendError> {
         let store = &frozen.store;
-        let context = &store.resident.device.context;
         let table = &store.resident.model.model().buffers;
-        let mut offsets = vec![0];
-        for region in &frozen.regions {
-            offsets.push(offsets[offsets.len() - 1] + region.bytes(table));
-        }
-        let total = offsets[offsets.len() - 1];
-        let memory = if total == 0 { None } else { Some(PinnedMemory::new(context, total)?) };
+        let sizes: Vec<usize> = frozen.regions.iter().map(|region| region.bytes(table)).collect();
+        let ranges = store.pinned.allocate(&store.resident.device.context, &sizes)?;
+        let this = Self { store: Arc::clone(store), regions: frozen.regions.clone(), ranges };
         if let Some(ready) = &frozen.ready {
             store.copies.wait(ready)?;
         }
-        if let Some(memory) = &memory {
-            let mut enqueued = Ok(());
-            for index in 0..frozen.regions.len() {
-                let (start, end) = (offsets[index], offsets[index + 1]);
-                // SAFETY: the source lies in the reservation, which the frozen state keeps; the target in this memory,
-                // which is not freed before the wait below.
-                enqueued = unsafe {
-                    store.copies.download(
-                        memory.at().add(start),
-                        frozen.address(index),
-                        end - start,
-                    )
-                };
-                if enqueued.is_err() {
-                    break;
-                }
+        let mut enqueued = Ok(());
+        for (index, range) in this.ranges.iter().enumerate() {
+            // SAFETY: the source lies in the reservation, which the frozen state keeps; the target is this range alone, which
+            // is not given back before the wait below.
+            enqueued =
+                unsafe { store.copies.download(range.at, frozen.address(index), range.bytes) };
+            if enqueued.is_err() {
+                break;
             }
-            // Also after a failure: copies may be on their way into the memory.
-            let done = store.copies.synchronize();
-            store.synchronizations.fetch_add(1, Ordering::Relaxed);
-            enqueued.and(done)?;
         }
-        Ok(Self { store: Arc::clone(store), regions: frozen.regions.clone(), offsets, memory })
+        // Also after a failure: copies may be on their way into the memory.
+        let done = store.copies.synchronize();
+        store.synchronizations.fetch_add(1, Ordering::Relaxed);
+        enqueued.and(done)?;
+        Ok(this)
     }
 
     /// Whether it was frozen by the program of this store.
@@ -84,11 +159,9 @@ impl PinnedFrozen {
     }
 
     fn bytes_of(&self, index: usize) -> &[u8] {
-        let (start, end) = (self.offsets[index], self.offsets[index + 1]);
-        // SAFETY: the range lies in the memory, which was filled when this was made and never changes again.
-        self.memory.as_ref().map_or(&[], |memory| unsafe {
-            std::slice::from_raw_parts(memory.at().add(start), end - start)
-        })
+        let range = &self.ranges[index];
+        // SAFETY: the range was filled when this was made, never changes again, and is given back when this goes.
+        unsafe { std::slice::from_raw_parts(range.at, range.bytes) }
     }
 }
 
@@ -98,7 +171,7 @@ impl Frozen for PinnedFrozen {
     }
 
     fn bytes(&self) -> usize {
-        self.offsets.last().copied().unwrap_or(0)
+        self.ranges.iter().map(|range| range.bytes).sum()
     }
 
     fn read(&self, index: usize, into: &mut [u8]) -> Result<(), BackendError> {

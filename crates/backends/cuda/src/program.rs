@@ -607,7 +607,11 @@ impl Program for CudaProgram {
 
     fn counters(&self) -> Counters {
         let reads = self.store.synchronizations.load(Ordering::Relaxed);
-        Counters { synchronizations: self.counters.synchronizations + reads, ..self.counters }
+        Counters {
+            synchronizations: self.counters.synchronizations + reads,
+            allocations: self.counters.allocations + self.store.pinned.slabs() as u64,
+            ..self.counters
+        }
     }
 
     fn frozen_bytes(&self) -> (usize, usize) {

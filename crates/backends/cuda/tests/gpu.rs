@@ -3,12 +3,13 @@
 use std::sync::Arc;
 
 use ampoule_backend::{
-    Backend, BackendError, Frozen, LoadOptions, Program, Region, SlotId, fixed_regions, row_regions,
+    Backend, BackendError, Frozen, LoadOptions, Program, Region, Residence, SlotId, fixed_regions,
+    row_regions,
 };
 use ampoule_cuda::{CudaBackend, CudaOptions, bench};
 use ampoule_models::decoder::{BuildOptions, Precision};
 use ampoule_models::model::{BuiltModel, ModelFiles};
-use ampoule_plan::{BufferId, DType, Phase};
+use ampoule_plan::{BufferId, BufferTable, DType, Phase};
 use ampoule_reference::ReferenceBackend;
 
 const VOCABULARY: usize = 512;
@@ -389,13 +390,26 @@ fn status_kib(name: &str) -> u64 {
     line.and_then(|l| l.split_whitespace().nth(1)?.parse().ok()).unwrap_or(0)
 }
 
+/// All bytes of frozen state.
+fn contents(frozen: &Arc<dyn Frozen>, table: &BufferTable) -> Vec<u8> {
+    let mut all = Vec::new();
+    for (index, region) in frozen.regions().iter().enumerate() {
+        let mut bytes = vec![0; region.bytes(table)];
+        frozen.read(index, &mut bytes).unwrap();
+        all.extend(bytes);
+    }
+    all
+}
+
 #[test]
 fn ten_thousand_capsules_leave_no_trace() {
     let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
     let built = model(DType::BF16);
     let mut runner = Runner::new(&backend, &built);
     let slot = runner.reset();
-    let mut alive: Vec<Arc<dyn Frozen>> = Vec::new();
+    let table = &built.sealed.model().buffers;
+    // On the device, and in page-locked host memory.
+    let (mut alive, mut waiting) = (Vec::<Arc<dyn Frozen>>::new(), Vec::<Arc<dyn Frozen>>::new());
     let mut seed = 1_u64;
     let mut pick = move |n: usize| {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -407,6 +421,7 @@ fn ten_thousand_capsules_leave_no_trace() {
         if cycle == 1000 {
             // Everything that is made once has been made.
             alive.clear();
+            waiting.clear();
             runner.program.synchronize().unwrap();
             let counters = runner.program.counters();
             let host = status_kib("VmRSS");
@@ -423,11 +438,35 @@ fn ten_thousand_capsules_leave_no_trace() {
             let part = Arc::clone(&alive[pick(alive.len())]);
             runner.program.thaw(slot, &[part]).unwrap();
         }
+        if !alive.is_empty() && pick(4) == 0 {
+            let one = alive.swap_remove(pick(alive.len()));
+            let moved = runner.program.relocate(&one, Residence::Host).unwrap();
+            assert!(
+                cycle % 50 != 0 || contents(&moved, table) == contents(&one, table),
+                "cycle {cycle}"
+            );
+            waiting.push(moved);
+        }
+        if waiting.len() > pick(8) {
+            let one = waiting.swap_remove(pick(waiting.len()));
+            match runner.program.relocate(&one, Residence::Device) {
+                Ok(moved) => {
+                    assert!(
+                        cycle % 50 != 0 || contents(&moved, table) == contents(&one, table),
+                        "cycle {cycle}"
+                    );
+                    alive.push(moved);
+                }
+                Err(BackendError::CapsuleBudget { .. }) => refused += 1,
+                Err(error) => panic!("cycle {cycle}: {error}"),
+            }
+        }
         while alive.len() > pick(8) {
             alive.swap_remove(pick(alive.len()));
         }
     }
     alive.clear();
+    waiting.clear();
     runner.program.synchronize().unwrap();
     let (free, allocations, host) = before.unwrap();
     assert_eq!(runner.program.frozen_bytes().0, 0);
