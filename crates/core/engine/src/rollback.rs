@@ -9,7 +9,7 @@ use ampoule_capsule::{History, Origin};
 
 use crate::EngineError;
 use crate::engine::{Engine, Slot};
-use crate::lineage::{Boundary, Capsule, RowNode};
+use crate::lineage::{Boundary, RowNode};
 use crate::piece::{Piece, PieceKind};
 use crate::sampling::Stamped;
 
@@ -198,6 +198,12 @@ impl Engine {
         if let Some(node) = after.iter().find(|n| n.events.is_none()) {
             return Err(EngineError::NoJournal { position: node.end(), wanted: position });
         }
+        // First of all: a device copies while the rest is looked up.
+        let held = match &place {
+            Place::Boundary(boundary) => self.thaw_path(slot, &boundary.node, &boundary.fixed)?,
+            _ => Vec::new(),
+        };
+        let entry = self.slot(slot)?;
         let (start, skip) = place.stands(entry);
         let tokens: Vec<u32> = after
             .iter()
@@ -214,9 +220,14 @@ impl Engine {
         match place {
             Place::Start => self.reset(slot)?,
             Place::Boundary(boundary) => {
-                self.restore(slot, &Capsule(Arc::clone(&boundary)))?;
-                // What the slot was restored from stays its base while it stands behind it.
-                self.slot_mut(slot)?.base = base.or(Some(boundary));
+                *self.slot_mut(slot)? = Slot {
+                    chain: Some(Arc::clone(&boundary.node)),
+                    history: boundary.node.history.clone(),
+                    held,
+                    // What the slot was restored from stays its base while it stands behind it.
+                    base: base.or(Some(boundary)),
+                    ..Slot::new()
+                };
             }
             Place::Node(node, all, index) => {
                 let Waypoint { position: at, events, fixed } = &all[index];
