@@ -29,6 +29,9 @@ fn what_was_stored_goes_on_after_kill_9_bit_for_bit() {
     let path = format!("/v1/sessions/{}", session["id"].as_str().expect("an id"));
     post(&server.address, &format!("{path}/append"), &json!({ "text": "Pinned words." }));
     post(&server.address, &format!("{path}/snapshot"), &json!({ "name": "pinned", "pin": true }));
+    // A name keeps a capsule just as well.
+    post(&server.address, &format!("{path}/append"), &json!({ "text": " And named ones." }));
+    post(&server.address, &format!("{path}/snapshot"), &json!({ "name": "named" }));
     let ask = json!({ "max_tokens": 12, "temperature": 0, "ignore_eos": true });
     let told = post(&server.address, &format!("{path}/generate"), &ask);
     // In the middle of traffic.
@@ -49,6 +52,10 @@ fn what_was_stored_goes_on_after_kill_9_bit_for_bit() {
     assert_eq!(content(&again), content(&expected), "logarithms included");
     assert_eq!(again["usage"], expected["usage"]);
     let back = post(&server.address, "/v1/sessions", &json!({ "capsule": "pinned" }));
+    let at = back["position"].as_u64();
+    assert!(at.is_some_and(|at| at > 0));
+    let back = post(&server.address, "/v1/sessions", &json!({ "capsule": "named" }));
+    assert!(back["position"].as_u64() > at);
     let path = format!("/v1/sessions/{}/generate", back["id"].as_str().expect("an id"));
     assert_eq!(post(&server.address, &path, &ask)["tokens"], told["tokens"]);
 }

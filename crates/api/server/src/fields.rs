@@ -31,6 +31,24 @@ impl Fields {
         }
     }
 
+    /// Of the part of an address behind the question mark: all of it is text.
+    pub(crate) fn query(query: &str) -> ApiResult<Self> {
+        let mut map = Map::new();
+        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            let plain = |text: &str| {
+                let bytes = percent_decoded(&text.replace('+', " "));
+                String::from_utf8(bytes).map_err(|_| ApiError::invalid("the query is not UTF-8"))
+            };
+            let (name, value) = (plain(name)?, Value::String(plain(value)?));
+            if map.insert(name.clone(), value).is_some() {
+                let short: String = name.chars().take(64).collect();
+                return Err(ApiError::param(&short, format!("'{short}' is there more than once")));
+            }
+        }
+        Ok(Self { map, path: String::new() })
+    }
+
     pub(crate) fn name(&self, name: &str) -> String {
         if self.path.is_empty() { name.to_owned() } else { format!("{}.{name}", self.path) }
     }
@@ -38,6 +56,15 @@ impl Fields {
     /// A field as it is; `null` counts as absent.
     pub(crate) fn value(&mut self, name: &str) -> Option<Value> {
         self.map.shift_remove(name).filter(|value| !value.is_null())
+    }
+
+    /// Makes the texts `true` and `false` what they say: in a query all is text.
+    pub(crate) fn flag(&mut self, name: &str) {
+        if let Some(value) = self.map.get_mut(name)
+            && let Some(flag) = value.as_str().and_then(|text| text.parse::<bool>().ok())
+        {
+            *value = Value::Bool(flag);
+        }
     }
 
     /// Puts a value back, for whoever takes it later.
@@ -133,4 +160,21 @@ impl Fields {
             None => Ok(()),
         }
     }
+}
+
+/// Text with its percent signs resolved; one that begins no code stands for itself.
+pub(crate) fn percent_decoded(text: &str) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let hex = after.get(..2).filter(|_| *first == b'%');
+        let code = hex.and_then(|h| std::str::from_utf8(h).ok());
+        let (byte, used) = match code.and_then(|h| u8::from_str_radix(h, 16).ok()) {
+            Some(byte) => (byte, 3),
+            None => (*first, 1),
+        };
+        bytes.push(byte);
+        rest = &rest[used..];
+    }
+    bytes
 }

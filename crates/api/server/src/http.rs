@@ -23,6 +23,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::app::{App, Caller};
 use crate::error::{ApiError, ApiResult, REQUEST};
+use crate::fields::percent_decoded;
 use crate::patience::Patient;
 use crate::{chat, completions, native, openapi, responses};
 
@@ -175,19 +176,7 @@ fn foreign(app: &App, request: &Request) -> ApiResult<()> {
 
 /// Whether a path is UTF-8 once its percent signs are resolved.
 fn is_text(path: &str) -> bool {
-    let mut bytes = Vec::with_capacity(path.len());
-    let mut rest = path.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        let hex = after.get(..2).filter(|_| *first == b'%');
-        let code = hex.and_then(|h| std::str::from_utf8(h).ok());
-        let (byte, used) = match code.and_then(|h| u8::from_str_radix(h, 16).ok()) {
-            Some(byte) => (byte, 3),
-            None => (*first, 1),
-        };
-        bytes.push(byte);
-        rest = &rest[used..];
-    }
-    std::str::from_utf8(&bytes).is_ok()
+    std::str::from_utf8(&percent_decoded(path)).is_ok()
 }
 
 /// Whether a host is an address, or a name that nobody can own on the Internet.

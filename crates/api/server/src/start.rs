@@ -11,12 +11,12 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 
 use crate::Config;
-use crate::app::{App, now};
+use crate::app::App;
 use crate::durable::{Durable, Record};
 use crate::memory::Relief;
 use crate::metrics::Metrics;
 use crate::prompt::ModelInfo;
-use crate::vault::{Limits, NamedCapsule, Vault};
+use crate::vault::{Limits, Origin, Vault};
 use crate::worker::{Command, Worker};
 
 /// A reply is cut soon after it was heard or not at all: after that the places to cut it at go before anything else.
@@ -93,7 +93,9 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
     let metrics = Arc::new(Metrics::default());
     let durable = match &config.store {
         None => None,
-        Some((place, options)) => Some(Durable::open(place, options.clone())?),
+        Some((place, options)) => {
+            Some(Durable::open(place, options.clone(), Arc::clone(&metrics))?)
+        }
     };
     let limits = Limits {
         responses: config.responses,
@@ -116,7 +118,7 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
         config.host_capsule_bytes,
         relieve,
     )?;
-    bring_back(&mut worker, &vault, &config.warm)?;
+    bring_back(&mut worker, &vault, &config.warm, &config.keys)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(8)
@@ -190,7 +192,12 @@ async fn signal() {
 }
 
 /// What the store has: responses and sessions, capsules asked for, boundaries parked.
-fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(), ServeError> {
+fn bring_back(
+    worker: &mut Worker,
+    vault: &Vault,
+    warm: &[String],
+    keys: &[[u8; 32]],
+) -> Result<(), ServeError> {
     let Some(durable) = &vault.durable else {
         return match warm.first() {
             Some(_) => Err(ServeError::System(std::io::Error::other("--warm needs --store"))),
@@ -202,17 +209,14 @@ fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(),
         let loaded = worker.load(|worker| durable.store().load(&mut worker.model, id));
         let capsule = loaded.map_err(|error| std::io::Error::other(error.message))?;
         let tokens = capsule.tokens();
-        worker.cache.keep(&crate::app::space(&[0; 32], None), &tokens, capsule.clone());
-        let named = NamedCapsule {
-            key: [0; 32],
-            created: now(),
-            name: Some(name.clone()),
-            parent: None,
-            pinned: true,
-            capsule,
-        };
-        vault.add_capsule(&crate::app::new_id("cap_"), named);
+        let everybody = if keys.is_empty() { &[[0; 32]][..] } else { keys };
+        for key in everybody {
+            worker.cache.keep(&crate::app::space(key, None), &tokens, capsule.clone());
+        }
+        let named = crate::native::of_the_store(name, capsule, Origin::Warm);
+        vault.add_capsule(&crate::native::id_of(name), named);
     }
+    crate::native::fill_shelf(worker, vault, durable);
     let records = durable.records()?;
     crate::responses::bring_back(vault, &records);
     crate::native::bring_back(worker, vault, durable, &records);
@@ -225,7 +229,7 @@ fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(),
         }
         durable.forget("boundary", id);
     }
-    worker.metrics.disk_bytes.set(durable.bytes() as usize);
+    durable.count();
     Ok(())
 }
 

@@ -12,8 +12,8 @@ use axum::{Extension, Json};
 use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
 
-use super::capsules::named;
-use super::{Answer, AppState, Caught, fields, forget, saved};
+use super::shelf::named;
+use super::{Answer, AppState, Caught, fields, forget, nothing, saved};
 use crate::app::{App, Caller, Generation, Tally, blocking, new_id, now};
 use crate::cache::Space;
 use crate::error::{ApiError, ApiResult};
@@ -119,7 +119,7 @@ pub(crate) async fn create_session(
     let mut state = SessionState { tools, ..SessionState::default() };
     let mut parent = None;
     if let Some(which) = from {
-        let (id, named) = named(&app, &caller, &which)?;
+        let (id, named) = named(&app, &caller, &which).await?;
         begin_with(&mut state, named.capsule);
         parent = Some(id);
     }
@@ -494,7 +494,9 @@ pub(crate) async fn interrupt(
     State(app): AppState,
     Extension(caller): Caught,
     Path(id): Path<String>,
+    request: Request,
 ) -> Answer {
+    nothing(&app, request).await?;
     let session = session(&app, &caller, &id).await?;
     let running = session.lock().interrupt.clone();
     if let Some(interrupt) = &running {
@@ -801,7 +803,7 @@ pub(crate) async fn restore(
     let which: String = fields.require("capsule")?;
     fields.finish()?;
     let session = session(&app, &caller, &id).await?;
-    let (_, named) = named(&app, &caller, &which)?;
+    let (_, named) = named(&app, &caller, &which).await?;
     let busy = Busy::take(&session)?;
     {
         let mut state = session.lock();
