@@ -12,7 +12,7 @@ use crate::app::{
 };
 use crate::cache::Space;
 use crate::error::{ApiError, ApiResult};
-use crate::fields::Fields;
+use crate::fields::{Fields, Hints};
 use crate::grammar::{Constraint, Trigger};
 use crate::output::{Piece, Splitter};
 use crate::prompt::{ModelInfo, Prompt, Tool, messages};
@@ -195,8 +195,25 @@ struct Request {
     usage: bool,
 }
 
+/// Names that a chat does not have.
+const HINTS: Hints = &[
+    ("input", "chat takes 'messages'; 'input' is for /v1/responses"),
+    ("prompt", "chat takes 'messages'; 'prompt' is for /v1/completions"),
+    ("max_output_tokens", "chat takes 'max_completion_tokens' or 'max_tokens'"),
+    ("n_predict", "chat takes 'max_completion_tokens' or 'max_tokens'"),
+    ("instructions", "chat takes a message of the role 'system'"),
+    ("system", "chat takes a message of the role 'system'"),
+    ("text", "chat takes 'response_format'; 'text' is for /v1/responses"),
+    ("reasoning", "chat takes 'reasoning_effort'"),
+    (
+        "previous_response_id",
+        "chat takes the whole conversation in 'messages'; /v1/responses continues stored ones",
+    ),
+    ("stop_sequences", "chat takes 'stop'"),
+];
+
 fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
-    let mut fields = Fields::parse(body)?;
+    let mut fields = Fields::parse(body)?.with_hints(HINTS);
     app.check_model(&mut fields)?;
     let messages = messages(fields.list("messages")?)?;
     let (tools, choice, parallel) = Conversation::take_tools(&mut fields, false)?;
@@ -265,7 +282,7 @@ pub(crate) async fn prepare(
         let prompt =
             info.chat(&space, &conversation.messages, &conversation.tools, &conversation.extra)?;
         if prompt.tokens.len() >= info.context {
-            return Err(ApiError::context(prompt.tokens.len(), info.context));
+            return Err(ApiError::context(prompt.tokens.len(), info.context).of("messages"));
         }
         let constraint = conversation.constraint(&info, &prompt)?;
         Ok(Prepared { prompt, constraint })

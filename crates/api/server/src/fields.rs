@@ -1,15 +1,66 @@
 //! The fields of a request: each is taken by name, and what nobody took is refused by name.
 
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::error::Category;
+use serde_json::{Map, Value, json};
 
 use crate::error::{ApiError, ApiResult};
+
+/// What a field can be: how that is said, and whether a value is it.
+pub(crate) trait Plain: DeserializeOwned {
+    const WHAT: &'static str;
+
+    fn fits(value: &Value) -> bool;
+}
+
+macro_rules! plain {
+    ($($kind:ty, $what:literal, $fits:expr;)*) => {$(
+        impl Plain for $kind {
+            const WHAT: &'static str = $what;
+
+            fn fits(value: &Value) -> bool {
+                let fits: fn(&Value) -> bool = $fits;
+                fits(value)
+            }
+        }
+    )*};
+}
+
+plain! {
+    usize, "a whole number from 0 on", Value::is_u64;
+    u32, "a whole number from 0 to 4294967295", |v| v.as_u64().is_some_and(|n| u32::try_from(n).is_ok());
+    i64, "a whole number of at most 63 bits", Value::is_i64;
+    f32, "a number", Value::is_number;
+    bool, "true or false", Value::is_boolean;
+    String, "text", Value::is_string;
+    Value, "a value", |_| true;
+    Map<String, Value>, "an object", Value::is_object;
+    Vec<u32>, "a list of whole numbers from 0 to 4294967295", |v| v.as_array().is_some_and(|l| l.iter().all(u32::fits));
+    Vec<String>, "a list of texts", |v| v.as_array().is_some_and(|l| l.iter().all(String::fits));
+    Vec<Value>, "a list", Value::is_array;
+}
+
+/// A value in an error, where it is short enough to be read.
+fn shown(value: &Value) -> String {
+    match value {
+        Value::String(text) if text.chars().count() > 40 => {
+            format!("{} and so on", json!(text.chars().take(40).collect::<String>()))
+        }
+        Value::Array(_) => "a list of other things".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
+        short => short.to_string(),
+    }
+}
+
+/// Names that a call does not have, and what it has in their place.
+pub(crate) type Hints = &'static [(&'static str, &'static str)];
 
 /// An object under examination.
 pub(crate) struct Fields {
     map: Map<String, Value>,
     /// Before the names in messages.
     path: String,
+    hints: Hints,
 }
 
 impl Fields {
@@ -17,15 +68,25 @@ impl Fields {
     pub(crate) fn parse(body: &[u8]) -> ApiResult<Self> {
         let text =
             std::str::from_utf8(body).map_err(|_| ApiError::invalid("the body is not UTF-8"))?;
-        let value: Value = serde_json::from_str(text)
-            .map_err(|error| ApiError::invalid(format!("the body is not JSON: {error}")))?;
+        if text.trim_start().is_empty() {
+            return Err(ApiError::invalid("the body is empty: it must be a JSON object"));
+        }
+        let value: Value = serde_json::from_str(text).map_err(|error| {
+            let (line, column) = (error.line(), error.column());
+            ApiError::invalid(match error.classify() {
+                Category::Eof => {
+                    format!("the body is not JSON: it ends in the middle, at line {line} column {column}")
+                }
+                _ => format!("the body is not JSON: line {line} column {column} is wrong"),
+            })
+        })?;
         Self::of(value, "")
     }
 
     /// Of a value that must be an object.
     pub(crate) fn of(value: Value, path: &str) -> ApiResult<Self> {
         match value {
-            Value::Object(map) => Ok(Self { map, path: path.to_owned() }),
+            Value::Object(map) => Ok(Self { map, path: path.to_owned(), hints: &[] }),
             _ if path.is_empty() => Err(ApiError::invalid("the body is not a JSON object")),
             _ => Err(ApiError::param(path, format!("'{path}' must be an object"))),
         }
@@ -46,7 +107,7 @@ impl Fields {
                 return Err(ApiError::param(&short, format!("'{short}' is there more than once")));
             }
         }
-        Ok(Self { map, path: String::new() })
+        Ok(Self { map, path: String::new(), hints: &[] })
     }
 
     pub(crate) fn name(&self, name: &str) -> String {
@@ -74,18 +135,50 @@ impl Fields {
         }
     }
 
-    pub(crate) fn take<T: DeserializeOwned>(&mut self, name: &str) -> ApiResult<Option<T>> {
+    pub(crate) fn take<T: Plain>(&mut self, name: &str) -> ApiResult<Option<T>> {
         let Some(value) = self.value(name) else { return Ok(None) };
-        let wrong = |error: serde_json::Error| {
+        let wrong = |but: &str| {
             let name = self.name(name);
-            ApiError::param(&name, format!("'{name}' is not what it should be: {error}"))
+            ApiError::param(&name, format!("'{name}' must be {}{but}", T::WHAT))
         };
-        serde_json::from_value(value).map(Some).map_err(wrong)
+        if !T::fits(&value) {
+            return Err(wrong(&format!(", not {}", shown(&value))));
+        }
+        serde_json::from_value(value).map(Some).map_err(|_| wrong(""))
     }
 
-    pub(crate) fn require<T: DeserializeOwned>(&mut self, name: &str) -> ApiResult<T> {
+    pub(crate) fn require<T: Plain>(&mut self, name: &str) -> ApiResult<T> {
+        match self.take(name)? {
+            Some(value) => Ok(value),
+            None => Err(self.missing(name)),
+        }
+    }
+
+    /// That a field is missing; where another stands for it under a name that is known elsewhere, what it is called here.
+    pub(crate) fn missing(&self, name: &str) -> ApiError {
+        let elsewhere = self.map.iter().find(|(n, v)| !v.is_null() && self.hint(n).is_some());
+        if let Some((other, _)) = elsewhere {
+            return self.unknown(other);
+        }
         let path = self.name(name);
-        self.take(name)?.ok_or_else(|| ApiError::param(&path, format!("'{path}' is missing")))
+        ApiError::param(&path, format!("'{path}' is missing"))
+    }
+
+    /// With hints for names that other APIs have.
+    pub(crate) fn with_hints(mut self, hints: Hints) -> Self {
+        self.hints = hints;
+        self
+    }
+
+    fn hint(&self, name: &str) -> Option<&'static str> {
+        self.hints.iter().find(|(other, _)| *other == name).map(|(_, hint)| *hint)
+    }
+
+    fn unknown(&self, name: &str) -> ApiError {
+        let short: String = name.chars().take(64).collect();
+        let hint = self.hint(name).unwrap_or("there is no such parameter");
+        let error = ApiError::unsupported(self.name(&short), hint);
+        ApiError { code: Some("unknown_parameter"), ..error }
     }
 
     /// A list that must be there. What is in it is moved: [`require`](Self::require) would build every value anew.
@@ -106,7 +199,7 @@ impl Fields {
         range: std::ops::RangeInclusive<T>,
     ) -> ApiResult<Option<T>>
     where
-        T: DeserializeOwned + PartialOrd + std::fmt::Display,
+        T: Plain + PartialOrd + std::fmt::Display,
     {
         let path = self.name(name);
         match self.take::<T>(name)? {
@@ -150,13 +243,7 @@ impl Fields {
     /// Refuses what is left.
     pub(crate) fn finish(self) -> ApiResult<()> {
         match self.map.iter().find(|(_, value)| !value.is_null()) {
-            Some((name, _)) => {
-                let short: String = name.chars().take(64).collect();
-                let mut error =
-                    ApiError::unsupported(self.name(&short), "there is no such parameter");
-                error.code = Some("unknown_parameter");
-                Err(error)
-            }
+            Some((name, _)) => Err(self.unknown(name)),
             None => Ok(()),
         }
     }

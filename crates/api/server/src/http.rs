@@ -23,7 +23,7 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::app::{App, Caller};
 use crate::error::{ApiError, ApiResult, REQUEST};
-use crate::fields::percent_decoded;
+use crate::fields::{Fields, percent_decoded};
 use crate::patience::Patient;
 use crate::{chat, completions, native, openapi, responses};
 
@@ -55,6 +55,7 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .route("/v1/responses/{id}/input_items", get(input_items))
         .route("/v1/sessions", get(native::list_sessions).post(native::create_session))
         .route("/v1/sessions/{id}", get(native::read_session).delete(native::delete_session))
+        .route("/v1/sessions/{id}/messages", get(native::list_messages))
         .route("/v1/sessions/{id}/append", post(native::append))
         .route("/v1/sessions/{id}/generate", post(native::generate))
         .route("/v1/sessions/{id}/interrupt", post(native::interrupt))
@@ -72,13 +73,9 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .route("/v1/capsules/{id}/export", get(native::export))
         .layer(middleware::from_fn_with_state(Arc::clone(app), authorise));
     open.merge(closed)
-        .fallback(|| async { ApiError::not_found("path") })
-        .method_not_allowed_fallback(|| async {
-            ApiError::new(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "invalid_request_error",
-                "this path takes another method; /openapi.json has them",
-            )
+        .fallback(|request: Request| async move { openapi::no_path(request.uri().path()) })
+        .method_not_allowed_fallback(|request: Request| async move {
+            openapi::no_method(request.method(), request.uri().path())
         })
         .layer(middleware::from_fn_with_state(Arc::clone(app), outer))
         .with_state(Arc::clone(app))
@@ -164,7 +161,8 @@ fn foreign(app: &App, request: &Request) -> ApiResult<()> {
         && let Some(kind) = text(header::CONTENT_TYPE)
         && !kind.split(';').next().unwrap_or("").trim().eq_ignore_ascii_case("application/json")
     {
-        let message = "the body must be application/json";
+        let message =
+            "the body must be JSON, and say so: send the header 'content-type: application/json'";
         let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
         return Err(ApiError::new(status, "invalid_request_error", message));
     }
@@ -210,7 +208,21 @@ async fn authorise(State(app): AppState, mut request: Request, next: Next) -> Re
             caller.key = key;
         }
     }
+    if let Err(error) = no_query(&request) {
+        return error.into_response();
+    }
     next.run(request).await
+}
+
+/// Refuses parameters in the address, where none are looked at: they would be ignored.
+fn no_query(request: &Request) -> ApiResult<()> {
+    let path = request.uri().path();
+    match request.uri().query() {
+        Some(query) if path != "/v1/capsules/import" && !path.ends_with("/input_items") => {
+            Fields::query(query)?.finish()
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The digest of the request's key, if it is one of ours. Digests are compared, all of them, each in constant time.
@@ -234,7 +246,10 @@ pub(crate) async fn body(app: &App, request: Request) -> ApiResult<axum::body::B
         ApiError::new(
             StatusCode::PAYLOAD_TOO_LARGE,
             "invalid_request_error",
-            format!("the body has more than {} bytes", app.config.body_bytes),
+            format!(
+                "the body has more than {} bytes: --body-mib of the server sets how much it takes",
+                app.config.body_bytes
+            ),
         )
     };
     // Where the head says so there is nothing to wait for.

@@ -15,7 +15,7 @@ use super::{Answer, AppState, Caught, fields, forget, nothing};
 use crate::app::{App, blocking, micros, new_id, now};
 use crate::durable::Durable;
 use crate::error::{ApiError, ApiResult};
-use crate::fields::Fields;
+use crate::fields::{Fields, Hints};
 use crate::http::body;
 use crate::start::to_hex;
 use crate::vault::{NamedCapsule, Origin};
@@ -42,6 +42,14 @@ fn found_object(app: &App, found: &Found) -> Value {
     }
 }
 
+/// Names that a new capsule's fields do not have.
+const HINTS: Hints = &[
+    ("pinned", "'pin' it is"),
+    ("id", "the server gives ids; 'name' is yours"),
+    ("title", "'name' it is"),
+    ("label", "'name' it is"),
+];
+
 /// What a new capsule is called, and whether it is pinned.
 fn name_and_pin(fields: &mut Fields) -> ApiResult<(Option<String>, bool)> {
     let name = fields.text("name", NAME_BYTES)?;
@@ -62,7 +70,7 @@ pub(crate) async fn snapshot(
     Path(id): Path<String>,
     request: Request,
 ) -> Answer {
-    let mut fields = fields(&app, request).await?;
+    let mut fields = fields(&app, request).await?.with_hints(HINTS);
     let (name, pinned) = name_and_pin(&mut fields)?;
     fields.finish()?;
     let session = session(&app, &caller, &id).await?;
@@ -247,7 +255,7 @@ pub(crate) async fn import(
     Extension(caller): Caught,
     request: Request,
 ) -> Answer {
-    let mut query = Fields::query(request.uri().query().unwrap_or_default())?;
+    let mut query = Fields::query(request.uri().query().unwrap_or_default())?.with_hints(HINTS);
     query.flag("pin");
     let (name, pinned) = name_and_pin(&mut query)?;
     query.finish()?;

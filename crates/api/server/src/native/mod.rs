@@ -4,6 +4,9 @@
 //! the slot held it last. While a call is under way others on the same session are refused with 409.
 
 mod capsules;
+mod heard;
+mod history;
+mod input;
 mod saved;
 mod sessions;
 mod shelf;
@@ -23,6 +26,7 @@ use crate::http::body;
 pub(crate) use capsules::{
     delete_capsule, export, import, list_capsules, pin, read_capsule, snapshot, tree, unpin,
 };
+pub(crate) use history::list_messages;
 pub(crate) use saved::{bring_back, expire};
 pub(crate) use sessions::{
     append, create_session, delete_session, fork, generate, interrupt, list_sessions, read_session,
