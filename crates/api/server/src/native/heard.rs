@@ -11,7 +11,7 @@ const EXCERPT: usize = 24;
 /// A letter that is compared, and the bytes of the text that it is of.
 #[derive(Clone, Copy)]
 struct Letter {
-    letter: char,
+    char: char,
     start: usize,
     end: usize,
 }
@@ -23,13 +23,13 @@ fn letters(text: &str) -> Vec<Letter> {
         let end = start + letter.len_utf8();
         if letter.is_whitespace() {
             match out.last_mut() {
-                Some(last) if last.letter == ' ' => last.end = end,
-                Some(_) => out.push(Letter { letter: ' ', start, end }),
+                Some(last) if last.char == ' ' => last.end = end,
+                Some(_) => out.push(Letter { char: ' ', start, end }),
                 None => {}
             }
         } else {
             let parts = std::iter::once(letter).nfd();
-            out.extend(parts.map(|(letter, _)| Letter { letter, start, end }));
+            out.extend(parts.map(|(char, _)| Letter { char, start, end }));
         }
     }
     out
@@ -42,12 +42,12 @@ fn bytes_heard(reply: &str, text: &str) -> Result<usize, String> {
     }
     let (said, mut heard) = (letters(reply), letters(text));
     if let Some(last) = heard.last()
-        && last.letter == ' '
-        && said.get(heard.len() - 1).is_none_or(|letter| letter.letter != ' ')
+        && last.char == ' '
+        && said.get(heard.len() - 1).is_none_or(|letter| letter.char != ' ')
     {
         heard.pop();
     }
-    let same = |&(at, letter): &(usize, &Letter)| said[at].letter == letter.letter;
+    let same = |&(at, letter): &(usize, &Letter)| said[at].char == letter.char;
     let same = heard.iter().enumerate().take(said.len()).take_while(same).count();
     let Some(last) = same.checked_sub(1).filter(|_| same == heard.len()).map(|last| said[last])
     else {
