@@ -47,7 +47,7 @@ impl ApiError {
     }
 
     pub(crate) fn not_found(what: &str) -> Self {
-        let message = format!("there is no such {what}, or it belongs to another key");
+        let message = format!("there is no such {what}, or it belongs to another key or to none");
         Self {
             code: Some("not_found"),
             ..Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)

@@ -613,7 +613,10 @@ pub(crate) fn content_text(content: Value, path: &str) -> ApiResult<String> {
                 fields.ignore(&["annotations", "logprobs"]);
                 fields.finish()?;
             }
-            "refusal" => text.push_str(&fields.require::<String>("refusal")?),
+            "refusal" => {
+                text.push_str(&fields.require::<String>("refusal")?);
+                fields.finish()?;
+            }
             other => {
                 let what = format!("this model reads text, not '{}'", short(other));
                 return Err(ApiError::unsupported(format!("{path}.type"), &what));

@@ -280,7 +280,7 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
                 code: Some("previous_response_not_found"),
                 param: Some("previous_response_id".to_owned()),
                 message: format!(
-                    "there is no such response, or it belongs to another key: only those made with 'store': true can be \
+                    "there is no such response, or it belongs to another key or to none: only those made with 'store': true can be \
                      continued, the latest {} of them, and after a restart where the server has a --store",
                     app.config.responses
                 ),

@@ -53,12 +53,18 @@ pub struct Server {
     address: SocketAddr,
     stop: watch::Sender<bool>,
     http: Option<std::thread::JoinHandle<Result<(), ServeError>>>,
+    notes: Vec<String>,
 }
 
 impl Server {
     /// Where it listens.
     pub const fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// What whoever started it should know, a sentence each.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Tells it to stop, and waits until sessions are parked.
@@ -118,7 +124,7 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
         config.host_capsule_bytes,
         relieve,
     )?;
-    bring_back(&mut worker, &vault, &config.warm, &config.keys)?;
+    let notes = bring_back(&mut worker, &vault, &config.warm, &config.keys)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(8)
@@ -173,7 +179,7 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
         park(&worker, &vault);
         served.map_err(ServeError::from)
     })?;
-    Ok(Server { address, stop, http: Some(http) })
+    Ok(Server { address, stop, http: Some(http), notes })
 }
 
 async fn signal() {
@@ -197,11 +203,11 @@ fn bring_back(
     vault: &Vault,
     warm: &[String],
     keys: &[[u8; 32]],
-) -> Result<(), ServeError> {
+) -> Result<Vec<String>, ServeError> {
     let Some(durable) = &vault.durable else {
         return match warm.first() {
             Some(_) => Err(ServeError::System(std::io::Error::other("--warm needs --store"))),
-            None => Ok(()),
+            None => Ok(Vec::new()),
         };
     };
     for name in warm {
@@ -230,7 +236,34 @@ fn bring_back(
         durable.forget("boundary", id);
     }
     durable.count();
-    Ok(())
+    Ok(unreachable_records(&records, keys).into_iter().collect())
+}
+
+/// Says what nobody can reach as long as the server asks for these keys.
+fn unreachable_records(records: &[Record], keys: &[[u8; 32]]) -> Option<String> {
+    let nobody = [0; 32];
+    let hidden = |kind: &str| {
+        let of = records.iter().filter(|record| record.kind == kind);
+        let keys_of = of.filter_map(|record| record.value["key"].as_str().and_then(from_hex));
+        keys_of
+            .filter(|key| if keys.is_empty() { *key != nobody } else { !keys.contains(key) })
+            .count()
+    };
+    let all = [("sessions", "session"), ("responses", "response"), ("capsules", "capsule")];
+    let counted = all.map(|(words, kind)| (words, hidden(kind)));
+    let some: Vec<String> = counted
+        .iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(words, count)| format!("{words}: {count}"))
+        .collect();
+    let why = if keys.is_empty() {
+        "belongs to API keys, and this server asks for none"
+    } else {
+        "was made without an API key, or with one that this server does not know"
+    };
+    (!some.is_empty()).then(|| {
+        format!("some of the store {why}, so nobody can reach it now ({})", some.join(", "))
+    })
 }
 
 /// Saves what a client may come back to.

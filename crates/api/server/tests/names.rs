@@ -233,3 +233,46 @@ fn an_imported_capsule_takes_its_name_from_the_query_and_unknown_parameters_are_
     }
     server.stop().unwrap();
 }
+
+#[test]
+fn a_client_that_hangs_up_without_a_stream_leaves_its_message_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    let at = server.address();
+    let id = session(&server, "Before.");
+    let path = format!("/v1/sessions/{id}");
+    let ask = json!({ "messages": [{ "role": "user", "content": "Go on." }], "max_tokens": 2000, "ignore_eos": true }).to_string();
+    let mut stream = support::open(at);
+    let head = support::head("POST", &format!("{path}/generate"), ask.len(), "");
+    std::io::Write::write_all(&mut stream, format!("{head}{ask}").as_bytes()).unwrap();
+    support::eventually("it replies", || metric(at, "ampoule_generation_tokens_total") > 3);
+    drop(stream);
+    support::eventually("it is free", || get(at, &path).json()["busy"] == false);
+    let left = get(at, &path).json();
+    assert_eq!((&left["messages"], &left["reply_tokens"]), (&json!(1), &json!(0)), "{left}");
+    let position = left["position"].clone();
+    server.stop().unwrap();
+    // The store has it as memory had it.
+    let server = start(stored(&place));
+    let left = get(server.address(), &path).json();
+    assert_eq!((&left["messages"], &left["position"]), (&json!(1), &position));
+    server.stop().unwrap();
+}
+
+#[test]
+fn what_nobody_can_reach_is_said_at_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    assert!(server.notes().is_empty());
+    session(&server, "Made without a key.");
+    server.stop().unwrap();
+    let key = ampoule_server::key_digest("key-of-alice");
+    let server = start(Config { keys: vec![key], ..stored(&place) });
+    assert!(server.notes()[0].ends_with("(sessions: 1)"), "{:?}", server.notes());
+    server.stop().unwrap();
+    let server = start(stored(&place));
+    assert!(server.notes().is_empty());
+    server.stop().unwrap();
+}

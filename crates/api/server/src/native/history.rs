@@ -77,7 +77,8 @@ fn ends(info: &ModelInfo, space: &Space, state: &mut SessionState) -> Vec<Option
 /// A message as clients write it.
 fn shown(message: &Value) -> Value {
     let mut message = message.clone();
-    for call in message["tool_calls"].as_array_mut().into_iter().flatten() {
+    let calls = message.get_mut("tool_calls").and_then(Value::as_array_mut);
+    for call in calls.into_iter().flatten() {
         let arguments = &mut call["function"]["arguments"];
         if !arguments.is_string() {
             *arguments = json!(arguments.to_string());

@@ -222,10 +222,11 @@ pub(crate) async fn append(
     let Launched { mut generation, session, busy, ended } =
         launch(&app, &caller, &id, input, wanted, "append").await?;
     let mut tally = Tally::new(&generation);
+    let settled = settle(&app, &id, &session, busy, ended);
     while generation.step(&mut tally).await?.is_some() {}
-    committed(ended).await?;
-    saved::save(&app, &id, &session).await?;
-    drop(busy);
+    let Settled { outcome, saved } = settled.await.map_err(|_| ApiError::internal())?;
+    outcome?;
+    saved?;
     Ok(Json(session_object(&id, &session)).into_response())
 }
 
@@ -241,6 +242,30 @@ struct Launched {
 /// That a session has what a call added.
 async fn committed(ended: oneshot::Receiver<ApiResult<()>>) -> ApiResult<()> {
     ended.await.map_err(|_| ApiError::stopping())?
+}
+
+/// How a call on a session ended.
+struct Settled {
+    outcome: ApiResult<()>,
+    saved: ApiResult<()>,
+}
+
+/// Waits until the session stands where a call leaves it, saves it and lets others have it, whether or not the client is
+/// still there.
+fn settle(
+    app: &Arc<App>,
+    id: &str,
+    session: &Arc<Session>,
+    busy: Arc<Busy>,
+    ended: oneshot::Receiver<ApiResult<()>>,
+) -> tokio::task::JoinHandle<Settled> {
+    let (app, id, session) = (Arc::clone(app), id.to_owned(), Arc::clone(session));
+    tokio::spawn(async move {
+        let outcome = committed(ended).await;
+        let saved = saved::save(&app, &id, &session).await;
+        drop(busy);
+        Settled { outcome, saved }
+    })
 }
 
 async fn launch(
@@ -304,6 +329,7 @@ pub(crate) async fn generate(
     let mut tally = Tally::new(&generation);
     let (mut text, mut tokens, mut finish) = (String::new(), Vec::new(), None);
     if !stream {
+        let settled = settle(&app, &id, &session, busy, ended);
         while let Some(step) = generation.step(&mut tally).await? {
             if let Some(token) = step.token {
                 tally.token(step.at, false);
@@ -312,13 +338,12 @@ pub(crate) async fn generate(
             text.push_str(&step.text);
             finish = step.finished.or(finish);
         }
-        let outcome = committed(ended).await;
+        let Settled { outcome, saved } = settled.await.map_err(|_| ApiError::internal())?;
         // An interruption that came before the prompt was read leaves the session as it was.
         if tally.generated > 0 || finish != Some(FinishReason::Cancelled) {
             outcome?;
         }
-        saved::save(&app, &id, &session).await?;
-        drop(busy);
+        saved?;
         let finish = finish.ok_or_else(ApiError::stopping)?;
         let mut object = reply_object(&id, &session, &tally, finish);
         object["text"] = json!(text);

@@ -129,7 +129,7 @@ pub(super) fn find(app: &App, caller: &Caller, which: &str) -> ApiResult<Found> 
         }
     };
     Err(missing(format!(
-        "there is no such capsule, or it belongs to another key: GET /v1/capsules lists yours, with their names, and \
+        "there is no such capsule, or it belongs to another key or to none: GET /v1/capsules lists yours, with their names, and \
          POST /v1/capsules/import?name=NAME brings one from a file{more}"
     )))
 }
