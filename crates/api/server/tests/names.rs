@@ -261,6 +261,33 @@ fn a_client_that_hangs_up_without_a_stream_leaves_its_message_saved() {
 }
 
 #[test]
+fn a_store_that_is_full_says_so_and_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store").to_str().unwrap().to_owned();
+    let mut options = StoreOptions::default();
+    options.quota = Some(1 << 20);
+    let server = start(Config { store: Some((place, options)), ..config() });
+    let at = server.address();
+    let id = session(&server, "Some words.");
+    let mut names = 0;
+    let full = loop {
+        let grown =
+            post(at, &format!("/v1/sessions/{id}/append"), &json!({ "text": " And more words." }));
+        let path = format!("/v1/sessions/{id}/snapshot");
+        let made = post(at, &path, &json!({ "name": format!("name {names}") }));
+        if made.status != 201 {
+            break made;
+        }
+        assert!(grown.status == 200 && names < 1000);
+        names += 1;
+    };
+    assert_eq!(full.status, 507);
+    assert!(full.json()["error"]["message"].as_str().unwrap().contains("--store-quota-mib"));
+    assert!(names > 0 && listed(&server).len() == names);
+    server.stop().unwrap();
+}
+
+#[test]
 fn what_nobody_can_reach_is_said_at_the_start() {
     let folder = tempfile::tempdir().unwrap();
     let place = folder.path().join("store");
