@@ -75,6 +75,8 @@ pub(crate) struct Wanted {
     pub logprobs: Option<usize>,
     pub caching: bool,
     pub space: Space,
+    /// Whether each token goes out as it comes.
+    pub stream: bool,
 }
 
 /// A generation under way.
@@ -168,6 +170,7 @@ impl App {
             constraint,
             logprobs: wanted.logprobs,
             caching,
+            stream: wanted.stream,
             on_end,
             arrived,
             queued,
@@ -318,6 +321,7 @@ impl App {
             logprobs: None,
             caching: fields.take::<bool>("cache_prompt")?.unwrap_or(true),
             space: caller.space(key.as_deref()),
+            stream: false,
         })
     }
 }
