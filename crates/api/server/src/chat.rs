@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use ampoule::ChatMessage;
 use axum::Json;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
@@ -17,6 +16,7 @@ use crate::fields::Fields;
 use crate::grammar::{Constraint, Trigger};
 use crate::output::{Piece, Splitter};
 use crate::prompt::{ModelInfo, Prompt, Tool, messages};
+use crate::recent::Shown;
 use crate::sse;
 use crate::worker::{Start, Step, TokenLogprobs};
 
@@ -42,7 +42,7 @@ pub(crate) enum Format {
 pub(crate) struct Conversation {
     pub messages: Vec<Value>,
     /// The messages as the template takes them; `messages` is empty then.
-    pub shown: Option<Arc<Vec<ChatMessage>>>,
+    pub shown: Option<Shown>,
     pub tools: Vec<Tool>,
     pub choice: ToolChoice,
     pub parallel: bool,
@@ -205,7 +205,7 @@ fn take_messages(
     body: &[u8],
     fields: &mut Fields,
     list: Option<&str>,
-) -> ApiResult<(Vec<Value>, Option<Arc<Vec<ChatMessage>>>)> {
+) -> ApiResult<(Vec<Value>, Option<Shown>)> {
     let Some(list) = list else { return Ok((messages(fields.list("messages")?)?, None)) };
     let key = ["cache_salt", "prompt_cache_key"].iter().find_map(|name| fields.peek(name));
     let space = caller.space(key.and_then(Value::as_str));

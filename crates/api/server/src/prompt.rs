@@ -14,7 +14,7 @@ use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
 use crate::grammar::Grammars;
 use crate::pieces::Pieces;
-use crate::recent::Recent;
+use crate::recent::{Recent, Shown};
 
 /// Stand-ins for control tokens that users wrote: characters of a private plane, so that no template changes them.
 const MARKER: u32 = 0x0010_F800;
@@ -77,7 +77,7 @@ pub(crate) struct ModelInfo {
     /// Tokens of texts that were seen before, where such texts can be cut.
     pieces: Option<Pieces>,
     /// Messages that were seen before.
-    pub(crate) recent: Recent,
+    pub recent: Recent,
     /// Whether the template shows tools.
     tools_shown: bool,
     /// Whether it shows calls and their results.
@@ -322,12 +322,7 @@ impl ModelInfo {
     ///
     /// # Errors
     /// As [`messages`].
-    pub(crate) fn shown(
-        &self,
-        space: &Space,
-        list: &str,
-        tools: bool,
-    ) -> Option<ApiResult<Arc<Vec<ChatMessage>>>> {
+    pub(crate) fn shown(&self, space: &Space, list: &str, tools: bool) -> Option<ApiResult<Shown>> {
         let fit = self.template.is_some() && self.calls_shown && (self.tools_shown || !tools);
         if fit { self.recent.messages(self, space, list) } else { None }
     }

@@ -21,13 +21,16 @@ const BYTES: usize = 4 << 20;
 /// What a message takes beside its text, about: the objects that a template walks through.
 const MESSAGE: usize = 512;
 
+/// Messages as the template takes them.
+pub(crate) type Shown = Arc<Vec<ChatMessage>>;
+
 /// A conversation: the list of its messages as it was sent, up to the end of the last one.
 struct Conversation {
     space: Space,
     text: String,
     /// Where each message ends in the text.
     ends: Vec<usize>,
-    shown: Arc<Vec<ChatMessage>>,
+    shown: Shown,
     /// Calls of tools: in which message, their id and name. Results that come later are told the name.
     calls: Vec<(usize, String, String)>,
 }
@@ -116,7 +119,7 @@ impl Recent {
         info: &ModelInfo,
         space: &Space,
         list: &str,
-    ) -> Option<ApiResult<Arc<Vec<ChatMessage>>>> {
+    ) -> Option<ApiResult<Shown>> {
         let mut conversation = self.known(space, list);
         let extended = conversation.extend(info, list);
         let shown = Arc::clone(&conversation.shown);
