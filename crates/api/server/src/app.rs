@@ -77,6 +77,8 @@ pub(crate) struct Wanted {
     pub space: Space,
     /// The parameter that has what is read.
     pub input: &'static str,
+    /// Whether each token goes out as it comes.
+    pub stream: bool,
 }
 
 /// A generation under way.
@@ -175,6 +177,7 @@ impl App {
             constraint,
             logprobs: wanted.logprobs,
             caching,
+            stream: wanted.stream,
             on_end,
             arrived,
             queued,
@@ -326,6 +329,7 @@ impl App {
             caching: fields.take::<bool>("cache_prompt")?.unwrap_or(true),
             space: caller.space(key.as_deref()),
             input: "messages",
+            stream: false,
         })
     }
 }

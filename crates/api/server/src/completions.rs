@@ -74,6 +74,7 @@ pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
     wanted.logprobs = fields.within("logprobs", 0..=20_usize)?;
     let echo = fields.take::<bool>("echo")?.unwrap_or(false);
     let stream = fields.take::<bool>("stream")?.unwrap_or(false);
+    wanted.stream = stream;
     let mut usage = false;
     if let Some(options) = fields.value("stream_options") {
         let mut options = Fields::of(options, "stream_options")?;

@@ -1,7 +1,8 @@
 //! The fields of a request: each is taken by name, and what nobody took is refused by name.
 
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, MapAccess, Visitor};
 use serde_json::error::Category;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::error::{ApiError, ApiResult};
@@ -81,6 +82,30 @@ impl Fields {
             })
         })?;
         Self::of(value, "")
+    }
+
+    /// Of a request's body, with one field beside it as it was sent, which is for the caller to read; `None` if there is none.
+    pub(crate) fn parse_beside<'a>(
+        body: &'a [u8],
+        name: &'static str,
+    ) -> ApiResult<(Self, Option<&'a str>)> {
+        // No text is no JSON either.
+        let text = std::str::from_utf8(body).unwrap_or_default();
+        let mut reader = serde_json::Deserializer::from_str(text);
+        let read = Beside(name).deserialize(&mut reader);
+        match read.and_then(|read| reader.end().map(|()| read)) {
+            Ok((map, beside)) => {
+                let beside = beside.map(RawValue::get).filter(|text| *text != "null");
+                Ok((Self { map, path: String::new(), hints: &[] }, beside))
+            }
+            // What is wrong is said as everywhere.
+            Err(_) => Self::parse(body).map(|all| (all, None)),
+        }
+    }
+
+    /// A field, left where it is; `null` counts as absent.
+    pub(crate) fn peek(&self, name: &str) -> Option<&Value> {
+        self.map.get(name).filter(|value| !value.is_null())
     }
 
     /// Of a value that must be an object.
@@ -264,4 +289,74 @@ pub(crate) fn percent_decoded(text: &str) -> Vec<u8> {
         rest = &rest[used..];
     }
     bytes
+}
+
+/// Reads an object, but for the field of this name.
+struct Beside(&'static str);
+
+impl<'de> DeserializeSeed<'de> for Beside {
+    type Value = (Map<String, Value>, Option<&'de RawValue>);
+
+    fn deserialize<D: Deserializer<'de>>(self, reader: D) -> Result<Self::Value, D::Error> {
+        reader.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Beside {
+    type Value = (Map<String, Value>, Option<&'de RawValue>);
+
+    fn expecting(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut all: A) -> Result<Self::Value, A::Error> {
+        let (mut map, mut beside) = (Map::new(), None);
+        while let Some(name) = all.next_key::<String>()? {
+            if name == self.0 {
+                beside = Some(all.next_value()?);
+            } else {
+                map.insert(name, all.next_value()?);
+            }
+        }
+        Ok((map, beside))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One field beside the others: what is refused, and with which words, is the same.
+    #[test]
+    fn a_body_with_one_field_beside() {
+        let body = r#" {"b": {"a": 1}, "a" : [1, {"x": "\u00e9"} ] , "c": null} "#;
+        let (fields, a) = Fields::parse_beside(body.as_bytes(), "a").unwrap();
+        assert_eq!(a, Some(r#"[1, {"x": "\u00e9"} ]"#));
+        let mut all = Fields::parse(body.as_bytes()).unwrap();
+        assert!(all.value("a").is_some());
+        assert_eq!(fields.map, all.map);
+        let (fields, a) = Fields::parse_beside(br#"{"a": null, "b": 1}"#, "a").unwrap();
+        assert!(a.is_none() && fields.peek("b").is_some() && fields.peek("a").is_none());
+        // Of two with one name the later one counts, here as there.
+        assert_eq!(Fields::parse_beside(br#"{"a": 1, "a": 2}"#, "a").unwrap().1, Some("2"));
+        let wrong: [&[u8]; 9] = [
+            b"",
+            b"[]",
+            b"5",
+            b"{",
+            br#"{"a": [}"#,
+            br#"{"a": 1} x"#,
+            br#"{"a": "\x"}"#,
+            b"{\"a\": \"\xff\"}",
+            br#"{"a": [1], "b": "\ud800"}"#,
+        ];
+        for body in wrong {
+            let (Err(error), Err(expected)) =
+                (Fields::parse_beside(body, "a"), Fields::parse(body))
+            else {
+                panic!("{} was taken", String::from_utf8_lossy(body));
+            };
+            assert_eq!(error.body(), expected.body());
+        }
+    }
 }

@@ -24,7 +24,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::app::{App, Caller};
 use crate::error::{ApiError, ApiResult, REQUEST};
 use crate::fields::{Fields, percent_decoded};
-use crate::patience::Patient;
+use crate::patience::{Hold, Patient};
 use crate::{chat, completions, native, openapi, responses};
 
 /// Bytes and fields of the head of a request.
@@ -406,7 +406,8 @@ pub(crate) async fn serve(
             let (answer, phase) = (routes.call(request), phase.clone());
             async move {
                 let answer = answer.await;
-                phase.idle();
+                let hold = answer.as_ref().ok().and_then(|a| a.extensions().get::<Hold>());
+                phase.answered(hold.cloned());
                 answer
             }
         });

@@ -126,6 +126,7 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     let instructions = fields.text("instructions", usize::MAX)?;
     let store = fields.take::<bool>("store")?.unwrap_or(true);
     let stream = fields.take::<bool>("stream")?.unwrap_or(false);
+    wanted.stream = stream;
     if let Some(options) = fields.value("stream_options") {
         let mut options = Fields::of(options, "stream_options")?;
         options.ignore(&["include_obfuscation", "include_usage"]);
@@ -146,7 +147,8 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     fields.only("prompt", &[], "there are no stored prompts; what is to be answered is 'input'")?;
     fields.only("max_tool_calls", &[], "the client runs the tools")?;
     fields.finish()?;
-    let conversation = Conversation { messages, tools, choice, parallel, format, extra };
+    let conversation =
+        Conversation { messages, shown: None, tools, choice, parallel, format, extra };
     Ok(Request { conversation, wanted, input, instructions, previous, store, stream, echo })
 }
 
