@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the official clients, an agent framework, curl, schemathesis and the examples of docs/server.md against the binary.
+# Runs the official clients, an agent framework, curl, schemathesis and the examples of docs/server.md and
+# docs/voice-and-robotics.md against the binary.
 # Needs Python 3.11 or later with venv, Node 20 or later with npm, and curl. Arguments go to pytest.
 # AMPOULE_BINARY tests another binary; SCHEMATHESIS_SECONDS bounds schemathesis (75 by default).
 set -euo pipefail

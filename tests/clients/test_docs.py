@@ -1,4 +1,4 @@
-"""The examples of docs/server.md, as they stand there."""
+"""The examples of docs/server.md and docs/voice-and-robotics.md, as they stand there."""
 
 import os
 import pathlib
@@ -10,8 +10,9 @@ import pytest
 
 from conftest import NANO, ROOT, running
 
-TEXT = (ROOT / "docs/server.md").read_text()
-BLOCKS = re.findall(r"^```(bash|python|javascript)\n(.*?)^```$", TEXT, re.M | re.S)
+PAGES = {page: re.findall(r"^```(bash|python|javascript)\n(.*?)^```$", (ROOT / f"docs/{page}.md").read_text(), re.M | re.S)
+         for page in ("server", "voice-and-robotics")}
+BLOCKS = [block for blocks in PAGES.values() for block in blocks]
 ADDRESS = "http://127.0.0.1:8080"
 
 
@@ -25,11 +26,13 @@ def documented():
 
 
 def test_there_is_an_example_of_each():
-    assert {"bash", "python", "javascript"} == {language for language, _ in BLOCKS}
+    assert {"bash", "python", "javascript"} == {language for language, _ in PAGES["server"]}
+    assert len(PAGES["voice-and-robotics"]) == 3
     assert all(ADDRESS in block for _, block in BLOCKS)
 
 
-@pytest.mark.parametrize(("language", "block"), BLOCKS, ids=[f"{language}{n}" for n, (language, _) in enumerate(BLOCKS)])
+@pytest.mark.parametrize(("language", "block"), BLOCKS, ids=[
+    f"{page}-{n}-{language}" for page, blocks in PAGES.items() for n, (language, _) in enumerate(blocks)])
 def test_example(documented, language, block, tmp_path):
     block = block.replace(ADDRESS, documented.url)
     folder = pathlib.Path(os.environ["AMPOULE_NODE_FOLDER"]) if language == "javascript" else tmp_path

@@ -56,6 +56,25 @@ impl fmt::Debug for ChatTemplate {
 #[error("{0}")]
 struct Raised(String);
 
+/// A message in the form that templates work on. One that is rendered again and again, as those of a conversation are, is
+/// converted once that way; copies are cheap. It serializes as the message that it was made of.
+#[derive(Clone, Debug)]
+pub struct ChatMessage(minijinja::Value);
+
+impl ChatMessage {
+    /// Converts a message, or any part of one.
+    pub fn new(message: &Value) -> Self {
+        Self(minijinja::Value::from(minijinja::value::Serde(message)))
+    }
+}
+
+impl Serialize for ChatMessage {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // The engine takes its own values as they are.
+        self.0.serialize(serializer)
+    }
+}
+
 impl ChatTemplate {
     /// Compiles a template. `strftime_now` gives the system's time, in UTC.
     ///
@@ -113,8 +132,8 @@ impl ChatTemplate {
 
     /// The text of a conversation.
     ///
-    /// `messages` is a list of objects with `role` and `content`, as chat APIs have it; `tools` a list of tool
-    /// schemas. `extra` are further variables, such as `enable_thinking`; they go before the ones of
+    /// `messages` is a list of objects with `role` and `content`, as chat APIs have it, or of [`ChatMessage`]; `tools` a
+    /// list of tool schemas. `extra` are further variables, such as `enable_thinking`; they go before the ones of
     /// [`with_variables`](Self::with_variables). A variable that is not set is undefined: it prints as nothing,
     /// is false, and has no attributes.
     ///

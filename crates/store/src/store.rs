@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::codec::Compression;
 use crate::error::{Damage, Damaged, OpenError, ReadError, SaveError, WriteError};
-use crate::files::{FileStorage, RealFiles};
+use crate::files::{self, FileStorage, RealFiles};
 use crate::frame::{self, Kind, MAX_SEGMENT_BYTES};
 use crate::identity::{NodeId, ScopeId, StoreKey};
 use crate::records::{Scope, ScopeRecord, StoreRecord, VERSION, from_json, to_json};
@@ -97,7 +97,14 @@ impl Store {
     /// If another process owns it ([`OpenError::InUse`] names it), the folder cannot be written or holds something else,
     /// or the key is not the store's.
     pub fn open(folder: &Path, options: Options) -> Result<Self, OpenError> {
-        Self::open_storage(Box::new(FileStorage::new(Arc::new(RealFiles::new(folder)))), options)
+        let storage = FileStorage::new(Arc::new(RealFiles::new(folder)));
+        if Self::read_record(&storage)?.is_none() && holds_other_things(folder) {
+            return Err(OpenError::NotAStore {
+                place: storage.describe(),
+                reason: "it holds other things; a store is made in a new or an empty folder",
+            });
+        }
+        Self::open_storage(Box::new(storage), options)
     }
 
     /// Opens the store in a folder for reading alone: takes no lock and writes nothing, so it also works while another
@@ -403,6 +410,15 @@ impl Store {
         }
         Ok(sum)
     }
+}
+
+/// Whether a folder holds what no store makes. Hidden files do not count, nor what a new volume comes with.
+fn holds_other_things(folder: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(folder) else { return false };
+    let own = Folder::ALL.map(Folder::name).into_iter().chain(RECORDS).chain(files::OWN);
+    let own: Vec<&str> = own.chain(["lost+found"]).collect();
+    let mut names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.any(|name| !name.starts_with('.') && !own.contains(&name.as_str()))
 }
 
 fn usual_grace(storage: &dyn Storage) -> Duration {

@@ -379,6 +379,24 @@ fn what_is_no_regular_file_is_not_waited_for() {
     std::fs::create_dir_all(other.join("segments")).unwrap();
     std::fs::write(other.join("segments/mine"), b"x").unwrap();
     assert!(matches!(Store::open(&other, options()), Err(OpenError::NotAStore { .. })));
+    let other = folder.path().join("project");
+    std::fs::create_dir_all(other.join("src")).unwrap();
+    let error = Store::open(&other, options()).unwrap_err().to_string();
+    assert!(error.contains("holds other things"), "{error}");
+    let left: Vec<_> = std::fs::read_dir(&other).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left, ["src"], "nothing was made there");
+    // An empty folder will do, and a new volume, and one where a store was being made.
+    for (name, holds) in [("empty", None), ("volume", Some("lost+found")), ("begun", Some("aside"))]
+    {
+        let place = folder.path().join(name);
+        std::fs::create_dir(&place).unwrap();
+        if let Some(holds) = holds {
+            std::fs::create_dir(place.join(holds)).unwrap();
+        }
+        drop(Store::open(&place, options()).unwrap());
+        std::fs::write(place.join("mine"), b"x").unwrap();
+        Store::open(&place, options()).unwrap();
+    }
     assert!(matches!(
         Store::open_read_only(&folder.path().join("nothing"), options()),
         Err(OpenError::NotAStore { .. })

@@ -57,7 +57,7 @@ pub use ampoule_engine::{
     Fingerprint, FinishReason, History, Identity, LineageId, Origin, PieceKind, PrefillProgress,
     Residence, Rollback, SamplingParams, Segment, SlotId, StatePiece, Waypoints,
 };
-pub use ampoule_models::chat::{ChatError, ChatTemplate};
+pub use ampoule_models::chat::{ChatError, ChatMessage, ChatTemplate};
 pub use ampoule_models::decoder::BuildError;
 pub use ampoule_models::error::ModelFileError;
 pub use ampoule_models::model::{NANO, OpenError};

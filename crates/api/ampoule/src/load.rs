@@ -110,6 +110,7 @@ pub struct Ampoule {
     pub(crate) tokenizer: Option<Arc<Tokenizer>>,
     template: Option<ChatTemplate>,
     fallback: Option<Fallback>,
+    trained_context: Option<usize>,
 }
 
 /// Why `auto` took the CPU.
@@ -193,7 +194,8 @@ impl Ampoule {
                 Ok::<_, Error>(ChatTemplate::new(source)?.with_variables(variables.clone()))
             })
             .transpose()?;
-        Ok(Self { engine, name, tokenizer, template, fallback: None })
+        let trained_context = (!model.starts_with("random:")).then(|| files.shape().context);
+        Ok(Self { engine, name, tokenizer, template, fallback: None, trained_context })
     }
 
     /// The plans of a model, without loading its weights.
@@ -303,6 +305,12 @@ impl Ampoule {
     /// What the model calls itself.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Tokens of the longest text that the model was made for, as its files say; none where its weights are random. A
+    /// longer context can be asked for, but what the model says there is likely to be wrong.
+    pub const fn trained_context(&self) -> Option<usize> {
+        self.trained_context
     }
 
     /// The tokenizer.

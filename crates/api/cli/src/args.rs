@@ -693,7 +693,8 @@ pub(crate) struct ServeArgs {
     /// Read every prompt anew: for comparison.
     #[arg(long)]
     pub(crate) no_capsules: bool,
-    /// Have these capsules of the store in memory from the start.
+    /// Have these capsules of the store in memory from the start, open to every API key. Without keys all names of the
+    /// store can be used over HTTP; they are loaded when they are asked for.
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', requires = "store")]
     pub(crate) warm: Vec<String>,
     /// Write a line for each request to standard error.

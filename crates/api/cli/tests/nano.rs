@@ -250,3 +250,14 @@ fn a_folder_of_its_name_is_pointed_to() {
     let help = String::from_utf8(run("generate", &["--help"]).stdout).expect("UTF-8");
     assert!(help.contains("[default: ampoule-nano]"), "{help}");
 }
+
+#[test]
+fn a_context_beyond_the_models_own_is_warned_of() {
+    let note = |context: &str| {
+        let output = run("generate --prompt Hi -n 1 --context", &[context]);
+        assert!(output.status.success());
+        String::from_utf8(output.stderr).expect("UTF-8")
+    };
+    assert!(note("5000").contains("more than the 4096 that ampoule-nano was made for"));
+    assert!(!note("4096").contains("made for"));
+}

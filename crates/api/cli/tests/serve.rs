@@ -29,12 +29,18 @@ fn what_was_stored_goes_on_after_kill_9_bit_for_bit() {
     let path = format!("/v1/sessions/{}", session["id"].as_str().expect("an id"));
     post(&server.address, &format!("{path}/append"), &json!({ "text": "Pinned words." }));
     post(&server.address, &format!("{path}/snapshot"), &json!({ "name": "pinned", "pin": true }));
+    // A name keeps a capsule just as well.
+    post(&server.address, &format!("{path}/append"), &json!({ "text": " And named ones." }));
+    post(&server.address, &format!("{path}/snapshot"), &json!({ "name": "named" }));
     let ask = json!({ "max_tokens": 12, "temperature": 0, "ignore_eos": true });
     let told = post(&server.address, &format!("{path}/generate"), &ask);
     // In the middle of traffic.
     let _busy = common::stream_begun(&server.address);
     server.child.kill().expect("SIGKILL");
     server.child.wait().expect("it ends");
+    let table = common::stdout("capsule list", &options);
+    assert!(table.contains("\nnamed (server capsule cap_"), "{table}");
+    assert!(!table.contains("server session"), "{table}");
 
     let server = serve(&options);
     let (status, stored) = call(
@@ -49,8 +55,29 @@ fn what_was_stored_goes_on_after_kill_9_bit_for_bit() {
     assert_eq!(content(&again), content(&expected), "logarithms included");
     assert_eq!(again["usage"], expected["usage"]);
     let back = post(&server.address, "/v1/sessions", &json!({ "capsule": "pinned" }));
+    let at = back["position"].as_u64();
+    assert!(at.is_some_and(|at| at > 0));
+    let back = post(&server.address, "/v1/sessions", &json!({ "capsule": "named" }));
+    assert!(back["position"].as_u64() > at);
     let path = format!("/v1/sessions/{}/generate", back["id"].as_str().expect("an id"));
     assert_eq!(post(&server.address, &path, &ask)["tokens"], told["tokens"]);
+}
+
+#[test]
+fn a_name_of_the_command_line_is_one_over_http() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let place = folder.path().join("store");
+    let options = ["--store", text(&place)];
+    let save = format!("generate --model {TINY} --tokens 5,6,7 -n 4 --save told");
+    let said = common::json(&save, &options);
+    let server = serve(&options);
+    let (status, told) = call(&server.address, "GET", "/v1/capsules/told", &Value::Null);
+    assert_eq!(
+        (status, &told["shared"], &told["position"]),
+        (200, &json!(true), &said["position"])
+    );
+    let session = post(&server.address, "/v1/sessions", &json!({ "capsule": "told" }));
+    assert_eq!(session["position"], told["position"]);
 }
 
 #[cfg(unix)]
@@ -74,4 +101,9 @@ fn what_cannot_be_served_is_said() {
     assert!(said.contains("cannot listen on"), "{said}");
     let said = error(1, &format!("serve --model {TINY} --store s3://bucket --port 0"), &[]);
     assert!(said.contains("s3"), "{said}");
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::create_dir(folder.path().join("src")).expect("a folder");
+    let said =
+        error(1, &format!("serve --model {TINY} --port 0"), &["--store", text(folder.path())]);
+    assert!(said.contains("holds other things"), "{said}");
 }

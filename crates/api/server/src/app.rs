@@ -75,6 +75,10 @@ pub(crate) struct Wanted {
     pub logprobs: Option<usize>,
     pub caching: bool,
     pub space: Space,
+    /// The parameter that has what is read.
+    pub input: &'static str,
+    /// Whether each token goes out as it comes.
+    pub stream: bool,
 }
 
 /// A generation under way.
@@ -86,6 +90,8 @@ pub(crate) struct Generation {
     pub interrupt: Arc<AtomicBool>,
     /// Whether what is read stays behind for later prompts.
     pub keeps: bool,
+    /// The parameter that has what is read.
+    input: &'static str,
 }
 
 impl Generation {
@@ -95,7 +101,7 @@ impl Generation {
             match self.events.recv().await {
                 None => return Ok(None),
                 Some(Event::Begun(begun)) => tally.begun = begun,
-                Some(Event::Failed(error)) => return Err(error),
+                Some(Event::Failed(error)) => return Err(error.of(self.input)),
                 Some(Event::Step(step)) => return Ok(Some(step)),
             }
         }
@@ -145,17 +151,20 @@ impl App {
         on_end: Option<OnEnd>,
     ) -> ApiResult<Generation> {
         if matches!(start, Start::Prompt { .. }) {
+            let input = wanted.input;
             if tokens.is_empty() {
-                return Err(ApiError::invalid("the prompt has no tokens"));
+                let words =
+                    format!("'{input}' is empty: a reply needs at least one token to begin with");
+                return Err(ApiError::param(input, words));
             }
             if tokens.len() >= self.info.context {
-                return Err(ApiError::context(tokens.len(), self.info.context));
+                return Err(ApiError::context(tokens.len(), self.info.context).of(input));
             }
         }
         let (out, events) = unbounded_channel();
         let (sent, interrupt) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let (arrived, queued) = (caller.arrived, Instant::now());
-        let caching = wanted.caching && self.config.caching;
+        let (caching, input) = (wanted.caching && self.config.caching, wanted.input);
         let job = Job {
             space: wanted.space,
             tenant: caller.tenant(),
@@ -168,6 +177,7 @@ impl App {
             constraint,
             logprobs: wanted.logprobs,
             caching,
+            stream: wanted.stream,
             on_end,
             arrived,
             queued,
@@ -179,7 +189,7 @@ impl App {
             _place: permit,
         };
         self.engine.send(Command::Generate(Box::new(job))).map_err(|_| ApiError::stopping())?;
-        Ok(Generation { events, sent, arrived, queued, interrupt, keeps: caching })
+        Ok(Generation { events, sent, arrived, queued, interrupt, keeps: caching, input })
     }
 
     /// Runs something on the engine's thread.
@@ -293,7 +303,7 @@ impl App {
         let params = SamplingParams {
             // Below this a division would overflow: it is greedy all the same.
             temperature: if temperature < 1e-3 { 0.0 } else { temperature },
-            top_k: fields.within("top_k", -1..=1 << 24_i64)?.map_or(0, |k| k.max(0) as u32),
+            top_k: fields.within("top_k", -1_i64..=1 << 24)?.map_or(0, |k| k.max(0) as u32),
             top_p: top_p.max(1e-6),
             min_p: fields.within("min_p", 0.0..=1.0_f32)?.unwrap_or(0.0),
             repetition_penalty: fields
@@ -318,6 +328,8 @@ impl App {
             logprobs: None,
             caching: fields.take::<bool>("cache_prompt")?.unwrap_or(true),
             space: caller.space(key.as_deref()),
+            input: "messages",
+            stream: false,
         })
     }
 }
@@ -362,6 +374,12 @@ pub(crate) fn new_id(prefix: &str) -> String {
 
 pub(crate) fn now() -> u64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+/// Microseconds since 1970.
+pub(crate) fn micros() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |d| d.as_micros() as u64)
 }
 
 /// Counts tokens and time of a generation.

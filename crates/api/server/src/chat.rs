@@ -12,10 +12,11 @@ use crate::app::{
 };
 use crate::cache::Space;
 use crate::error::{ApiError, ApiResult};
-use crate::fields::Fields;
+use crate::fields::{Fields, Hints};
 use crate::grammar::{Constraint, Trigger};
 use crate::output::{Piece, Splitter};
 use crate::prompt::{ModelInfo, Prompt, Tool, messages};
+use crate::recent::Shown;
 use crate::sse;
 use crate::worker::{Start, Step, TokenLogprobs};
 
@@ -40,6 +41,8 @@ pub(crate) enum Format {
 #[derive(Clone)]
 pub(crate) struct Conversation {
     pub messages: Vec<Value>,
+    /// The messages as the template takes them; `messages` is empty then.
+    pub shown: Option<Shown>,
     pub tools: Vec<Tool>,
     pub choice: ToolChoice,
     pub parallel: bool,
@@ -195,10 +198,52 @@ struct Request {
     usage: bool,
 }
 
+/// Names that a chat does not have.
+const HINTS: Hints = &[
+    ("input", "chat takes 'messages'; 'input' is for /v1/responses"),
+    ("prompt", "chat takes 'messages'; 'prompt' is for /v1/completions"),
+    ("max_output_tokens", "chat takes 'max_completion_tokens' or 'max_tokens'"),
+    ("n_predict", "chat takes 'max_completion_tokens' or 'max_tokens'"),
+    ("instructions", "chat takes a message of the role 'system'"),
+    ("system", "chat takes a message of the role 'system'"),
+    ("text", "chat takes 'response_format'; 'text' is for /v1/responses"),
+    ("reasoning", "chat takes 'reasoning_effort'"),
+    (
+        "previous_response_id",
+        "chat takes the whole conversation in 'messages'; /v1/responses continues stored ones",
+    ),
+    ("stop_sequences", "chat takes 'stop'"),
+];
+
+/// The messages of a request, of which `list` is the text: as the template takes them, or, where that cannot be, as they are.
+fn take_messages(
+    app: &App,
+    caller: &Caller,
+    body: &[u8],
+    fields: &mut Fields,
+    list: Option<&str>,
+) -> ApiResult<(Vec<Value>, Option<Shown>)> {
+    let Some(list) = list else { return Ok((messages(fields.list("messages")?)?, None)) };
+    let key = ["cache_salt", "prompt_cache_key"].iter().find_map(|name| fields.peek(name));
+    let space = caller.space(key.and_then(Value::as_str));
+    let tools = fields.peek("tools").and_then(Value::as_array).is_some_and(|t| !t.is_empty());
+    if let Some(shown) = app.info.shown(&space, list, tools) {
+        return Ok((Vec::new(), Some(shown?)));
+    }
+    let Ok(value) = serde_json::from_str(list) else {
+        // The text of a string is no Unicode: the whole says where.
+        let error = Fields::parse(body).err();
+        return Err(error.unwrap_or_else(|| ApiError::invalid("the body is not JSON")));
+    };
+    fields.put("messages", Some(value));
+    Ok((messages(fields.list("messages")?)?, None))
+}
+
 fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
-    let mut fields = Fields::parse(body)?;
+    let (mut fields, list) = Fields::parse_beside(body, "messages")?;
+    fields = fields.with_hints(HINTS);
     app.check_model(&mut fields)?;
-    let messages = messages(fields.list("messages")?)?;
+    let (messages, shown) = take_messages(app, caller, body, &mut fields, list)?;
     let (tools, choice, parallel) = Conversation::take_tools(&mut fields, false)?;
     let format =
         Conversation::take_format(fields.value("response_format"), "response_format", false)?;
@@ -211,6 +256,7 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     }
     wanted.logprobs = logprobs.then(|| top.unwrap_or(0));
     let stream = fields.take::<bool>("stream")?.unwrap_or(false);
+    wanted.stream = stream;
     let mut usage = false;
     if let Some(options) = fields.value("stream_options") {
         if !stream {
@@ -244,7 +290,7 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     fields.only("web_search_options", &[], "there is no search")?;
     fields.only("verbosity", &[json!("medium")], "the model has one verbosity")?;
     fields.finish()?;
-    let conversation = Conversation { messages, tools, choice, parallel, format, extra };
+    let conversation = Conversation { messages, shown, tools, choice, parallel, format, extra };
     Ok(Request { conversation, wanted, stream, usage })
 }
 
@@ -262,10 +308,13 @@ pub(crate) async fn prepare(
     // Grammars of large schemas take long to make.
     let plain = conversation.format == Format::Text && conversation.tools.is_empty();
     off_thread_if(!plain || bytes > QUICK, move || {
-        let prompt =
-            info.chat(&space, &conversation.messages, &conversation.tools, &conversation.extra)?;
+        let Conversation { messages, shown, tools, extra, .. } = &conversation;
+        let prompt = match shown {
+            Some(shown) => info.chat_shown(&space, shown, tools, extra)?,
+            None => info.chat(&space, messages, tools, extra)?,
+        };
         if prompt.tokens.len() >= info.context {
-            return Err(ApiError::context(prompt.tokens.len(), info.context));
+            return Err(ApiError::context(prompt.tokens.len(), info.context).of("messages"));
         }
         let constraint = conversation.constraint(&info, &prompt)?;
         Ok(Prepared { prompt, constraint })

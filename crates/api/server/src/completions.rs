@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::app::{App, Body, Caller, Generation, Tally, blocking, finish_word, new_id, now};
 use crate::error::{ApiError, ApiResult};
-use crate::fields::Fields;
+use crate::fields::{Fields, Hints};
 use crate::prompt::messages;
 use crate::sse;
 use crate::worker::{Start, Step, TokenLogprobs};
@@ -40,14 +40,41 @@ fn prompt(value: Value) -> ApiResult<Text> {
     }
 }
 
+/// Names that a completion does not have.
+const HINTS: Hints = &[
+    ("messages", "/v1/completions takes 'prompt'; 'messages' are for /v1/chat/completions"),
+    ("input", "/v1/completions takes 'prompt'"),
+    ("text", "/v1/completions takes 'prompt'"),
+    ("max_completion_tokens", "/v1/completions takes 'max_tokens'"),
+    ("max_output_tokens", "/v1/completions takes 'max_tokens'"),
+    ("n_predict", "/v1/completions takes 'max_tokens'"),
+    ("tools", "tools are for /v1/chat/completions"),
+    ("response_format", "formats are for /v1/chat/completions"),
+];
+
+/// Names that /tokenize and /detokenize do not have.
+const TOKENIZE: Hints = &[
+    ("text", "/tokenize takes 'prompt' (or 'content'), or 'messages'"),
+    ("input", "/tokenize takes 'prompt' (or 'content'), or 'messages'"),
+    ("inputs", "/tokenize takes 'prompt' (or 'content'), or 'messages'"),
+    ("add_special", "/tokenize takes 'add_special_tokens'"),
+];
+const DETOKENIZE: Hints = &[
+    ("ids", "/detokenize takes 'tokens'"),
+    ("token_ids", "/detokenize takes 'tokens'"),
+    ("input_ids", "/detokenize takes 'tokens'"),
+];
+
 pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResult<Response> {
-    let mut fields = Fields::parse(&body)?;
+    let mut fields = Fields::parse(&body)?.with_hints(HINTS);
     app.check_model(&mut fields)?;
     let text = prompt(fields.require("prompt")?)?;
     let mut wanted = app.wanted(&mut fields, &caller, &["max_tokens"], Some(DEFAULT_TOKENS))?;
+    wanted.input = "prompt";
     wanted.logprobs = fields.within("logprobs", 0..=20_usize)?;
     let echo = fields.take::<bool>("echo")?.unwrap_or(false);
     let stream = fields.take::<bool>("stream")?.unwrap_or(false);
+    wanted.stream = stream;
     let mut usage = false;
     if let Some(options) = fields.value("stream_options") {
         let mut options = Fields::of(options, "stream_options")?;
@@ -223,7 +250,7 @@ fn streamed(
 }
 
 pub(crate) async fn tokenize(app: Arc<App>, caller: Caller, body: Body) -> ApiResult<Response> {
-    let mut fields = Fields::parse(&body)?;
+    let mut fields = Fields::parse(&body)?.with_hints(TOKENIZE);
     app.check_model(&mut fields)?;
     let text = fields.text("prompt", usize::MAX)?;
     let text = fields.text("content", usize::MAX)?.map_or(text, Some);
@@ -245,7 +272,7 @@ pub(crate) async fn tokenize(app: Arc<App>, caller: Caller, body: Body) -> ApiRe
 }
 
 pub(crate) fn detokenize(app: &App, body: &Body) -> ApiResult<Response> {
-    let mut fields = Fields::parse(body)?;
+    let mut fields = Fields::parse(body)?.with_hints(DETOKENIZE);
     app.check_model(&mut fields)?;
     let tokens: Vec<u32> = fields.require("tokens")?;
     fields.finish()?;

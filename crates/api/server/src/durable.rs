@@ -2,13 +2,14 @@
 //! belong to. A record is written after its capsule is durable, so whatever a record names is there.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use ampoule::store::{CapsuleId, Expected};
 use ampoule::{Ampoule, Capsule, CapsuleStore, DetachedCapsule, StoreError, StoreOptions};
 use serde_json::{Value, json};
 
+use crate::metrics::Metrics;
 use crate::vault::lock;
 
 /// A store of capsules and records.
@@ -18,6 +19,10 @@ pub(crate) struct Durable {
     names: Mutex<HashMap<String, CapsuleId>>,
     /// Capsules removed since the last gc.
     removed: AtomicUsize,
+    metrics: Arc<Metrics>,
+    /// Held for writing while a capsule without a name is removed, for reading from a save until its name is known: what
+    /// is being saved may be the same capsule.
+    removing: RwLock<()>,
 }
 
 /// A record of the store.
@@ -41,11 +46,33 @@ impl Durable {
     ///
     /// # Errors
     /// If it cannot be opened.
-    pub(crate) fn open(place: &str, options: StoreOptions) -> Result<Self, ampoule::Error> {
+    pub(crate) fn open(
+        place: &str,
+        options: StoreOptions,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, ampoule::Error> {
         let store = CapsuleStore::open(place, options)?;
         let (heads, _) = store.store().heads().map_err(StoreError::from)?;
         let names = heads.into_iter().map(|head| (head.name, head.capsule)).collect();
-        Ok(Self { store, names: Mutex::new(names), removed: AtomicUsize::new(0) })
+        let (removed, removing) = (AtomicUsize::new(0), RwLock::new(()));
+        let durable = Self { store, names: Mutex::new(names), removed, metrics, removing };
+        durable.count();
+        Ok(durable)
+    }
+
+    /// Counts what lies there anew. Between two counts what is written is added.
+    pub(crate) fn count(&self) {
+        let bytes = self.store.store().stored_bytes().unwrap_or_default();
+        self.metrics.disk_bytes.set(bytes as usize);
+    }
+
+    /// The names that a server did not give, each with its capsule, by name.
+    pub(crate) fn given_names(&self) -> Vec<(String, CapsuleId)> {
+        let names = lock(&self.names);
+        let given = names.iter().filter(|(name, _)| !name.starts_with("server "));
+        let mut list: Vec<_> = given.map(|(name, id)| (name.clone(), *id)).collect();
+        list.sort_by(|a, b| a.0.cmp(&b.0));
+        list
     }
 
     pub(crate) const fn store(&self) -> &CapsuleStore {
@@ -66,9 +93,11 @@ impl Durable {
         let name = name(kind, id);
         let mut before = None;
         if let Some(capsule) = capsule {
+            let _turn = self.removing.read().unwrap_or_else(PoisonError::into_inner);
             let saved =
                 self.store.save_detached(capsule, Some((&name, Expected::Anything)), None)?;
             before = lock(&self.names).insert(name.clone(), saved.id);
+            self.metrics.disk_bytes.add(i64::try_from(saved.written).unwrap_or_default());
         }
         record["id"] = json!(id);
         let saved = self.store.store().set_memo(&name, record.to_string().as_bytes());
@@ -80,6 +109,7 @@ impl Durable {
     /// Removes a capsule that no name points to any more.
     fn drop_unnamed(&self, capsule: Option<CapsuleId>) {
         let Some(capsule) = capsule else { return };
+        let _turn = self.removing.write().unwrap_or_else(PoisonError::into_inner);
         if lock(&self.names).values().any(|named| *named == capsule) {
             return;
         }
@@ -154,9 +184,5 @@ impl Durable {
 
     pub(crate) fn forget_response(&self, id: &str) {
         self.forget("response", id);
-    }
-
-    pub(crate) fn bytes(&self) -> u64 {
-        self.store.store().stored_bytes().unwrap_or_default()
     }
 }

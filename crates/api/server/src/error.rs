@@ -1,6 +1,7 @@
 //! What a client is told when something goes wrong, in the shape that OpenAI's clients understand.
 
-use ampoule::{ChatError, EngineError};
+use ampoule::store::SaveError;
+use ampoule::{ChatError, EngineError, StoreError};
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -19,6 +20,8 @@ pub(crate) struct ApiError {
 }
 
 pub(crate) type ApiResult<T> = Result<T, ApiError>;
+
+const TOO_LONG: &str = "context_length_exceeded";
 
 impl ApiError {
     pub(crate) fn new(status: StatusCode, kind: &'static str, message: impl Into<String>) -> Self {
@@ -44,7 +47,7 @@ impl ApiError {
     }
 
     pub(crate) fn not_found(what: &str) -> Self {
-        let message = format!("there is no such {what}, or it belongs to another key");
+        let message = format!("there is no such {what}, or it belongs to another key or to none");
         Self {
             code: Some("not_found"),
             ..Self::new(StatusCode::NOT_FOUND, "invalid_request_error", message)
@@ -108,17 +111,32 @@ impl ApiError {
         }
     }
 
+    /// 400: too long. Whoever knows which parameter it was says so ([`of`](Self::of)).
     pub(crate) fn context(wanted: usize, context: usize) -> Self {
         Self {
-            code: Some("context_length_exceeded"),
-            ..Self::param(
-                "messages",
-                format!(
-                    "the request has {wanted} tokens and the model's context is {context}: there must be room for at least \
-                     one more"
-                ),
-            )
+            code: Some(TOO_LONG),
+            ..Self::invalid(format!(
+                "the request has {wanted} tokens and the context is {context}: there must be room for at least one more \
+                 (--context of the server sets it, up to what the model was trained with)"
+            ))
         }
+    }
+
+    /// Names the parameter of what was too long.
+    pub(crate) fn of(mut self, param: &str) -> Self {
+        if self.code == Some(TOO_LONG) {
+            self.param = Some(param.to_owned());
+        }
+        self
+    }
+
+    /// 507: the store holds what it may.
+    fn store_full() -> Self {
+        Self::new(
+            StatusCode::INSUFFICIENT_STORAGE,
+            "server_error",
+            "the store holds what --store-quota-mib allows: delete responses, sessions or capsules",
+        )
     }
 
     pub(crate) fn body(&self) -> Value {
@@ -169,6 +187,11 @@ impl From<ampoule::Error> for ApiError {
             ampoule::Error::NoChatTemplate => Self::invalid(error.to_string()),
             ampoule::Error::NothingAllowed { .. } => {
                 Self::param("response_format", error.to_string())
+            }
+            ampoule::Error::Store(store)
+                if matches!(**store, StoreError::Save(SaveError::Quota { .. })) =>
+            {
+                Self::store_full()
             }
             ampoule::Error::Tokenizer(_) => Self::invalid("the text cannot be tokenized"),
             _ => internal(&error),

@@ -23,7 +23,8 @@ use tokio::sync::{Semaphore, watch};
 
 use crate::app::{App, Caller};
 use crate::error::{ApiError, ApiResult, REQUEST};
-use crate::patience::Patient;
+use crate::fields::{Fields, percent_decoded};
+use crate::patience::{Hold, Patient};
 use crate::{chat, completions, native, openapi, responses};
 
 /// Bytes and fields of the head of a request.
@@ -54,6 +55,7 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .route("/v1/responses/{id}/input_items", get(input_items))
         .route("/v1/sessions", get(native::list_sessions).post(native::create_session))
         .route("/v1/sessions/{id}", get(native::read_session).delete(native::delete_session))
+        .route("/v1/sessions/{id}/messages", get(native::list_messages))
         .route("/v1/sessions/{id}/append", post(native::append))
         .route("/v1/sessions/{id}/generate", post(native::generate))
         .route("/v1/sessions/{id}/interrupt", post(native::interrupt))
@@ -71,13 +73,9 @@ pub(crate) fn router(app: &Arc<App>) -> Router {
         .route("/v1/capsules/{id}/export", get(native::export))
         .layer(middleware::from_fn_with_state(Arc::clone(app), authorise));
     open.merge(closed)
-        .fallback(|| async { ApiError::not_found("path") })
-        .method_not_allowed_fallback(|| async {
-            ApiError::new(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "invalid_request_error",
-                "this path takes another method; /openapi.json has them",
-            )
+        .fallback(|request: Request| async move { openapi::no_path(request.uri().path()) })
+        .method_not_allowed_fallback(|request: Request| async move {
+            openapi::no_method(request.method(), request.uri().path())
         })
         .layer(middleware::from_fn_with_state(Arc::clone(app), outer))
         .with_state(Arc::clone(app))
@@ -163,7 +161,8 @@ fn foreign(app: &App, request: &Request) -> ApiResult<()> {
         && let Some(kind) = text(header::CONTENT_TYPE)
         && !kind.split(';').next().unwrap_or("").trim().eq_ignore_ascii_case("application/json")
     {
-        let message = "the body must be application/json";
+        let message =
+            "the body must be JSON, and say so: send the header 'content-type: application/json'";
         let status = StatusCode::UNSUPPORTED_MEDIA_TYPE;
         return Err(ApiError::new(status, "invalid_request_error", message));
     }
@@ -175,19 +174,7 @@ fn foreign(app: &App, request: &Request) -> ApiResult<()> {
 
 /// Whether a path is UTF-8 once its percent signs are resolved.
 fn is_text(path: &str) -> bool {
-    let mut bytes = Vec::with_capacity(path.len());
-    let mut rest = path.as_bytes();
-    while let Some((first, after)) = rest.split_first() {
-        let hex = after.get(..2).filter(|_| *first == b'%');
-        let code = hex.and_then(|h| std::str::from_utf8(h).ok());
-        let (byte, used) = match code.and_then(|h| u8::from_str_radix(h, 16).ok()) {
-            Some(byte) => (byte, 3),
-            None => (*first, 1),
-        };
-        bytes.push(byte);
-        rest = &rest[used..];
-    }
-    std::str::from_utf8(&bytes).is_ok()
+    std::str::from_utf8(&percent_decoded(path)).is_ok()
 }
 
 /// Whether a host is an address, or a name that nobody can own on the Internet.
@@ -221,7 +208,21 @@ async fn authorise(State(app): AppState, mut request: Request, next: Next) -> Re
             caller.key = key;
         }
     }
+    if let Err(error) = no_query(&request) {
+        return error.into_response();
+    }
     next.run(request).await
+}
+
+/// Refuses parameters in the address, where none are looked at: they would be ignored.
+fn no_query(request: &Request) -> ApiResult<()> {
+    let path = request.uri().path();
+    match request.uri().query() {
+        Some(query) if path != "/v1/capsules/import" && !path.ends_with("/input_items") => {
+            Fields::query(query)?.finish()
+        }
+        _ => Ok(()),
+    }
 }
 
 /// The digest of the request's key, if it is one of ours. Digests are compared, all of them, each in constant time.
@@ -245,7 +246,10 @@ pub(crate) async fn body(app: &App, request: Request) -> ApiResult<axum::body::B
         ApiError::new(
             StatusCode::PAYLOAD_TOO_LARGE,
             "invalid_request_error",
-            format!("the body has more than {} bytes", app.config.body_bytes),
+            format!(
+                "the body has more than {} bytes: --body-mib of the server sets how much it takes",
+                app.config.body_bytes
+            ),
         )
     };
     // Where the head says so there is nothing to wait for.
@@ -402,7 +406,8 @@ pub(crate) async fn serve(
             let (answer, phase) = (routes.call(request), phase.clone());
             async move {
                 let answer = answer.await;
-                phase.idle();
+                let hold = answer.as_ref().ok().and_then(|a| a.extensions().get::<Hold>());
+                phase.answered(hold.cloned());
                 answer
             }
         });

@@ -21,6 +21,7 @@ mod output;
 mod patience;
 mod pieces;
 mod prompt;
+mod recent;
 mod responses;
 mod rewind;
 mod sse;

@@ -115,7 +115,7 @@ impl Wholes {
 }
 
 /// Bytes that both begin with.
-fn common(a: &[u8], b: &[u8]) -> usize {
+pub(crate) fn common(a: &[u8], b: &[u8]) -> usize {
     const STRIDE: usize = 64;
     let strides = a.chunks_exact(STRIDE).zip(b.chunks_exact(STRIDE));
     let from = STRIDE * strides.take_while(|(a, b)| a == b).count();

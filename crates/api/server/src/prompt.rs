@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::sync::Arc;
 
-use ampoule::{Ampoule, ChatTemplate, EncodeOptions, TokenKind, Tokenizer};
+use ampoule::{Ampoule, ChatMessage, ChatTemplate, EncodeOptions, TokenKind, Tokenizer};
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::cache::Space;
@@ -13,6 +14,7 @@ use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
 use crate::grammar::Grammars;
 use crate::pieces::Pieces;
+use crate::recent::{Recent, Shown};
 
 /// Stand-ins for control tokens that users wrote: characters of a private plane, so that no template changes them.
 const MARKER: u32 = 0x0010_F800;
@@ -22,7 +24,7 @@ const LEAST_GAP: u32 = 4;
 /// Where nothing else divides a prompt, a boundary every so many tokens.
 const GRID: u32 = 256;
 /// Messages of a conversation at most.
-const MESSAGE_LIMIT: usize = 8192;
+pub(crate) const MESSAGE_LIMIT: usize = 8192;
 
 /// A tool that the model may call.
 #[derive(Clone, Debug, PartialEq)]
@@ -74,6 +76,8 @@ pub(crate) struct ModelInfo {
     suspicious: [bool; 256],
     /// Tokens of texts that were seen before, where such texts can be cut.
     pieces: Option<Pieces>,
+    /// Messages that were seen before.
+    pub recent: Recent,
     /// Whether the template shows tools.
     tools_shown: bool,
     /// Whether it shows calls and their results.
@@ -115,6 +119,7 @@ impl ModelInfo {
             think,
             special,
             suspicious,
+            recent: Recent::default(),
             tools_shown: false,
             calls_shown: false,
             xml_calls: false,
@@ -185,6 +190,13 @@ impl ModelInfo {
         }
     }
 
+    /// As [`guard`](Self::guard), for one message.
+    pub(crate) fn guard_message(&self, message: &mut Value) {
+        if self.doubtful(message) {
+            self.guard(message);
+        }
+    }
+
     /// The tokens of a template's text: what stands for a control token that a user wrote becomes its letters.
     fn encode(&self, space: &Space, text: &str) -> ApiResult<Vec<u32>> {
         let letters = EncodeOptions { add_special: false, parse_special: false };
@@ -224,12 +236,23 @@ impl ModelInfo {
         if messages.iter().any(|message| self.doubtful(message)) {
             messages.to_mut().iter_mut().for_each(|message| self.guard(message));
         }
+        self.fill(template, &*messages, tools, prompt, extra)
+    }
+
+    fn fill<M: Serialize + ?Sized>(
+        &self,
+        template: &ChatTemplate,
+        messages: &M,
+        tools: Vec<Value>,
+        prompt: bool,
+        extra: &Map<String, Value>,
+    ) -> ApiResult<String> {
         let tools = (!tools.is_empty()).then(|| {
             let mut shown = Value::Array(tools);
             self.guard(&mut shown);
             shown
         });
-        let text = template.render(&*messages, tools.as_ref(), prompt, extra);
+        let text = template.render(messages, tools.as_ref(), prompt, extra);
         text.map_err(|error| ampoule::Error::from(error).into())
     }
 
@@ -267,7 +290,7 @@ impl ModelInfo {
 
     /// Bytes of texts whose tokens are kept.
     pub(crate) fn kept_bytes(&self) -> usize {
-        self.pieces.as_ref().map_or(0, Pieces::bytes)
+        self.pieces.as_ref().map_or(0, Pieces::bytes) + self.recent.bytes()
     }
 
     /// Refuses ids that the model has no token for.
@@ -291,6 +314,30 @@ impl ModelInfo {
         extra: &Map<String, Value>,
     ) -> ApiResult<Prompt> {
         let text = self.render(messages, tools, true, extra)?;
+        self.prompt(space, &text)
+    }
+
+    /// The messages of a list as the template takes them, those that were seen before as they are kept. `None` where the list
+    /// has to be read in full: to say what is wrong with it, or because the template cannot show all of it.
+    ///
+    /// # Errors
+    /// As [`messages`].
+    pub(crate) fn shown(&self, space: &Space, list: &str, tools: bool) -> Option<ApiResult<Shown>> {
+        let fit = self.template.is_some() && self.calls_shown && (self.tools_shown || !tools);
+        if fit { self.recent.messages(self, space, list) } else { None }
+    }
+
+    /// As [`chat`](Self::chat), of messages that [`shown`](Self::shown) gave.
+    pub(crate) fn chat_shown(
+        &self,
+        space: &Space,
+        messages: &[ChatMessage],
+        tools: &[Tool],
+        extra: &Map<String, Value>,
+    ) -> ApiResult<Prompt> {
+        let template = self.template.as_ref().ok_or(ampoule::Error::NoChatTemplate)?;
+        let tools = tools.iter().map(|tool| tool.shown.clone()).collect();
+        let text = self.fill(template, messages, tools, true, extra)?;
         self.prompt(space, &text)
     }
 
@@ -494,7 +541,11 @@ pub(crate) fn messages(list: Vec<Value>) -> ApiResult<Vec<Value>> {
     Ok(out)
 }
 
-fn message(message: Value, path: &str, names: &mut HashMap<String, String>) -> ApiResult<Value> {
+pub(crate) fn message(
+    message: Value,
+    path: &str,
+    names: &mut HashMap<String, String>,
+) -> ApiResult<Value> {
     let mut fields = Fields::of(message, path)?;
     let role: String = fields.require("role")?;
     let role = match role.as_str() {
@@ -613,7 +664,10 @@ pub(crate) fn content_text(content: Value, path: &str) -> ApiResult<String> {
                 fields.ignore(&["annotations", "logprobs"]);
                 fields.finish()?;
             }
-            "refusal" => text.push_str(&fields.require::<String>("refusal")?),
+            "refusal" => {
+                text.push_str(&fields.require::<String>("refusal")?);
+                fields.finish()?;
+            }
             other => {
                 let what = format!("this model reads text, not '{}'", short(other));
                 return Err(ApiError::unsupported(format!("{path}.type"), &what));

@@ -12,7 +12,7 @@ use crate::app::{App, Body, Caller, Generation, Prepared, Tally, Wanted, blockin
 use crate::chat::{Conversation, Format, logprob_entry, prepare};
 use crate::durable::Record;
 use crate::error::{ApiError, ApiResult};
-use crate::fields::Fields;
+use crate::fields::{Fields, Hints};
 use crate::output::{Piece, Splitter};
 use crate::prompt::content_text;
 use crate::sse::{self, Events};
@@ -35,8 +35,20 @@ struct Request {
     echo: Map<String, Value>,
 }
 
+/// Names that a response does not have.
+const HINTS: Hints = &[
+    ("messages", "responses take 'input'; 'messages' are for /v1/chat/completions"),
+    ("max_tokens", "responses take 'max_output_tokens'"),
+    ("max_completion_tokens", "responses take 'max_output_tokens'"),
+    ("response_format", "responses take 'text': {\"format\": ...}"),
+    ("reasoning_effort", "responses take 'reasoning': {\"effort\": ...}"),
+    ("logprobs", "responses take 'include': [\"message.output_text.logprobs\"] and 'top_logprobs'"),
+    ("system", "responses take 'instructions'"),
+    ("functions", "responses take 'tools'"),
+];
+
 fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
-    let mut fields = Fields::parse(body)?;
+    let mut fields = Fields::parse(body)?.with_hints(HINTS);
     app.check_model(&mut fields)?;
     let mut echo = Map::new();
     for name in [
@@ -67,7 +79,7 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
         Some(_) => {
             return Err(ApiError::param("input", "'input' must be a text or a list of items"));
         }
-        None => return Err(ApiError::param("input", "'input' is missing")),
+        None => return Err(fields.missing("input")),
     };
     let messages = items_to_messages(&input)?;
     let (tools, choice, parallel) = Conversation::take_tools(&mut fields, true)?;
@@ -89,6 +101,7 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
         reasoning.finish()?;
     }
     let mut wanted = app.wanted(&mut fields, caller, &["max_output_tokens"], None)?;
+    wanted.input = "input";
     if wanted.choices != 1 {
         return Err(ApiError::unsupported("n", "continue one response several times instead"));
     }
@@ -113,6 +126,7 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     let instructions = fields.text("instructions", usize::MAX)?;
     let store = fields.take::<bool>("store")?.unwrap_or(true);
     let stream = fields.take::<bool>("stream")?.unwrap_or(false);
+    wanted.stream = stream;
     if let Some(options) = fields.value("stream_options") {
         let mut options = Fields::of(options, "stream_options")?;
         options.ignore(&["include_obfuscation", "include_usage"]);
@@ -130,10 +144,11 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     fields.only("background", &[json!(false)], "responses are made while the client waits")?;
     fields.only("service_tier", &[json!("auto"), json!("default")], "there is one tier")?;
     fields.only("conversation", &[], "use previous_response_id")?;
-    fields.only("prompt", &[], "there are no stored prompts")?;
+    fields.only("prompt", &[], "there are no stored prompts; what is to be answered is 'input'")?;
     fields.only("max_tool_calls", &[], "the client runs the tools")?;
     fields.finish()?;
-    let conversation = Conversation { messages, tools, choice, parallel, format, extra };
+    let conversation =
+        Conversation { messages, shown: None, tools, choice, parallel, format, extra };
     Ok(Request { conversation, wanted, input, instructions, previous, store, stream, echo })
 }
 
@@ -266,6 +281,11 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
             app.vault.response(&caller.key, id).ok_or_else(|| ApiError {
                 code: Some("previous_response_not_found"),
                 param: Some("previous_response_id".to_owned()),
+                message: format!(
+                    "there is no such response, or it belongs to another key or to none: only those made with 'store': true can be \
+                     continued, the latest {} of them, and after a restart where the server has a --store",
+                    app.config.responses
+                ),
                 ..ApiError::not_found("response")
             })?,
         )),
@@ -298,8 +318,8 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
         Some(started) => started,
         None => {
             let conversation = request.conversation.clone();
-            let mut prepared =
-                prepare(&app, conversation, request.wanted.space, usize::MAX).await?;
+            let prepared = prepare(&app, conversation, request.wanted.space, usize::MAX).await;
+            let mut prepared = prepared.map_err(|error| error.of("input"))?;
             let marks = std::mem::take(&mut prepared.prompt.marks);
             (Start::Prompt { marks }, prepared)
         }

@@ -11,12 +11,12 @@ use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 
 use crate::Config;
-use crate::app::{App, now};
+use crate::app::App;
 use crate::durable::{Durable, Record};
 use crate::memory::Relief;
 use crate::metrics::Metrics;
 use crate::prompt::ModelInfo;
-use crate::vault::{Limits, NamedCapsule, Vault};
+use crate::vault::{Limits, Origin, Vault};
 use crate::worker::{Command, Worker};
 
 /// A reply is cut soon after it was heard or not at all: after that the places to cut it at go before anything else.
@@ -53,12 +53,18 @@ pub struct Server {
     address: SocketAddr,
     stop: watch::Sender<bool>,
     http: Option<std::thread::JoinHandle<Result<(), ServeError>>>,
+    notes: Vec<String>,
 }
 
 impl Server {
     /// Where it listens.
     pub const fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// What whoever started it should know, a sentence each.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// Tells it to stop, and waits until sessions are parked.
@@ -93,7 +99,9 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
     let metrics = Arc::new(Metrics::default());
     let durable = match &config.store {
         None => None,
-        Some((place, options)) => Some(Durable::open(place, options.clone())?),
+        Some((place, options)) => {
+            Some(Durable::open(place, options.clone(), Arc::clone(&metrics))?)
+        }
     };
     let limits = Limits {
         responses: config.responses,
@@ -116,7 +124,7 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
         config.host_capsule_bytes,
         relieve,
     )?;
-    bring_back(&mut worker, &vault, &config.warm)?;
+    let notes = bring_back(&mut worker, &vault, &config.warm, &config.keys)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(8)
@@ -171,7 +179,7 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
         park(&worker, &vault);
         served.map_err(ServeError::from)
     })?;
-    Ok(Server { address, stop, http: Some(http) })
+    Ok(Server { address, stop, http: Some(http), notes })
 }
 
 async fn signal() {
@@ -190,11 +198,16 @@ async fn signal() {
 }
 
 /// What the store has: responses and sessions, capsules asked for, boundaries parked.
-fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(), ServeError> {
+fn bring_back(
+    worker: &mut Worker,
+    vault: &Vault,
+    warm: &[String],
+    keys: &[[u8; 32]],
+) -> Result<Vec<String>, ServeError> {
     let Some(durable) = &vault.durable else {
         return match warm.first() {
             Some(_) => Err(ServeError::System(std::io::Error::other("--warm needs --store"))),
-            None => Ok(()),
+            None => Ok(Vec::new()),
         };
     };
     for name in warm {
@@ -202,17 +215,14 @@ fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(),
         let loaded = worker.load(|worker| durable.store().load(&mut worker.model, id));
         let capsule = loaded.map_err(|error| std::io::Error::other(error.message))?;
         let tokens = capsule.tokens();
-        worker.cache.keep(&crate::app::space(&[0; 32], None), &tokens, capsule.clone());
-        let named = NamedCapsule {
-            key: [0; 32],
-            created: now(),
-            name: Some(name.clone()),
-            parent: None,
-            pinned: true,
-            capsule,
-        };
-        vault.add_capsule(&crate::app::new_id("cap_"), named);
+        let everybody = if keys.is_empty() { &[[0; 32]][..] } else { keys };
+        for key in everybody {
+            worker.cache.keep(&crate::app::space(key, None), &tokens, capsule.clone());
+        }
+        let named = crate::native::of_the_store(name, capsule, Origin::Warm);
+        vault.add_capsule(&crate::native::id_of(name), named);
     }
+    crate::native::fill_shelf(worker, vault, durable);
     let records = durable.records()?;
     crate::responses::bring_back(vault, &records);
     crate::native::bring_back(worker, vault, durable, &records);
@@ -225,8 +235,35 @@ fn bring_back(worker: &mut Worker, vault: &Vault, warm: &[String]) -> Result<(),
         }
         durable.forget("boundary", id);
     }
-    worker.metrics.disk_bytes.set(durable.bytes() as usize);
-    Ok(())
+    durable.count();
+    Ok(unreachable_records(&records, keys).into_iter().collect())
+}
+
+/// Says what nobody can reach as long as the server asks for these keys.
+fn unreachable_records(records: &[Record], keys: &[[u8; 32]]) -> Option<String> {
+    let nobody = [0; 32];
+    let hidden = |kind: &str| {
+        let of = records.iter().filter(|record| record.kind == kind);
+        let keys_of = of.filter_map(|record| record.value["key"].as_str().and_then(from_hex));
+        keys_of
+            .filter(|key| if keys.is_empty() { *key != nobody } else { !keys.contains(key) })
+            .count()
+    };
+    let all = [("sessions", "session"), ("responses", "response"), ("capsules", "capsule")];
+    let counted = all.map(|(words, kind)| (words, hidden(kind)));
+    let some: Vec<String> = counted
+        .iter()
+        .filter(|(_, count)| *count > 0)
+        .map(|(words, count)| format!("{words}: {count}"))
+        .collect();
+    let why = if keys.is_empty() {
+        "belongs to API keys, and this server asks for none"
+    } else {
+        "was made without an API key, or with one that this server does not know"
+    };
+    (!some.is_empty()).then(|| {
+        format!("some of the store {why}, so nobody can reach it now ({})", some.join(", "))
+    })
 }
 
 /// Saves what a client may come back to.

@@ -86,6 +86,8 @@ pub(crate) struct Job {
     pub logprobs: Option<usize>,
     /// Whether boundaries may be used and left behind.
     pub caching: bool,
+    /// Whether each token goes out as it comes.
+    pub stream: bool,
     pub on_end: Option<OnEnd>,
     /// When the request came, and when it was handed to the engine.
     pub arrived: Instant,

@@ -2,9 +2,13 @@
 
 mod support;
 
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use ampoule::TEXTS;
 use ampoule_server::Config;
 use serde_json::{Value, json};
-use support::{config, get, metric, ok, post, request, start};
+use support::{config, get, head, metric, ok, open, post, request, start};
 
 fn tool(name: &str) -> Value {
     json!({ "type": "function", "function": { "name": name, "parameters": {
@@ -100,6 +104,38 @@ fn streams_say_what_whole_answers_say() {
     );
     assert_eq!(named["choices"][0]["message"]["tool_calls"][0]["function"]["name"], "b");
     assert_eq!(named["choices"][0]["finish_reason"], "tool_calls");
+    server.stop().unwrap();
+}
+
+/// The head of a stream leaves with its first token: on a machine whose cores the engine uses, what wakes the client earlier delays
+/// the token. One that the engine has no time for leaves all the same.
+#[test]
+fn a_stream_begins_with_its_first_token_or_soon() {
+    let server = start(Config { slots: 1, ..config() });
+    let at = server.address();
+    let send = |tokens: usize, round: usize| {
+        let body = json!({
+            "messages": [{ "role": "user", "content": format!("{round} {}", TEXTS[0]) }], "max_tokens": tokens, "seed": round,
+            "ignore_eos": true, "stream": true, "logprobs": true,
+        });
+        let body = body.to_string();
+        let mut stream = open(at);
+        let head = head("POST", "/v1/chat/completions", body.len(), "");
+        stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+        let mut bytes = vec![0; 64 << 10];
+        let read = stream.read(&mut bytes).unwrap();
+        let text = String::from_utf8(bytes[..read].to_vec()).unwrap();
+        assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
+        // The role comes first and has no probabilities.
+        (stream, text.contains("\"logprob\":"))
+    };
+    let together = (0..12).filter(|round| send(3, *round).1).count();
+    assert!(together >= 8, "{together} of 12 heads came with a token");
+    let (busy, _) = send(3500, 20);
+    let begun = std::time::Instant::now();
+    let (waiting, token) = send(1, 21);
+    assert!(!token && begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    drop((busy, waiting));
     server.stop().unwrap();
 }
 

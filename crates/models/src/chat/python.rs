@@ -13,8 +13,11 @@ const DEPTH: usize = 200;
 /// Makes the environment behave as Jinja2 on Python where the two differ.
 pub(super) fn install(environment: &mut Environment<'static>) {
     environment.set_formatter(|out, _, value| {
-        out.write_str(&text(value))
-            .map_err(|_| Error::new(ErrorKind::WriteFailure, "out of memory"))
+        match value.as_str() {
+            Some(text) => out.write_str(text),
+            None => out.write_str(&text(value)),
+        }
+        .map_err(|_| Error::new(ErrorKind::WriteFailure, "out of memory"))
     });
     environment.add_filter("string", |value: &Value| -> Value {
         if value.kind() == ValueKind::String { value.clone() } else { Value::from(text(value)) }

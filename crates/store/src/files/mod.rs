@@ -19,6 +19,8 @@ const ASIDE: &str = "aside";
 const MUTABLE_BYTES: u64 = 1 << 20;
 /// The lock file.
 const LOCK: &str = "lock";
+/// What lies in the folder beside the objects.
+pub(crate) const OWN: [&str; 2] = [ASIDE, LOCK];
 
 /// A store in a folder of one machine.
 pub struct FileStorage {

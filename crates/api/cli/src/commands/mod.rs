@@ -35,6 +35,16 @@ pub(crate) fn load(
     if let Some(fault) = loaded.gpu_fault() {
         note(format!("the GPU is not used, the CPU is: {fault}"));
     }
+    if let Some(trained) = loaded.trained_context()
+        && loaded.engine.context() > trained
+    {
+        note(format!(
+            "a context of {} tokens is more than the {trained} that {} was made for: what it says beyond them is likely to \
+             be wrong",
+            loaded.engine.context(),
+            loaded.name()
+        ));
+    }
     Ok(loaded)
 }
 

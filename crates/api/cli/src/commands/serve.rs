@@ -106,6 +106,9 @@ pub(crate) fn run(args: &ServeArgs, global: &GlobalArgs) -> anyhow::Result<()> {
         log::install();
     }
     let server = ampoule_server::serve(model, config, true)?;
+    for words in server.notes() {
+        output::note(words);
+    }
     let address = server.address();
     if let Some(path) = &args.port_file {
         ampoule::write_atomically(path, |out| {

@@ -182,6 +182,20 @@ fn automatic(name: &str) -> bool {
     ["server session ", "server response ", "server boundary "].iter().any(|p| name.starts_with(p))
 }
 
+/// What a capsule is called in a table. Of one that a client of a server named that name, with the server's own; what else
+/// the server calls it only where everything is shown.
+fn called(store: &CapsuleStore, names: &[&str], all: bool) -> String {
+    let shown = names.iter().filter(|name| all || !automatic(name)).map(|name| {
+        let memo = name.starts_with("server capsule ").then(|| store.store().memo(name).ok()?);
+        let record = memo.flatten().and_then(|memo| serde_json::from_slice::<Value>(&memo).ok());
+        match record.as_ref().and_then(|record| record["name"].as_str()) {
+            Some(given) => format!("{given} ({name})"),
+            None => (*name).to_owned(),
+        }
+    });
+    shown.collect::<Vec<_>>().join(", ")
+}
+
 pub(crate) fn list(args: &StoreListArgs, all: bool) -> anyhow::Result<()> {
     let store = open_read_only(&args.store)?;
     let catalog = store.store().catalog()?;
@@ -213,7 +227,7 @@ pub(crate) fn list(args: &StoreListArgs, all: bool) -> anyhow::Result<()> {
     for listed in &shown {
         let capsule = &listed.capsule;
         let mut row = vec![
-            names.get(&capsule.id).map_or_else(|| "-".to_owned(), |n| n.join(", ")),
+            names.get(&capsule.id).map_or_else(|| "-".to_owned(), |n| called(&store, n, all)),
             short(capsule.id),
             capsule.position().to_string(),
             output::bytes(own_rows(listed)),

@@ -10,20 +10,58 @@ use axum::{Extension, Json};
 use serde_json::{Value, json};
 
 use super::sessions::session;
-use super::{Answer, AppState, Caught, fields, forget};
-use crate::app::{App, Caller, blocking, new_id, now};
+use super::shelf::{self, Found, find, named, own};
+use super::{Answer, AppState, Caught, fields, forget, nothing};
+use crate::app::{App, blocking, micros, new_id, now};
+use crate::durable::Durable;
 use crate::error::{ApiError, ApiResult};
+use crate::fields::{Fields, Hints};
 use crate::http::body;
 use crate::start::to_hex;
-use crate::vault::NamedCapsule;
+use crate::vault::{NamedCapsule, Origin};
 
-fn capsule_object(id: &str, named: &NamedCapsule) -> Value {
+/// Bytes of a capsule's name at most.
+const NAME_BYTES: usize = 200;
+
+fn capsule_object(app: &App, id: &str, named: &NamedCapsule) -> Value {
     let c = &named.capsule;
+    let client = named.origin == Origin::Client;
     json!({
-        "id": id, "object": "capsule", "created_at": named.created, "name": named.name, "parent": named.parent,
-        "pinned": named.pinned, "position": c.position(), "lineage": c.lineage().to_string(),
+        "id": id, "object": "capsule", "created_at": client.then_some(named.created), "name": named.name,
+        "parent": named.parent, "pinned": named.pinned || !client, "shared": !client,
+        "stored": app.vault.durable.is_some() && named.is_kept(),
+        "position": c.position(), "lineage": c.lineage().to_string(),
         "bytes": { "fixed": c.fixed_bytes(), "own_rows": c.own_row_bytes(), "rows": c.row_bytes() },
     })
+}
+
+fn found_object(app: &App, found: &Found) -> Value {
+    match found {
+        Found::Here(id, named) => capsule_object(app, id, named),
+        Found::Shelf(shelved) => shelf::object(shelved),
+    }
+}
+
+/// Names that a new capsule's fields do not have.
+const HINTS: Hints = &[
+    ("pinned", "'pin' it is"),
+    ("id", "the server gives ids; 'name' is yours"),
+    ("title", "'name' it is"),
+    ("label", "'name' it is"),
+];
+
+/// What a new capsule is called, and whether it is pinned.
+fn name_and_pin(fields: &mut Fields) -> ApiResult<(Option<String>, bool)> {
+    let name = fields.text("name", NAME_BYTES)?;
+    if let Some(name) = &name
+        && (name.trim().is_empty() || name.chars().any(char::is_control))
+    {
+        return Err(ApiError::param(
+            "name",
+            "'name' must have a letter or digit and no control characters",
+        ));
+    }
+    Ok((name, fields.take::<bool>("pin")?.unwrap_or(false)))
 }
 
 pub(crate) async fn snapshot(
@@ -32,56 +70,93 @@ pub(crate) async fn snapshot(
     Path(id): Path<String>,
     request: Request,
 ) -> Answer {
-    let mut fields = fields(&app, request).await?;
-    let name = fields.text("name", 200)?;
-    let pinned = fields.take::<bool>("pin")?.unwrap_or(false);
+    let mut fields = fields(&app, request).await?.with_hints(HINTS);
+    let (name, pinned) = name_and_pin(&mut fields)?;
     fields.finish()?;
     let session = session(&app, &caller, &id).await?;
     let capsule = session.lock().capsule().cloned();
     let capsule = capsule
         .ok_or_else(|| ApiError::conflict("this session is empty: there is nothing to freeze"))?;
-    let named =
-        NamedCapsule { key: caller.key, created: now(), name, parent: Some(id), pinned, capsule };
+    let (key, parent, origin) = (caller.key, Some(id), Origin::Client);
+    let (created, order) = (now(), micros());
+    let named = NamedCapsule { key, created, order, name, parent, pinned, origin, capsule };
     add_named(&app, named).await
 }
 
+/// Adds a capsule; where there is a store, what has a name or is pinned is there before this returns. A name moves: a
+/// capsule that had it keeps its id, and its place in the store only if it is pinned.
 async fn add_named(app: &Arc<App>, named: NamedCapsule) -> Answer {
     let id = new_id("cap_");
     app.vault.room_for_capsule(&named.key)?;
-    if named.pinned {
+    if named.is_kept() {
         keep(app, &id, &named).await?;
     }
-    app.vault.add_capsule(&id, named.clone());
-    Ok((StatusCode::CREATED, Json(capsule_object(&id, &named))).into_response())
+    let replaced = app.vault.add_capsule(&id, named.clone());
+    let mut object = capsule_object(app, &id, &named);
+    object["replaced"] = json!(replaced.as_ref().map(|(old, _)| old));
+    if let Some((old, replaced)) = replaced {
+        with_store(app, move |durable| Ok(let_name_go(durable, &old, &replaced)?)).await?;
+    }
+    Ok((StatusCode::CREATED, Json(object)).into_response())
 }
 
-/// Saves a pinned capsule where there is a store.
+fn record(named: &NamedCapsule) -> Value {
+    json!({
+        "key": to_hex(&named.key), "created": named.created, "order": named.order, "name": named.name,
+        "parent": named.parent, "pinned": named.pinned,
+    })
+}
+
+/// Makes the store know that a capsule has no name any more.
+pub(super) fn let_name_go(
+    durable: &Durable,
+    id: &str,
+    named: &NamedCapsule,
+) -> Result<(), ampoule::Error> {
+    if named.is_kept() {
+        durable.save("capsule", id, None, record(named))
+    } else {
+        durable.forget("capsule", id);
+        Ok(())
+    }
+}
+
+/// Runs something with the store, if there is one, off the threads that serve connections.
+async fn with_store(
+    app: &Arc<App>,
+    work: impl FnOnce(&Durable) -> ApiResult<()> + Send + 'static,
+) -> ApiResult<()> {
+    if app.vault.durable.is_none() {
+        return Ok(());
+    }
+    let vault = Arc::clone(&app.vault);
+    blocking(move || vault.durable.as_ref().map_or(Ok(()), work)).await
+}
+
+/// Saves a capsule where there is a store.
 async fn keep(app: &Arc<App>, id: &str, named: &NamedCapsule) -> ApiResult<()> {
     if app.vault.durable.is_none() {
         return Ok(());
     }
-    let record = json!({ "key": to_hex(&named.key), "created": named.created, "name": named.name, "parent": named.parent });
+    let record = record(named);
     let capsule = named.capsule.clone();
     let detached = app.call(move |worker| Ok(worker.model.detach(&capsule)?)).await?;
-    let (vault, id) = (Arc::clone(&app.vault), id.to_owned());
-    blocking(move || {
-        let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-        Ok(durable.save("capsule", &id, Some(&detached), record)?)
-    })
-    .await
+    let id = id.to_owned();
+    with_store(app, move |durable| Ok(durable.save("capsule", &id, Some(&detached), record)?)).await
 }
 
 pub(crate) async fn list_capsules(State(app): AppState, Extension(caller): Caught) -> Answer {
-    let all = app.vault.capsules(&caller.key);
-    let list: Vec<Value> = all.iter().map(|(id, c)| capsule_object(id, c)).collect();
+    let all = shelf::all(&app, &caller);
+    let list: Vec<Value> = all.iter().map(|found| found_object(&app, found)).collect();
     Ok(Json(json!({ "object": "list", "data": list })).into_response())
 }
 
 /// Capsules below the capsules whose tokens they go on from.
 pub(crate) async fn tree(State(app): AppState, Extension(caller): Caught) -> Answer {
-    let all = app.vault.capsules(&caller.key);
+    let all = shelf::all(&app, &caller);
+    let here = Arc::clone(&app);
     let answer = blocking(move || {
-        let tokens: Vec<Vec<u32>> = all.iter().map(|(_, c)| c.capsule.tokens()).collect();
+        let tokens: Vec<Vec<u32>> = all.iter().map(|found| shelf::tokens(&here, found)).collect();
         let above = |index: usize| {
             let shorter = |&other: &usize| {
                 let (a, b) = (&tokens[other], &tokens[index]);
@@ -92,9 +167,9 @@ pub(crate) async fn tree(State(app): AppState, Extension(caller): Caught) -> Ans
         let nodes: Vec<Value> = all
             .iter()
             .enumerate()
-            .map(|(index, (id, named))| {
-                let mut node = capsule_object(id, named);
-                node["below"] = json!(above(index).map(|other| all[other].0.clone()));
+            .map(|(index, found)| {
+                let mut node = found_object(&here, found);
+                node["below"] = json!(above(index).map(|other| all[other].id().to_owned()));
                 node
             })
             .collect();
@@ -103,18 +178,13 @@ pub(crate) async fn tree(State(app): AppState, Extension(caller): Caught) -> Ans
     Ok(Json(answer.await?).into_response())
 }
 
-/// A capsule of the caller's, by its id or name.
-pub(super) fn named(app: &App, caller: &Caller, which: &str) -> ApiResult<(String, NamedCapsule)> {
-    app.vault.capsule(&caller.key, which).ok_or_else(|| ApiError::not_found("capsule"))
-}
-
 pub(crate) async fn read_capsule(
     State(app): AppState,
     Extension(caller): Caught,
     Path(id): Path<String>,
 ) -> Answer {
-    let (id, named) = named(&app, &caller, &id)?;
-    Ok(Json(capsule_object(&id, &named)).into_response())
+    let found = find(&app, &caller, &id)?;
+    Ok(Json(found_object(&app, &found)).into_response())
 }
 
 pub(crate) async fn delete_capsule(
@@ -122,7 +192,7 @@ pub(crate) async fn delete_capsule(
     Extension(caller): Caught,
     Path(id): Path<String>,
 ) -> Answer {
-    let (id, _) = named(&app, &caller, &id)?;
+    let (id, _) = own(&app, &caller, &id)?;
     app.vault.remove_capsule(&caller.key, &id);
     forget(&app, "capsule", id.clone()).await?;
     Ok(Json(json!({ "id": id, "object": "capsule", "deleted": true })).into_response())
@@ -132,12 +202,19 @@ pub(crate) async fn pin(
     State(app): AppState,
     Extension(caller): Caught,
     Path(id): Path<String>,
+    request: Request,
 ) -> Answer {
-    let (id, named) = named(&app, &caller, &id)?;
+    nothing(&app, request).await?;
+    let (id, mut named) = match find(&app, &caller, &id)? {
+        Found::Here(id, named) if named.origin == Origin::Client => (id, named),
+        // The store has it already.
+        shared => return Ok(Json(found_object(&app, &shared)).into_response()),
+    };
+    named.pinned = true;
     keep(&app, &id, &named).await?;
     let named =
         app.vault.pin(&caller.key, &id, true).ok_or_else(|| ApiError::not_found("capsule"))?;
-    Ok(Json(capsule_object(&id, &named)).into_response())
+    Ok(Json(capsule_object(&app, &id, &named)).into_response())
 }
 
 pub(crate) async fn unpin(
@@ -145,11 +222,12 @@ pub(crate) async fn unpin(
     Extension(caller): Caught,
     Path(id): Path<String>,
 ) -> Answer {
-    let (id, _) = named(&app, &caller, &id)?;
+    let (id, _) = own(&app, &caller, &id)?;
     let named =
         app.vault.pin(&caller.key, &id, false).ok_or_else(|| ApiError::not_found("capsule"))?;
-    forget(&app, "capsule", id.clone()).await?;
-    Ok(Json(capsule_object(&id, &named)).into_response())
+    let (which, unpinned) = (id.clone(), named.clone());
+    with_store(&app, move |durable| Ok(let_name_go(durable, &which, &unpinned)?)).await?;
+    Ok(Json(capsule_object(&app, &id, &named)).into_response())
 }
 
 pub(crate) async fn export(
@@ -157,7 +235,7 @@ pub(crate) async fn export(
     Extension(caller): Caught,
     Path(id): Path<String>,
 ) -> Answer {
-    let (_, named) = named(&app, &caller, &id)?;
+    let (_, named) = named(&app, &caller, &id).await?;
     let bytes = app
         .call(move |worker| {
             let mut bytes = Vec::new();
@@ -177,6 +255,10 @@ pub(crate) async fn import(
     Extension(caller): Caught,
     request: Request,
 ) -> Answer {
+    let mut query = Fields::query(request.uri().query().unwrap_or_default())?.with_hints(HINTS);
+    query.flag("pin");
+    let (name, pinned) = name_and_pin(&mut query)?;
+    query.finish()?;
     let body = body(&app, request).await?;
     if body.is_empty() {
         return Err(ApiError::invalid("the body must be a capsule file"));
@@ -184,13 +266,8 @@ pub(crate) async fn import(
     let capsule = app
         .call(move |worker| worker.load(|worker| Ok(worker.model.engine.import(&body)?)))
         .await?;
-    let named = NamedCapsule {
-        key: caller.key,
-        created: now(),
-        name: None,
-        parent: None,
-        pinned: false,
-        capsule,
-    };
+    let (key, parent, origin) = (caller.key, None, Origin::Client);
+    let (created, order) = (now(), micros());
+    let named = NamedCapsule { key, created, order, name, parent, pinned, origin, capsule };
     add_named(&app, named).await
 }

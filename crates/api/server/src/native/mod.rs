@@ -4,8 +4,12 @@
 //! the slot held it last. While a call is under way others on the same session are refused with 409.
 
 mod capsules;
+mod heard;
+mod history;
+mod input;
 mod saved;
 mod sessions;
+mod shelf;
 
 use std::sync::Arc;
 
@@ -22,11 +26,13 @@ use crate::http::body;
 pub(crate) use capsules::{
     delete_capsule, export, import, list_capsules, pin, read_capsule, snapshot, tree, unpin,
 };
+pub(crate) use history::list_messages;
 pub(crate) use saved::{bring_back, expire};
 pub(crate) use sessions::{
     append, create_session, delete_session, fork, generate, interrupt, list_sessions, read_session,
     restore, rollback, truncate,
 };
+pub(crate) use shelf::{fill as fill_shelf, id_of, of_the_store};
 
 type AppState = State<Arc<App>>;
 type Caught = Extension<Caller>;
@@ -35,6 +41,11 @@ type Answer = ApiResult<Response>;
 async fn fields(app: &App, request: Request) -> ApiResult<Fields> {
     let body = body(app, request).await?;
     if body.is_empty() { Fields::of(json!({}), "") } else { Fields::parse(&body) }
+}
+
+/// For calls that take no fields: a body may be empty or `{}`.
+async fn nothing(app: &App, request: Request) -> ApiResult<()> {
+    fields(app, request).await?.finish()
 }
 
 async fn forget(app: &Arc<App>, kind: &'static str, id: String) -> ApiResult<()> {

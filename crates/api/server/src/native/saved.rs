@@ -6,13 +6,14 @@ use std::time::{Duration, Instant};
 use ampoule::Capsule;
 use serde_json::{Value, json};
 
+use super::capsules::let_name_go;
 use super::forget;
 use super::sessions::add_mark;
 use crate::app::{App, Caller, blocking};
 use crate::durable::{Durable, Record};
 use crate::error::{ApiError, ApiResult};
 use crate::start::{from_hex, to_hex};
-use crate::vault::{LastReply, MessageEnd, NamedCapsule, Session, SessionState, Vault};
+use crate::vault::{LastReply, MessageEnd, NamedCapsule, Origin, Session, SessionState, Vault};
 use crate::worker::Worker;
 
 /// How often what was removed from the store is deleted.
@@ -130,7 +131,7 @@ pub(crate) async fn expire(app: Arc<App>) {
             let _ = blocking(move || {
                 if let Some(durable) = &vault.durable {
                     durable.gc();
-                    vault.metrics.disk_bytes.set(durable.bytes() as usize);
+                    durable.count();
                 }
                 Ok(())
             })
@@ -148,20 +149,33 @@ pub(crate) fn bring_back(
     records: &[Record],
 ) {
     let of = |kind: &'static str| records.iter().filter(move |r| r.kind == kind);
-    for Record { id, value: record, .. } in of("capsule") {
+    let mut capsules: Vec<&Record> = of("capsule").collect();
+    // The latest of one name has it.
+    capsules.sort_by_key(|r| (r.value["order"].as_u64(), r.value["created"].as_u64()));
+    for Record { id, value: record, .. } in capsules {
         let key = record["key"].as_str().and_then(from_hex);
         let loaded = worker.load(|worker| durable.capsule(&mut worker.model, "capsule", id));
         match (key, loaded) {
             (Some(key), Ok(capsule)) => {
                 let text = |name: &str| record[name].as_str().map(str::to_owned);
-                let created = record["created"].as_u64().unwrap_or_default();
-                let (name, parent) = (text("name"), text("parent"));
-                vault.add_capsule(
-                    id,
-                    NamedCapsule { key, created, name, parent, pinned: true, capsule },
-                );
+                let named = NamedCapsule {
+                    key,
+                    created: record["created"].as_u64().unwrap_or_default(),
+                    order: record["order"].as_u64().unwrap_or_default(),
+                    name: text("name"),
+                    parent: text("parent"),
+                    // What was saved before names were durable was saved because it was pinned.
+                    pinned: record["pinned"].as_bool().unwrap_or(true),
+                    origin: Origin::Client,
+                    capsule,
+                };
+                if let Some((old, replaced)) = vault.add_capsule(id, named)
+                    && let Err(error) = let_name_go(durable, &old, &replaced)
+                {
+                    tracing::warn!(%error, "the record of a capsule was not changed");
+                }
             }
-            (_, Err(error)) => tracing::warn!(?error, "a pinned capsule was not brought back"),
+            (_, Err(error)) => tracing::warn!(?error, "a capsule was not brought back"),
             _ => {}
         }
     }

@@ -4,21 +4,23 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use ampoule::{Capsule, EncodeOptions, FinishReason};
+use ampoule::{Capsule, FinishReason};
 use axum::extract::{Path, Request, State};
 use axum::http::StatusCode;
 use axum::response::IntoResponse;
 use axum::{Extension, Json};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
-use super::capsules::named;
-use super::{Answer, AppState, Caught, fields, forget, saved};
-use crate::app::{App, Caller, Generation, Tally, blocking, new_id, now};
-use crate::cache::Space;
+use super::heard::heard;
+use super::history::message_end;
+use super::input::{CREATE, FORK, HINTS, Input, RESTORE, ROLLBACK, TRUNCATE, read_input};
+use super::shelf::named;
+use super::{Answer, AppState, Caught, fields, forget, nothing, saved};
+use crate::app::{App, Caller, Generation, Tally, Wanted, blocking, new_id, now};
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
-use crate::prompt::{Before, ModelInfo, Prompt, messages};
+use crate::prompt::ModelInfo;
 use crate::sse::{self, Events};
 use crate::vault::{LastReply, Mark, MessageEnd, Session, SessionState};
 use crate::worker::{End, OnEnd, Start};
@@ -110,7 +112,7 @@ pub(crate) async fn create_session(
     Extension(caller): Caught,
     request: Request,
 ) -> Answer {
-    let mut fields = fields(&app, request).await?;
+    let mut fields = fields(&app, request).await?.with_hints(CREATE);
     let from = fields.text("capsule", 256)?;
     let tools = fields.take::<Vec<Value>>("tools")?.unwrap_or_default();
     fields.finish()?;
@@ -119,7 +121,7 @@ pub(crate) async fn create_session(
     let mut state = SessionState { tools, ..SessionState::default() };
     let mut parent = None;
     if let Some(which) = from {
-        let (id, named) = named(&app, &caller, &which)?;
+        let (id, named) = named(&app, &caller, &which).await?;
         begin_with(&mut state, named.capsule);
         parent = Some(id);
     }
@@ -151,98 +153,6 @@ pub(crate) async fn delete_session(
     }
     forget(&app, "session", id.clone()).await?;
     Ok(Json(json!({ "id": id, "object": "session", "deleted": true })).into_response())
-}
-
-/// What a call adds to a session.
-enum Input {
-    Nothing,
-    Text(String),
-    Tokens(Vec<u32>),
-    Messages(Vec<Value>),
-}
-
-impl Input {
-    fn take(fields: &mut Fields) -> ApiResult<Self> {
-        let text = fields.text("text", usize::MAX)?;
-        let tokens = fields.take::<Vec<u32>>("tokens")?;
-        let list = fields.take::<Vec<Value>>("messages")?;
-        match (text, tokens, list) {
-            (None, None, None) => Ok(Self::Nothing),
-            (Some(text), None, None) => Ok(Self::Text(text)),
-            (None, Some(tokens), None) => Ok(Self::Tokens(tokens)),
-            (None, None, Some(list)) => Ok(Self::Messages(messages(list)?)),
-            _ => Err(ApiError::param("text", "give one of 'text', 'tokens' and 'messages'")),
-        }
-    }
-}
-
-/// The tokens that an input is in a session's state.
-fn read_input(
-    info: &ModelInfo,
-    space: &Space,
-    state: &SessionState,
-    input: &Input,
-) -> ApiResult<Prompt> {
-    let plain = |tokens: Vec<u32>| Prompt { marks: info.marks(&tokens), tokens, thinking: false };
-    match input {
-        // Behind a message that was gone back to: what opens a reply.
-        Input::Nothing => match state.marks.last() {
-            Some(mark) if mark.closed => {
-                let end = Some((mark.end_token, true));
-                let opened = added(info, space, state, state.messages.len(), end, &[], true)?;
-                opened.ok_or_else(|| {
-                    ApiError::conflict("the chat template opens no reply here; give 'messages'")
-                })
-            }
-            _ => Ok(Prompt::default()),
-        },
-        Input::Tokens(tokens) => {
-            info.known(tokens, "tokens")?;
-            Ok(plain(tokens.clone()))
-        }
-        Input::Text(text) => {
-            let first = state.capsule().is_none();
-            let options = EncodeOptions { add_special: first, parse_special: true };
-            Ok(plain(info.tokenizer.encode(text, options).map_err(ampoule::Error::from)?))
-        }
-        Input::Messages(new) => {
-            let last = state.marks.last();
-            let end = last.map(|mark| (mark.end_token, mark.closed));
-            added(info, space, state, state.messages.len(), end, new, true)?.ok_or_else(|| {
-                ApiError::conflict("the chat template rewrites what was said before, so these messages cannot follow this state")
-            })
-        }
-    }
-}
-
-/// What the template adds for `new` messages to a session's state after its first `known` ones, and for the reply to them if
-/// `reply`. `end` is how that state ends: the end token of a reply, and whether a message is whole there; `None` where it is
-/// empty.
-fn added(
-    info: &ModelInfo,
-    space: &Space,
-    state: &SessionState,
-    known: usize,
-    end: Option<(Option<u32>, bool)>,
-    new: &[Value],
-    reply: bool,
-) -> ApiResult<Option<Prompt>> {
-    let tools = ModelInfo::tools(state.tools.clone())?;
-    let known = &state.messages[..known];
-    // A state that came as text or as a capsule: any conversation stands for it.
-    let stand_in = [
-        json!({ "role": "user", "content": "stand-in" }),
-        json!({ "role": "assistant", "content": "stand-in" }),
-    ];
-    let before = match end {
-        None => Before::Nothing,
-        Some((_, true)) => Before::Message(known),
-        Some((token, false)) => {
-            let replied = known.last().is_some_and(|m| m["role"] == "assistant");
-            Before::Reply(if replied { known } else { &stand_in }, token)
-        }
-    };
-    info.added(space, before, new, &tools, &Map::new(), reply)
 }
 
 /// Tells of a reply's end to its session, wherever the client is; `done` hears whether the session has it.
@@ -298,7 +208,7 @@ pub(crate) async fn append(
     Path(id): Path<String>,
     request: Request,
 ) -> Answer {
-    let mut fields = fields(&app, request).await?;
+    let mut fields = fields(&app, request).await?.with_hints(HINTS);
     let input = Input::take(&mut fields)?;
     fields.finish()?;
     if matches!(input, Input::Nothing) {
@@ -312,10 +222,11 @@ pub(crate) async fn append(
     let Launched { mut generation, session, busy, ended } =
         launch(&app, &caller, &id, input, wanted, "append").await?;
     let mut tally = Tally::new(&generation);
+    let settled = settle(&app, &id, &session, busy, ended);
     while generation.step(&mut tally).await?.is_some() {}
-    committed(ended).await?;
-    saved::save(&app, &id, &session).await?;
-    drop(busy);
+    let Settled { outcome, saved } = settled.await.map_err(|_| ApiError::internal())?;
+    outcome?;
+    saved?;
     Ok(Json(session_object(&id, &session)).into_response())
 }
 
@@ -333,18 +244,53 @@ async fn committed(ended: oneshot::Receiver<ApiResult<()>>) -> ApiResult<()> {
     ended.await.map_err(|_| ApiError::stopping())?
 }
 
+/// How a call on a session ended.
+struct Settled {
+    outcome: ApiResult<()>,
+    saved: ApiResult<()>,
+}
+
+/// Waits until the session stands where a call leaves it, saves it and lets others have it, whether or not the client is
+/// still there.
+fn settle(
+    app: &Arc<App>,
+    id: &str,
+    session: &Arc<Session>,
+    busy: Arc<Busy>,
+    ended: oneshot::Receiver<ApiResult<()>>,
+) -> tokio::task::JoinHandle<Settled> {
+    let (app, id, session) = (Arc::clone(app), id.to_owned(), Arc::clone(session));
+    tokio::spawn(async move {
+        let outcome = committed(ended).await;
+        let saved = saved::save(&app, &id, &session).await;
+        drop(busy);
+        Settled { outcome, saved }
+    })
+}
+
 async fn launch(
     app: &Arc<App>,
     caller: &Caller,
     id: &str,
     input: Input,
-    wanted: crate::app::Wanted,
+    mut wanted: Wanted,
     kind: &'static str,
 ) -> ApiResult<Launched> {
+    wanted.input = match &input {
+        Input::Nothing | Input::Text(_) => "text",
+        Input::Tokens(_) => "tokens",
+        Input::Messages(_) => "messages",
+    };
     let permit = app.place()?;
     let session = session(app, caller, id).await?;
     let busy = Arc::new(Busy::take(&session)?);
     let (info, state) = (Arc::clone(&app.info), session.lock().clone());
+    if matches!(input, Input::Nothing) && state.capsule().is_none() {
+        return Err(ApiError::param(
+            "text",
+            "this session is empty: give 'text', 'tokens' or 'messages' to begin with",
+        ));
+    }
     let space = wanted.space;
     let (prompt, input) = blocking(move || {
         let prompt = read_input(&info, &space, &state, &input)?;
@@ -369,7 +315,8 @@ pub(crate) async fn generate(
     Path(id): Path<String>,
     request: Request,
 ) -> Answer {
-    let mut fields = fields(&app, request).await?;
+    let mut fields = fields(&app, request).await?.with_hints(HINTS);
+    app.check_model(&mut fields)?;
     let input = Input::take(&mut fields)?;
     let wanted = app.wanted(&mut fields, &caller, &["max_tokens"], None)?;
     if wanted.choices != 1 {
@@ -382,6 +329,7 @@ pub(crate) async fn generate(
     let mut tally = Tally::new(&generation);
     let (mut text, mut tokens, mut finish) = (String::new(), Vec::new(), None);
     if !stream {
+        let settled = settle(&app, &id, &session, busy, ended);
         while let Some(step) = generation.step(&mut tally).await? {
             if let Some(token) = step.token {
                 tally.token(step.at, false);
@@ -390,13 +338,12 @@ pub(crate) async fn generate(
             text.push_str(&step.text);
             finish = step.finished.or(finish);
         }
-        let outcome = committed(ended).await;
+        let Settled { outcome, saved } = settled.await.map_err(|_| ApiError::internal())?;
         // An interruption that came before the prompt was read leaves the session as it was.
         if tally.generated > 0 || finish != Some(FinishReason::Cancelled) {
             outcome?;
         }
-        saved::save(&app, &id, &session).await?;
-        drop(busy);
+        saved?;
         let finish = finish.ok_or_else(ApiError::stopping)?;
         let mut object = reply_object(&id, &session, &tally, finish);
         object["text"] = json!(text);
@@ -494,7 +441,9 @@ pub(crate) async fn interrupt(
     State(app): AppState,
     Extension(caller): Caught,
     Path(id): Path<String>,
+    request: Request,
 ) -> Answer {
+    nothing(&app, request).await?;
     let session = session(&app, &caller, &id).await?;
     let running = session.lock().interrupt.clone();
     if let Some(interrupt) = &running {
@@ -510,29 +459,13 @@ pub(crate) async fn interrupt(
     Ok(Json(json!({ "id": id, "object": "session", "interrupted": interrupted })).into_response())
 }
 
-/// How many tokens of a reply lie within a text that was heard.
-fn heard(info: &ModelInfo, tokens: &[u32], text: &str) -> ApiResult<usize> {
-    let whole = info.tokenizer.decode(tokens);
-    if !whole.starts_with(text) {
-        return Err(ApiError::param("heard_text", "'heard_text' is not how the last reply begins"));
-    }
-    let fits = |n: &usize| info.tokenizer.decode(&tokens[..*n]).len() <= text.len();
-    let (mut low, mut high) = (0, tokens.len() + 1);
-    while high - low > 1 {
-        let middle = low.midpoint(high);
-        if fits(&middle) { low = middle } else { high = middle }
-    }
-    // A character in pieces may be longer than the whole: one of the next counts of tokens can fit again.
-    Ok((low..=(low + 8).min(tokens.len())).rev().find(fits).unwrap_or(low))
-}
-
 pub(crate) async fn truncate(
     State(app): AppState,
     Extension(caller): Caught,
     Path(id): Path<String>,
     request: Request,
 ) -> Answer {
-    let mut fields = fields(&app, request).await?;
+    let mut fields = fields(&app, request).await?.with_hints(TRUNCATE);
     let count = fields.take::<usize>("heard_tokens")?;
     let text = fields.text("heard_text", usize::MAX)?;
     fields.finish()?;
@@ -627,41 +560,6 @@ async fn back_to(
     Ok(cut.replayed)
 }
 
-/// Where the first `message` messages of a session end.
-fn message_end(
-    info: &ModelInfo,
-    space: &Space,
-    state: &SessionState,
-    message: usize,
-) -> ApiResult<MessageEnd> {
-    let end = |count: usize| match count {
-        0 => Some(MessageEnd { position: state.origin, closed: false }),
-        _ => state.ends.get(count - 1).copied().flatten(),
-    };
-    if let Some(end) = end(message) {
-        return Ok(end);
-    }
-    // It came with others in one call: what the template made of it and those before it is read in the state.
-    let found = (0..message).rev().find_map(|count| Some((count, end(count)?)));
-    let (known, from) = found.ok_or_else(ApiError::internal)?;
-    let tokens = state.capsule().map(Capsule::tokens).unwrap_or_default();
-    let at = from.position as usize;
-    let last = at.checked_sub(1).and_then(|last| tokens.get(last)).copied();
-    let ends = last.map(|token| (Some(token).filter(|t| info.tokenizer.is_eos(*t)), from.closed));
-    let new = &state.messages[known..message];
-    let prompt = added(info, space, state, known, ends, new, false)?;
-    match (prompt, tokens.get(at..)) {
-        (Some(prompt), Some(read)) if read.starts_with(&prompt.tokens) => {
-            let position = from.position + prompt.tokens.len() as u32;
-            Ok(MessageEnd { position, closed: true })
-        }
-        _ => Err(ApiError::conflict(format!(
-            "message {message} came with others in one call, and the chat template writes it otherwise where it is the last; \
-             roll back to {known}, where that call began"
-        ))),
-    }
-}
-
 /// Rolls a session back to where it had so many messages.
 async fn back_to_message(
     app: &Arc<App>,
@@ -716,7 +614,7 @@ pub(crate) async fn rollback(
     Path(id): Path<String>,
     request: Request,
 ) -> Answer {
-    let mut fields = fields(&app, request).await?;
+    let mut fields = fields(&app, request).await?.with_hints(ROLLBACK);
     let boundary = fields.text("boundary", 256)?;
     let message = fields.take::<usize>("message")?;
     let tokens = fields.take::<u32>("tokens")?;
@@ -771,7 +669,7 @@ pub(crate) async fn fork(
     Path(id): Path<String>,
     request: Request,
 ) -> Answer {
-    let mut fields = fields(&app, request).await?;
+    let mut fields = fields(&app, request).await?.with_hints(FORK);
     let count = fields.within("n", 1..=FORKS)?.unwrap_or(1);
     fields.finish()?;
     let session = session(&app, &caller, &id).await?;
@@ -797,11 +695,11 @@ pub(crate) async fn restore(
     Path(id): Path<String>,
     request: Request,
 ) -> Answer {
-    let mut fields = fields(&app, request).await?;
+    let mut fields = fields(&app, request).await?.with_hints(RESTORE);
     let which: String = fields.require("capsule")?;
     fields.finish()?;
     let session = session(&app, &caller, &id).await?;
-    let (_, named) = named(&app, &caller, &which)?;
+    let (_, named) = named(&app, &caller, &which).await?;
     let busy = Busy::take(&session)?;
     {
         let mut state = session.lock();

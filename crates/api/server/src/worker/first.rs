@@ -1,5 +1,6 @@
 //! How a reply begins, and what its client is told of each step.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ampoule::{FinishReason, Reply, ReplyStep, SamplingParams, SlotId};
@@ -10,8 +11,10 @@ use crate::grammar::Constraint;
 use crate::metrics::Metrics;
 use crate::prompt::ModelInfo;
 
-/// For the first token of a reply to leave before the engine takes all cores again.
+/// For the first token of a reply to leave before the engine takes all cores again: so long at least, and so often at most
+/// while a stream has not taken it.
 const SEND_TIME: Duration = Duration::from_micros(100);
+const SEND_TIMES: u32 = 5;
 
 /// A first token that was sent and is yet to be read.
 pub(super) struct First {
@@ -70,7 +73,14 @@ impl Talk<'_> {
         }));
         if first {
             // Where threads are as many as cores, whoever sends this token needs one: the next token can wait for that.
-            std::thread::sleep(SEND_TIME);
+            let sent = shared.job.sent.as_ref().filter(|_| shared.job.stream);
+            for _ in 0..SEND_TIMES {
+                let taken = sent.is_none_or(|sent| sent.load(Ordering::Acquire) > 0);
+                std::thread::sleep(SEND_TIME);
+                if taken {
+                    break;
+                }
+            }
         }
         Ok(())
     }

@@ -10,6 +10,7 @@ use ampoule_server::{Config, Server, serve};
 use serde_json::Value;
 
 pub(crate) const TINY: &str = "random:qwen3.5-tiny";
+pub(crate) const NANO: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../assets/ampoule-nano");
 
 pub(crate) fn config() -> Config {
     Config {
@@ -32,8 +33,7 @@ pub(crate) fn start_with(config: Config, context: usize, capsule_bytes: usize) -
 
 /// The trained model of the repository: attention and recurrent layers, and a tokenizer of its own.
 pub(crate) fn nano(config: Config) -> Server {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../assets/ampoule-nano");
-    start_model(path, config, 4096, 1 << 30)
+    start_model(NANO, config, 4096, 1 << 30)
 }
 
 fn start_model(model: &str, config: Config, context: usize, capsule_bytes: usize) -> Server {

@@ -126,8 +126,12 @@ pub(super) fn run(
             Times::from(times).median_ms
         };
         let names = ["prepare_ms", "queue_ms", "match_ms", "restore_ms", "prefill_ms", "ttft_ms"];
-        let parts: serde_json::Map<String, Value> =
+        let mut parts: serde_json::Map<String, Value> =
             names.iter().map(|n| ((*n).to_owned(), json!(part(n)))).collect();
+        // What the server's clock does not see: the request's way there, the token's way back.
+        let ways =
+            said[1..].iter().filter_map(|t| Some(t.http_ms - t.timings["ttft_ms"].as_f64()?));
+        parts.insert("ways_ms".to_owned(), json!(Times::from(ways.collect::<Vec<_>>()).median_ms));
         points.push(json!({
             "conversation": name, "turns": turns, "final_tokens": total, "tokens_read_a_turn": read,
             "http": measured(&http), "engine": measured(&engine), "added_median_ms": added,

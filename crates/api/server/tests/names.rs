@@ -1,0 +1,305 @@
+//! Names of capsules: what they point to, where they come from, and what survives a restart.
+
+mod support;
+
+use ampoule::store::Expected;
+use ampoule::{Ampoule, CapsuleStore, Device, LoadOptions, StoreOptions};
+use ampoule_server::{Config, Server};
+use serde_json::{Value, json};
+use support::{TINY, config, get, metric, ok, post, request, start};
+
+fn stored(place: &std::path::Path) -> Config {
+    Config {
+        store: Some((place.to_str().unwrap().to_owned(), StoreOptions::default())),
+        ..config()
+    }
+}
+
+fn session(server: &Server, text: &str) -> String {
+    let id = ok(server.address(), "/v1/sessions", &json!({}))["id"].as_str().unwrap().to_owned();
+    ok(server.address(), &format!("/v1/sessions/{id}/append"), &json!({ "text": text }));
+    id
+}
+
+fn snapshot(server: &Server, session: &str, body: &Value) -> Value {
+    ok(server.address(), &format!("/v1/sessions/{session}/snapshot"), body)
+}
+
+/// What a session that begins with a capsule says.
+fn says(server: &Server, capsule: &str) -> Value {
+    let at = server.address();
+    let id = ok(at, "/v1/sessions", &json!({ "capsule": capsule }))["id"].clone();
+    let ask = json!({ "max_tokens": 12, "temperature": 0, "ignore_eos": true });
+    let path = format!("/v1/sessions/{}/generate", id.as_str().unwrap());
+    ok(at, &path, &ask)["tokens"].clone()
+}
+
+fn listed(server: &Server) -> Vec<(Option<String>, bool, bool)> {
+    let list = get(server.address(), "/v1/capsules").json();
+    let list = list["data"].as_array().unwrap();
+    let mut list: Vec<_> = list
+        .iter()
+        .map(|c| (c["name"].as_str().map(str::to_owned), c["stored"] == true, c["shared"] == true))
+        .collect();
+    list.sort();
+    list
+}
+
+#[test]
+fn a_name_or_a_pin_survives_a_restart_and_nothing_else_does() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    let id = session(&server, "Words to come back to.");
+    let disk = metric(server.address(), "ampoule_capsule_bytes{tier=\"disk\"}");
+    let named = snapshot(&server, &id, &json!({ "name": "harbour" }));
+    assert_eq!(
+        (&named["stored"], &named["pinned"], &named["replaced"]),
+        (&json!(true), &json!(false), &Value::Null)
+    );
+    let pinned = snapshot(&server, &id, &json!({ "pin": true }));
+    let neither = snapshot(&server, &id, &json!({}));
+    assert_eq!((&pinned["stored"], &neither["stored"]), (&json!(true), &json!(false)));
+    // What sessions and capsules write is counted at once.
+    assert!(disk > 10_000, "{disk}");
+    let unpinned = snapshot(&server, &id, &json!({ "name": "mast", "pin": true }));
+    let unpin = format!("/v1/capsules/{}/pin", unpinned["id"].as_str().unwrap());
+    let unpinned = request(server.address(), "DELETE", &unpin, "", "").json();
+    assert_eq!((&unpinned["stored"], &unpinned["pinned"]), (&json!(true), &json!(false)));
+    let said = says(&server, "harbour");
+    server.stop().unwrap();
+
+    let server = start(stored(&place));
+    assert_eq!(
+        listed(&server),
+        [
+            (None, true, false),
+            (Some("harbour".into()), true, false),
+            (Some("mast".into()), true, false)
+        ]
+    );
+    let back =
+        get(server.address(), &format!("/v1/capsules/{}", named["id"].as_str().unwrap())).json();
+    assert_eq!((&back["pinned"], &back["lineage"]), (&json!(false), &named["lineage"]));
+    assert_eq!(says(&server, "harbour"), said);
+    let gone = get(server.address(), &format!("/v1/capsules/{}", neither["id"].as_str().unwrap()));
+    assert_eq!(gone.status, 404);
+    // A pin without a name that is taken away leaves nothing in the store.
+    let unpin = format!("/v1/capsules/{}/pin", pinned["id"].as_str().unwrap());
+    assert_eq!(request(server.address(), "DELETE", &unpin, "", "").json()["stored"], false);
+    server.stop().unwrap();
+    let server = start(stored(&place));
+    assert_eq!(listed(&server).len(), 2);
+    server.stop().unwrap();
+}
+
+#[test]
+fn a_name_moves_and_the_older_capsule_keeps_its_id() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    let at = server.address();
+    let id = session(&server, "First words.");
+    let first = snapshot(&server, &id, &json!({ "name": "latest", "pin": true }));
+    ok(at, &format!("/v1/sessions/{id}/append"), &json!({ "text": " And more." }));
+    let second = snapshot(&server, &id, &json!({ "name": "latest" }));
+    ok(at, &format!("/v1/sessions/{id}/append"), &json!({ "text": " And more again." }));
+    let third = snapshot(&server, &id, &json!({ "name": "latest" }));
+    assert_eq!((&second["replaced"], &third["replaced"]), (&first["id"], &second["id"]));
+    let read = |which: &Value| get(at, &format!("/v1/capsules/{}", which.as_str().unwrap()));
+    assert_eq!(read(&json!("latest")).json()["id"], third["id"]);
+    for (older, stored) in [(&first, true), (&second, false)] {
+        let older = read(&older["id"]).json();
+        assert_eq!((&older["name"], older["stored"] == true), (&Value::Null, stored));
+    }
+    server.stop().unwrap();
+    // A pin keeps the older one in the store; what has neither pin nor name went with the process.
+    let server = start(stored(&place));
+    assert_eq!(listed(&server), [(None, true, false), (Some("latest".into()), true, false)]);
+    let latest = get(server.address(), "/v1/capsules/latest").json();
+    assert_eq!(latest["position"], third["position"]);
+    server.stop().unwrap();
+}
+
+/// Saves capsules as the command line does.
+fn save(place: &std::path::Path, model: &str, text: &str, name: &str) {
+    let options =
+        LoadOptions { device: Device::Cpu, threads: 1, context: 64, ..LoadOptions::default() };
+    let model = Ampoule::load(model, &options, &mut |_, _| {}).unwrap();
+    let mut model = model.with_stand_in_tokenizer().unwrap();
+    let tokens = model
+        .tokenizer()
+        .unwrap()
+        .encode(text, ampoule::EncodeOptions { add_special: true, parse_special: true });
+    let slot = model.slot_with(&tokens.unwrap()).unwrap();
+    let capsule = model.engine.snapshot(slot).unwrap();
+    let store = CapsuleStore::open(place.to_str().unwrap(), StoreOptions::default()).unwrap();
+    store.save(&model, &capsule, Some((name, Expected::Nothing)), None).unwrap();
+}
+
+#[test]
+fn names_that_the_command_line_gave_can_be_used_over_http() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    save(&place, TINY, "Told by the command line.", "told");
+    save(&place, support::NANO, "Of another model.", "other");
+    let server = start(stored(&place));
+    let at = server.address();
+    assert_eq!(listed(&server), [(Some("told".into()), true, true)]);
+    let told = get(at, "/v1/capsules/told").json();
+    let tree = get(at, "/v1/capsules/tree").json();
+    assert_eq!((&tree["data"][0]["id"], &tree["data"][0]["below"]), (&told["id"], &Value::Null));
+    let own = session(&server, "Told by the command line.");
+    let own = snapshot(&server, &own, &json!({ "name": "own" }));
+    assert_eq!(own["position"], told["position"]);
+    // The same tokens, the same state, by name and by id; nothing is read for it.
+    let read = metric(at, "ampoule_prompt_tokens_read_total");
+    assert_eq!(says(&server, "told"), says(&server, "own"));
+    assert_eq!(says(&server, told["id"].as_str().unwrap()), says(&server, "own"));
+    assert_eq!(metric(at, "ampoule_prompt_tokens_read_total"), read);
+    let empty = ok(at, "/v1/sessions", &json!({}))["id"].as_str().unwrap().to_owned();
+    let back = ok(at, &format!("/v1/sessions/{empty}/restore"), &json!({ "capsule": "told" }));
+    assert_eq!(back["position"], told["position"]);
+    assert_eq!(get(at, "/v1/capsules/told/export").status, 200);
+    assert_eq!(listed(&server).len(), 2, "loaded, it is still one");
+    // It is changed where it was made.
+    for path in ["/v1/capsules/told", "/v1/capsules/told/pin"] {
+        let refused = request(at, "DELETE", path, "", "");
+        assert_eq!(refused.status, 409);
+        assert!(refused.json()["error"]["message"].as_str().unwrap().contains("capsule rm"));
+    }
+    assert_eq!(ok(at, "/v1/capsules/told/pin", &json!({}))["id"], told["id"]);
+    let other = post(at, "/v1/sessions", &json!({ "capsule": "other" }));
+    let said = other.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(other.status == 404 && said.contains("nano"), "{said}");
+    let missing = get(at, "/v1/capsules/nobody").json()["error"]["message"].to_string();
+    assert!(missing.contains("GET /v1/capsules") && missing.contains("import"), "{missing}");
+    server.stop().unwrap();
+
+    // With keys a name of the store is open to all of them where the operator says so.
+    let keys =
+        vec![ampoule_server::key_digest("key-of-alice"), ampoule_server::key_digest("key-of-bob")];
+    let ask = |server: &Server, key: &str, path: &str| {
+        request(server.address(), "GET", path, "", &format!("authorization: Bearer {key}\r\n"))
+    };
+    let server = start(Config { keys: keys.clone(), ..stored(&place) });
+    let closed = ask(&server, "key-of-alice", "/v1/capsules/told");
+    assert_eq!(closed.status, 404);
+    assert!(closed.json()["error"]["message"].as_str().unwrap().contains("--warm"));
+    assert_eq!(
+        ask(&server, "key-of-alice", "/v1/capsules").json()["data"],
+        json!([]),
+        "own too was made without a key"
+    );
+    server.stop().unwrap();
+    let server = start(Config { keys, warm: vec!["told".to_owned()], ..stored(&place) });
+    for key in ["key-of-alice", "key-of-bob"] {
+        assert_eq!(ask(&server, key, "/v1/capsules/told").json()["id"], told["id"], "{key}");
+    }
+    server.stop().unwrap();
+}
+
+#[test]
+fn an_imported_capsule_takes_its_name_from_the_query_and_unknown_parameters_are_refused() {
+    let server = start(config());
+    let at = server.address();
+    let id = session(&server, "A file.");
+    let made = snapshot(&server, &id, &json!({}));
+    let file = get(at, &format!("/v1/capsules/{}/export", made["id"].as_str().unwrap())).body;
+    let import = |query: &str| {
+        let path = format!("/v1/capsules/import{query}");
+        let mut bytes = support::head("POST", &path, file.len(), "").into_bytes();
+        bytes.extend_from_slice(&file);
+        support::raw(at, &bytes)
+    };
+    let named = import("?name=two%20words+more&pin=true");
+    assert_eq!(named.status, 201);
+    assert_eq!(
+        (&named.json()["name"], &named.json()["pinned"]),
+        (&json!("two words more"), &json!(true))
+    );
+    assert_eq!(get(at, "/v1/capsules/two%20words%20more").json()["id"], named.json()["id"]);
+    let again = import("?name=two%20words%20more").json();
+    assert_eq!(again["replaced"], named.json()["id"]);
+    for (query, param) in
+        [("?nam=x", "nam"), ("?name=a&name=b", "name"), ("?pin=perhaps", "pin"), ("?name=", "name")]
+    {
+        let refused = import(query);
+        assert_eq!(
+            (refused.status, &refused.json()["error"]["param"]),
+            (400, &json!(param)),
+            "{query}"
+        );
+    }
+    server.stop().unwrap();
+}
+
+#[test]
+fn a_client_that_hangs_up_without_a_stream_leaves_its_message_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    let at = server.address();
+    let id = session(&server, "Before.");
+    let path = format!("/v1/sessions/{id}");
+    let ask = json!({ "messages": [{ "role": "user", "content": "Go on." }], "max_tokens": 2000, "ignore_eos": true }).to_string();
+    let mut stream = support::open(at);
+    let head = support::head("POST", &format!("{path}/generate"), ask.len(), "");
+    std::io::Write::write_all(&mut stream, format!("{head}{ask}").as_bytes()).unwrap();
+    support::eventually("it replies", || metric(at, "ampoule_generation_tokens_total") > 3);
+    drop(stream);
+    support::eventually("it is free", || get(at, &path).json()["busy"] == false);
+    let left = get(at, &path).json();
+    assert_eq!((&left["messages"], &left["reply_tokens"]), (&json!(1), &json!(0)), "{left}");
+    let position = left["position"].clone();
+    server.stop().unwrap();
+    // The store has it as memory had it.
+    let server = start(stored(&place));
+    let left = get(server.address(), &path).json();
+    assert_eq!((&left["messages"], &left["position"]), (&json!(1), &position));
+    server.stop().unwrap();
+}
+
+#[test]
+fn a_store_that_is_full_says_so_and_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store").to_str().unwrap().to_owned();
+    let mut options = StoreOptions::default();
+    options.quota = Some(1 << 20);
+    let server = start(Config { store: Some((place, options)), ..config() });
+    let at = server.address();
+    let id = session(&server, "Some words.");
+    let mut names = 0;
+    let full = loop {
+        let grown =
+            post(at, &format!("/v1/sessions/{id}/append"), &json!({ "text": " And more words." }));
+        let path = format!("/v1/sessions/{id}/snapshot");
+        let made = post(at, &path, &json!({ "name": format!("name {names}") }));
+        if made.status != 201 {
+            break made;
+        }
+        assert!(grown.status == 200 && names < 1000);
+        names += 1;
+    };
+    assert_eq!(full.status, 507);
+    assert!(full.json()["error"]["message"].as_str().unwrap().contains("--store-quota-mib"));
+    assert!(names > 0 && listed(&server).len() == names);
+    server.stop().unwrap();
+}
+
+#[test]
+fn what_nobody_can_reach_is_said_at_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    assert!(server.notes().is_empty());
+    session(&server, "Made without a key.");
+    server.stop().unwrap();
+    let key = ampoule_server::key_digest("key-of-alice");
+    let server = start(Config { keys: vec![key], ..stored(&place) });
+    assert!(server.notes()[0].ends_with("(sessions: 1)"), "{:?}", server.notes());
+    server.stop().unwrap();
+    let server = start(stored(&place));
+    assert!(server.notes().is_empty());
+    server.stop().unwrap();
+}
