@@ -262,6 +262,12 @@ mod tests {
             all += list.len();
             let expected = whole(&info, &space, &text, tools).unwrap();
             assert_eq!(shown(&info, &space, &text, tools).unwrap(), expected, "{round}: {text}");
+            // Templates that show more than this one does get all of it: the name of a result's call, say.
+            let mut values = messages(serde_json::from_str(&text).unwrap()).unwrap();
+            values.iter_mut().for_each(|value| info.guard_message(value));
+            let kept = info.shown(&space, &text, false).unwrap().unwrap();
+            assert_eq!(serde_json::to_value(&*kept).unwrap(), Value::Array(values), "{round}");
+            assert_eq!(info.recent.known(&[9; 32], &text).ends.len(), 0, "not across namespaces");
             lists.push(list);
             if lists.len() > 10 {
                 lists.remove(next(10));
@@ -270,8 +276,25 @@ mod tests {
         assert!(reused > all / 3 && reused < all, "{reused} of {all} messages");
         let kept = info.recent.lock();
         assert!(kept.len() <= CONVERSATIONS && kept.iter().any(|k| k.space == [1; 32]));
-        drop(kept);
-        assert_eq!(info.recent.known(&[9; 32], "[{}]").ends.len(), 0, "not across namespaces");
+    }
+
+    /// A change of one letter anywhere, the last one of a message included.
+    #[test]
+    fn no_letter_is_taken_for_another() {
+        let info = info();
+        let list = json!([{ "role": "user", "content": "aé" }, { "role": "user", "content": "a" }]);
+        let list = list.to_string();
+        for at in 0..list.len() {
+            if list.as_bytes()[at] != b'a' {
+                continue;
+            }
+            let other = format!("{}b{}", &list[..at], &list[at + 1..]);
+            let space = [at as u8; 32];
+            assert!(info.shown(&space, &list, false).is_some_and(|shown| shown.is_ok()));
+            assert_eq!(info.recent.known(&space, &list).ends.len(), 2);
+            let expected = whole(&info, &space, &other, &[]).unwrap();
+            assert_eq!(shown(&info, &space, &other, &[]).unwrap(), expected, "{other}");
+        }
     }
 
     #[test]
