@@ -264,7 +264,9 @@ mod tests {
             assert_eq!(shown(&info, &space, &text, tools).unwrap(), expected, "{round}: {text}");
             // Templates that show more than this one does get all of it: the name of a result's call, say.
             let mut values = messages(serde_json::from_str(&text).unwrap()).unwrap();
-            values.iter_mut().for_each(|value| info.guard_message(value));
+            for value in &mut values {
+                info.guard_message(value);
+            }
             let kept = info.shown(&space, &text, false).unwrap().unwrap();
             assert_eq!(serde_json::to_value(&*kept).unwrap(), Value::Array(values), "{round}");
             assert_eq!(info.recent.known(&[9; 32], &text).ends.len(), 0, "not across namespaces");
