@@ -321,6 +321,23 @@ fn attention(list: &mut List) {
             });
         }
     }
+    // The same on tensor cores: keys of more than one part, added by many blocks in narrow buckets and by one in wide ones.
+    for (x, kv_heads, share, head_dim) in [(BF16, 9, 4, 256), (F16, 9, 4, 64)] {
+        let (tokens, layout, position) = (Tokens::Grid(70), Fused, 600);
+        let (cache, out, append_only) = (x, x, false);
+        list.push(AttentionCase {
+            tokens,
+            x,
+            cache,
+            out,
+            layout,
+            kv_heads,
+            share,
+            head_dim,
+            position,
+            append_only,
+        });
+    }
 }
 
 fn conv(list: &mut List) {
@@ -389,7 +406,9 @@ fn delta(list: &mut List) {
         }
     }
     for (x, layout) in [(F32, Plain), (BF16, Fused)] {
-        for (key_heads, value_heads, key_dim, value_dim) in [(1, 2, 32, 16), (2, 2, 16, 64)] {
+        for (key_heads, value_heads, key_dim, value_dim) in
+            [(1, 2, 32, 16), (2, 2, 16, 64), (1, 2, 128, 128), (1, 2, 200, 40)]
+        {
             let tokens = Tokens::Grid(70);
             list.push(DeltaCase {
                 tokens,

@@ -8,8 +8,8 @@
 // that depends on their number alone. attention_stream: blocks go from split to split, with the next ones on their way to
 // shared memory; attention_split: a block a split, for what the former does not take.
 // Prefill: tiles of keys from position 0 upwards. A tile wholly masked for a row changes no bit of it, so a row does not
-// depend on the rows beside it. With few tokens all query heads of a key head share the rows of a tile: keys and values are
-// read once for all of them.
+// depend on the rows beside it (as long as the values are finite). With few tokens and keys of several parts all query heads of a
+// key head share the rows of a tile: keys and values are read once for all of them.
 
 #define SPLIT 64
 #define MOST_SPLITS 4096
@@ -655,7 +655,8 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     const int BM = 64, LD = D + 8;  // rows are 16 bytes apart in the banks
     extern __shared__ float4 shared[];
     // Two tiles of keys and values at a time where registers leave room for two blocks a multiprocessor anyway: the next one is
-    // on its way for as long as a tile takes.
+    // on its way for as long as a tile takes. 99 KiB a block: two blocks on sm_90 and sm_100; one where a multiprocessor has
+    // less than 200 KiB, and all that a block may have on sm_86, 89 and 120.
     const int STAGES = D == 256 ? 2 : 1;
     u16* qs = (u16*)shared;           // [BM][LD]
     u16* ks = qs + BM * LD;           // [STAGES][BN][LD]

@@ -162,7 +162,7 @@ template <int CHUNKS> struct Normed {
 };
 
 // One token, with norm and gate of the head's output.
-template <int CHUNKS, int COLUMNS>
+template <int CHUNKS>
 __device__ __forceinline__ void delta_step(const Delta& p) {
     const int KD = CHUNKS * 32;
     __shared__ __align__(16) float ks[KD], qs[KD];
@@ -257,7 +257,7 @@ __device__ __forceinline__ void delta_step(const Delta& p) {
     if (alone) {
         __syncthreads();
         const int c = threadIdx.x;
-        // Few warps: a head has at most 256 columns, and every one of them is some thread's.
+        // A head has at most 128 columns here, and every one of them is some thread's.
         if (c < ((p.value_dim + 31) & ~31)) {
             const float scale = rms_scale(warp_squares(local, 0, 0, p.value_dim), p.value_dim, p.eps);
             if (c < p.value_dim) store1(p.normed, 0, (i64)h * p.value_dim + c, head_out[c] * scale * norm_weight * silu(cooked(gate, p.gate.dtype)));
@@ -433,18 +433,15 @@ __device__ __forceinline__ void delta_tokens(const Delta& p) {
     if (valid > 0) held.write(p);
 }
 
-#define DELTA_STEP(name, CHUNKS, COLUMNS, THREADS)                                                               \
+#define DELTA_STEP(name, CHUNKS, THREADS)                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 1 : 4) name(const __grid_constant__ Delta p) { \
-        delta_step<CHUNKS, COLUMNS>(p);                                                                          \
+        delta_step<CHUNKS>(p);                                                                                   \
     }
-// One block a head where a head has at most 128 columns and 128 key rows, else blocks of 32 columns.
-DELTA_STEP(gated_delta_step_wide_1, 1, 128, 512)
-DELTA_STEP(gated_delta_step_wide_2, 2, 128, 512)
-DELTA_STEP(gated_delta_step_wide_4, 4, 128, 512)
-DELTA_STEP(gated_delta_step_1, 1, 32, 128)
-DELTA_STEP(gated_delta_step_2, 2, 32, 128)
-DELTA_STEP(gated_delta_step_4, 4, 32, 128)
-DELTA_STEP(gated_delta_step_8, 8, 32, 128)
+// One block a head, of at most 128 columns; where key rows take more registers, blocks of 32 columns.
+DELTA_STEP(gated_delta_step_wide_1, 1, 512)
+DELTA_STEP(gated_delta_step_wide_2, 2, 512)
+DELTA_STEP(gated_delta_step_wide_4, 4, 512)
+DELTA_STEP(gated_delta_step_8, 8, 128)
 
 #define DELTA_TOKENS(name, CHUNKS, TOKENS)                                                       \
     extern "C" __global__ void __launch_bounds__(128, 2) name(const __grid_constant__ Delta p) { \

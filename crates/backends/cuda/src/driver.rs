@@ -375,7 +375,7 @@ impl PinnedMemory {
 impl Drop for PinnedMemory {
     fn drop(&mut self) {
         if self.context.enter().is_ok() {
-            // SAFETY: allocated by `new`, freed once.
+            // SAFETY: allocated by `unwritten`, freed once.
             unsafe { sys::cuMemFreeHost(self.at.cast()) };
         }
     }

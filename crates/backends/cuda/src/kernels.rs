@@ -98,9 +98,6 @@ const NAMES: &[(&str, &[&str])] = &[
         "recurrent",
         &[
             "causal_conv",
-            "gated_delta_step_1",
-            "gated_delta_step_2",
-            "gated_delta_step_4",
             "gated_delta_step_8",
             "gated_delta_step_wide_1",
             "gated_delta_step_wide_2",

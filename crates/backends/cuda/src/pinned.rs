@@ -10,11 +10,11 @@ use crate::driver::{Context, Event, PinnedMemory, device_error};
 use crate::frozen::{CapsuleStore, CudaFrozen};
 use crate::pool::{ALIGNMENT, Pool};
 
-/// Least and most bytes that are page-locked at a time, unless more are wanted at once.
-const SLAB: (usize, usize) = (4 << 20, 512 << 20);
+/// Least and most bytes that are page-locked at a time, unless more are wanted at once: 20 ms at most.
+const SLAB: (usize, usize) = (4 << 20, 32 << 20);
 
 /// Page-locked memory in slabs. Locking costs 0.6 ms a MiB, thirty times as much as a copy over the link, so what has been
-/// locked stays so for the next capsules, until the program goes.
+/// locked stays so for the next capsules, until the program and the last frozen state of it have gone.
 #[derive(Default)]
 pub(crate) struct PinnedPool(Mutex<Vec<Slab>>);
 
@@ -56,15 +56,21 @@ impl PinnedPool {
                 ranges.push(range);
                 continue;
             }
-            // Twice as much as before, and all that is still wanted.
+            // All that is still wanted, and while there is little of it twice as much as before.
             let rest: usize = sizes[index..].iter().map(|size| size + ALIGNMENT).sum();
             let locked: usize = slabs.iter().map(|slab| slab.memory.bytes()).sum();
             let size = locked.clamp(SLAB.0, SLAB.1).max(rest).next_multiple_of(ALIGNMENT);
-            let added = PinnedMemory::unwritten(context, size);
-            let added = added.map(|memory| slabs.push(Slab { memory, free: Pool::new(size) }));
+            let added = PinnedMemory::unwritten(context, size).or_else(|_| {
+                // What is wanted may still be there.
+                PinnedMemory::unwritten(context, rest.next_multiple_of(ALIGNMENT))
+            });
+            let added = added.map(|memory| {
+                let free = Pool::new(memory.bytes());
+                slabs.push(Slab { memory, free });
+            });
             let range = added.and_then(|()| {
                 take(&mut slabs, bytes).ok_or_else(|| {
-                    device_error(format!("{bytes} bytes do not fit into {size} new ones"))
+                    device_error(format!("{bytes} bytes do not fit into new host memory"))
                 })
             });
             ranges.push(range.inspect_err(|_| give_back(&mut slabs, &ranges))?);
@@ -113,14 +119,14 @@ impl PinnedFrozen {
         let table = &store.resident.model.model().buffers;
         let sizes: Vec<usize> = frozen.regions.iter().map(|region| region.bytes(table)).collect();
         let ranges = store.pinned.allocate(&store.resident.device.context, &sizes)?;
-        let this = Self { store: Arc::clone(store), regions: frozen.regions.clone(), ranges };
+        let mut this = Self { store: Arc::clone(store), regions: frozen.regions.clone(), ranges };
         if let Some(ready) = &frozen.ready {
             store.copies.wait(ready)?;
         }
         let mut enqueued = Ok(());
         for (index, range) in this.ranges.iter().enumerate() {
             // SAFETY: the source lies in the reservation, which the frozen state keeps; the target is this range alone, which
-            // is not given back before the wait below.
+            // is not given back before the wait below, nor if that fails.
             enqueued =
                 unsafe { store.copies.download(range.at, frozen.address(index), range.bytes) };
             if enqueued.is_err() {
@@ -130,6 +136,10 @@ impl PinnedFrozen {
         // Also after a failure: copies may be on their way into the memory.
         let done = store.copies.synchronize();
         store.synchronizations.fetch_add(1, Ordering::Relaxed);
+        if done.is_err() {
+            // The device may still write: nobody gets these ranges again.
+            this.ranges.clear();
+        }
         enqueued.and(done)?;
         Ok(this)
     }

@@ -92,7 +92,7 @@ pub trait Backend: Send + Sync {
 pub struct Counters {
     /// Replays, each one launch from the host's side.
     pub launches: u64,
-    /// Allocations of device memory (or of the memory that stands for it).
+    /// Allocations of device memory (or of the memory that stands for it), and of page-locked host memory for capsules.
     pub allocations: u64,
     /// Plans captured or compiled.
     pub captures: u64,
