@@ -199,7 +199,11 @@ async fn authorise(State(app): AppState, mut request: Request, next: Next) -> Re
             let mut error = ApiError::new(
                 StatusCode::UNAUTHORIZED,
                 "authentication_error",
-                "an API key is needed: Authorization: Bearer KEY",
+                if request.headers().contains_key(header::AUTHORIZATION) {
+                    "this API key is not one of the server's"
+                } else {
+                    "an API key is needed: Authorization: Bearer KEY"
+                },
             );
             error.code = Some("invalid_api_key");
             return error.into_response();
@@ -290,7 +294,7 @@ async fn metrics(State(app): AppState, headers: HeaderMap) -> Response {
         return ApiError::new(
             StatusCode::UNAUTHORIZED,
             "authentication_error",
-            "an API key is needed",
+            "an API key is needed: Authorization: Bearer KEY",
         )
         .into_response();
     }
