@@ -33,6 +33,9 @@ if [ "$mode" = full ]; then
     step ops_unfused env AMPOULE_CUDA_FUSION=0 AMPOULE_CUDA_PDL=0 "$bin/conformance" ops --backend cuda
     step kernels "$bin/bench_kernels" launch gemv copy attention delta sample model
     step memcheck compute-sanitizer --tool memcheck --error-exitcode 9 "$bin/goldens" --backend cuda --folder "$root/conformance/golden/qwen35"
-    step racecheck compute-sanitizer --tool racecheck --error-exitcode 9 "$bin/ampoule" verify --model random:qwen3.5-tiny --device cuda --trials 1
+    # Without chains: the tool fails on them (docs/cuda-notes.md). The ops take some ten minutes.
+    race="env AMPOULE_CUDA_CHAIN=0 AMPOULE_CUDA_TUNE=0 compute-sanitizer --tool racecheck --error-exitcode 9"
+    step racecheck $race "$bin/gpu_tests" --test-threads=1 decode_does_not_depend
+    step racecheck_ops $race "$bin/conformance" ops --backend cuda --cases 0
 fi
 exit $failed
