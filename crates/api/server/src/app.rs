@@ -356,6 +356,20 @@ pub(crate) async fn off_thread_if<T: Send + 'static>(
     caught.map_err(|_| ApiError::internal())?
 }
 
+/// Bytes of a body that is worked on without a change of threads: a few milliseconds of work at most.
+pub(crate) const QUICK: usize = 64 << 10;
+
+/// Reads the body of a request: a long one off the threads that serve connections.
+pub(crate) async fn read<T: Send + 'static>(
+    app: &Arc<App>,
+    caller: Caller,
+    body: &Body,
+    parse: impl FnOnce(&App, &Caller, &[u8]) -> ApiResult<T> + Send + 'static,
+) -> ApiResult<T> {
+    let (app, long, body) = (Arc::clone(app), body.len() > QUICK, body.clone());
+    off_thread_if(long, move || parse(&app, &caller, &body)).await
+}
+
 pub(crate) fn random() -> u64 {
     let mut bytes = [0; 8];
     match getrandom::fill(&mut bytes) {

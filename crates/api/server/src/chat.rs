@@ -8,7 +8,8 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
 use crate::app::{
-    App, Body, Caller, Generation, Prepared, Tally, Wanted, finish_word, new_id, now, off_thread_if,
+    App, Body, Caller, Generation, Prepared, QUICK, Tally, Wanted, finish_word, new_id, now,
+    off_thread_if, read,
 };
 use crate::cache::Space;
 use crate::error::{ApiError, ApiResult};
@@ -294,9 +295,6 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     Ok(Request { conversation, wanted, stream, usage })
 }
 
-/// Bytes of a body whose prompt is made without a change of threads: a few milliseconds of work at most.
-const QUICK: usize = 64 << 10;
-
 /// Makes prompt and grammar. `bytes` is how large the conversation is.
 pub(crate) async fn prepare(
     app: &Arc<App>,
@@ -323,7 +321,7 @@ pub(crate) async fn prepare(
 }
 
 pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResult<Response> {
-    let request = parse(&app, &caller, &body)?;
+    let request = read(&app, caller, &body, parse).await?;
     let bytes = body.len();
     drop(body);
     let permit = app.place()?;

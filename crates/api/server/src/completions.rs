@@ -8,7 +8,7 @@ use axum::Json;
 use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 
-use crate::app::{App, Body, Caller, Generation, Tally, blocking, finish_word, new_id, now};
+use crate::app::{App, Body, Caller, Generation, Tally, blocking, finish_word, new_id, now, read};
 use crate::error::{ApiError, ApiResult};
 use crate::fields::{Fields, Hints};
 use crate::prompt::messages;
@@ -66,7 +66,8 @@ const DETOKENIZE: Hints = &[
 ];
 
 pub(crate) async fn handle(app: Arc<App>, caller: Caller, body: Body) -> ApiResult<Response> {
-    let mut fields = Fields::parse(&body)?.with_hints(HINTS);
+    let fields = read(&app, caller, &body, |_, _, body| Fields::parse(body)).await?;
+    let mut fields = fields.with_hints(HINTS);
     app.check_model(&mut fields)?;
     let text = prompt(fields.require("prompt")?)?;
     let mut wanted = app.wanted(&mut fields, &caller, &["max_tokens"], Some(DEFAULT_TOKENS))?;
@@ -250,7 +251,8 @@ fn streamed(
 }
 
 pub(crate) async fn tokenize(app: Arc<App>, caller: Caller, body: Body) -> ApiResult<Response> {
-    let mut fields = Fields::parse(&body)?.with_hints(TOKENIZE);
+    let fields = read(&app, caller, &body, |_, _, body| Fields::parse(body)).await?;
+    let mut fields = fields.with_hints(TOKENIZE);
     app.check_model(&mut fields)?;
     let text = fields.text("prompt", usize::MAX)?;
     let text = fields.text("content", usize::MAX)?.map_or(text, Some);
@@ -271,7 +273,8 @@ pub(crate) async fn tokenize(app: Arc<App>, caller: Caller, body: Body) -> ApiRe
         .into_response())
 }
 
-pub(crate) fn detokenize(app: &App, body: &Body) -> ApiResult<Response> {
+/// The text of tokens.
+pub(crate) fn detokenize(app: &App, _: &Caller, body: &[u8]) -> ApiResult<Response> {
     let mut fields = Fields::parse(body)?.with_hints(DETOKENIZE);
     app.check_model(&mut fields)?;
     let tokens: Vec<u32> = fields.require("tokens")?;

@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
-use crate::app::{App, Caller};
+use crate::app::{App, Caller, read};
 use crate::error::{ApiError, ApiResult, REQUEST};
 use crate::fields::{Fields, percent_decoded};
 use crate::patience::{Hold, Patient};
@@ -343,9 +343,13 @@ with_body! {
     tokenize => completions::tokenize,
 }
 
-async fn detokenize(State(app): AppState, request: Request) -> ApiResult<Response> {
+async fn detokenize(
+    State(app): AppState,
+    Extension(caller): Caught,
+    request: Request,
+) -> ApiResult<Response> {
     let body = body(&app, request).await?;
-    completions::detokenize(&app, &body)
+    read(&app, caller, &body, completions::detokenize).await
 }
 
 async fn read_response(

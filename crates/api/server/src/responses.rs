@@ -8,7 +8,9 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
 
-use crate::app::{App, Body, Caller, Generation, Prepared, Tally, Wanted, blocking, new_id, now};
+use crate::app::{
+    self, App, Body, Caller, Generation, Prepared, Tally, Wanted, blocking, new_id, now,
+};
 use crate::chat::{Conversation, Format, logprob_entry, prepare};
 use crate::durable::Record;
 use crate::error::{ApiError, ApiResult};
@@ -272,7 +274,7 @@ fn instructed(instructions: Option<&str>, messages: &[Value]) -> Vec<Value> {
 }
 
 pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResult<Response> {
-    let mut request = parse(&app, &caller, &body)?;
+    let mut request = app::read(&app, caller, &body, parse).await?;
     drop(body);
     let previous = match &request.previous {
         None => None,

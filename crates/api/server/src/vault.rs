@@ -171,12 +171,20 @@ impl SessionState {
     }
 }
 
+/// Where each message of a session ends while its last boundary is this one, so far as that could be told.
+pub(crate) struct Listed {
+    pub mark: String,
+    pub ends: Vec<Option<u32>>,
+}
+
 pub(crate) struct Session {
     pub key: [u8; 32],
     pub created: u64,
     pub parent: Option<String>,
     state: Mutex<SessionState>,
     used: Mutex<Instant>,
+    /// What a listing of its messages found.
+    pub listed: Mutex<Option<Listed>>,
     /// Whether the store has it as it stands.
     saved: AtomicBool,
     /// Whether its owner deleted it: then it must not be saved again.
@@ -192,7 +200,7 @@ impl Session {
     ) -> Self {
         let (state, used) = (Mutex::new(state), Mutex::new(Instant::now()));
         let (saved, deleted) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { key, created, parent, state, used, saved, deleted }
+        Self { key, created, parent, state, used, listed: Mutex::new(None), saved, deleted }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, SessionState> {
@@ -322,9 +330,10 @@ impl Vault {
         true
     }
 
-    /// Gives up something that can be had again, what was used least recently first: places within replies; the state of a
-    /// response, which can still be read, and continued by reading its conversation again or from the store; what has a name
-    /// in the store; a session that the store has; the older boundaries of a session. False if there is nothing.
+    /// Gives up something that can be had again, of the first of these kinds that there is: places within replies; the state of
+    /// a response, which can still be read, and continued by reading its conversation again or from the store; any that has a
+    /// name in the store; a session that the store has; the older boundaries of a session. But for what has a name in the store
+    /// it is what was used least recently. False if there is nothing.
     pub(crate) fn relieve(&self) -> bool {
         if self.relieve_of_waypoints(Duration::ZERO) {
             return true;
@@ -503,8 +512,9 @@ impl Vault {
         if let Some(found) = all.get(which).filter(|c| c.is_for(key)) {
             return Some((which.to_owned(), found.clone()));
         }
-        let named = |(_, c): &(&String, &NamedCapsule)| c.name.as_deref() == Some(which);
-        let found = all.iter().filter(named).filter(|(_, c)| c.is_for(key));
+        // Of other keys' capsules not even the names are looked at.
+        let mine = all.iter().filter(|(_, c)| c.is_for(key));
+        let found = mine.filter(|(_, c)| c.name.as_deref() == Some(which));
         found.max_by_key(|(_, c)| c.is_of(key)).map(|(id, c)| (id.clone(), c.clone()))
     }
 

@@ -281,7 +281,18 @@ fn messages_are_listed_with_the_places_that_rollbacks_go_to() {
     for message in messages.iter().rev() {
         let back = ok(at, &verb("rollback"), &json!({ "message": message["message"] }));
         assert_eq!(back["position"], message["end"], "{message}");
-        assert_eq!(list().len() as u64, message["message"].as_u64().unwrap());
+        let left = message["message"].as_u64().unwrap() as usize;
+        assert_eq!(list(), messages[..left]);
+        assert_eq!(list(), messages[..left], "what the first listing found");
+    }
+    // As many messages as there were once, and other ones.
+    for words in ["Be brief.", "Be brief, and write of nothing but the weather."] {
+        let pair = [words, "Well?"].map(|text| json!({ "role": "user", "content": text }));
+        ok(at, &verb("rollback"), &json!({ "message": 1 }));
+        let session = ok(at, &verb("append"), &json!({ "messages": pair }));
+        let now = list();
+        assert_eq!((now.len(), &now[2]["end"]), (3, &session["position"]));
+        assert!(now[1]["end"].as_u64() < now[2]["end"].as_u64(), "{now:?}");
     }
     server.stop().unwrap();
 }

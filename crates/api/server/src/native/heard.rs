@@ -16,63 +16,55 @@ struct Letter {
     end: usize,
 }
 
-/// The letters of a text: accents apart from what they stand on, white space as one space, none at the beginning.
-fn letters(text: &str) -> Vec<Letter> {
-    let mut out: Vec<Letter> = Vec::with_capacity(text.len());
-    for (start, letter) in text.char_indices() {
-        let end = start + letter.len_utf8();
-        if letter.is_whitespace() {
-            match out.last_mut() {
-                Some(last) if last.char == ' ' => last.end = end,
-                Some(_) => out.push(Letter { char: ' ', start, end }),
-                None => {}
-            }
-        } else {
-            let parts = std::iter::once(letter).nfd();
-            out.extend(parts.map(|(char, _)| Letter { char, start, end }));
-        }
-    }
-    out
+/// The letters of a text, made as they are asked for: accents apart from what they stand on, white space as one space, none at
+/// the beginning.
+fn letters(text: &str) -> impl Iterator<Item = Letter> {
+    let mut at = text.len() - text.trim_start().len();
+    let units = std::iter::from_fn(move || {
+        let (start, rest) = (at, text.get(at..)?);
+        let first = rest.chars().next()?;
+        let white = first.is_whitespace();
+        at += if white { rest.len() - rest.trim_start().len() } else { first.len_utf8() };
+        Some((if white { ' ' } else { first }, start, at))
+    });
+    units.flat_map(|(letter, start, end)| {
+        let parts = std::iter::once(letter).nfd();
+        parts.map(move |(char, _)| Letter { char, start, end })
+    })
 }
 
-/// How many bytes of a reply were heard.
+/// How many bytes of a reply were heard. The text is read no further than it agrees with the reply.
 fn bytes_heard(reply: &str, text: &str) -> Result<usize, String> {
     if reply.starts_with(text) {
         return Ok(text.len());
     }
-    let (said, mut heard) = (letters(reply), letters(text));
-    if let Some(last) = heard.last()
-        && last.char == ' '
-        && said.get(heard.len() - 1).is_none_or(|letter| letter.char != ' ')
-    {
-        heard.pop();
+    let (mut said, mut heard) = (letters(reply).peekable(), letters(text).peekable());
+    let mut last = None;
+    while let Some(letter) = heard.peek() {
+        match said.next_if(|said| said.char == letter.char) {
+            Some(same) => last = Some((same, *letter)),
+            // White space at the end of the text alone.
+            None if letter.char == ' ' && letter.end == text.len() => break,
+            None => return Err(difference(reply, text, said.peek(), letter)),
+        }
+        heard.next();
     }
-    let same = |&(at, letter): &(usize, &Letter)| said[at].char == letter.char;
-    let same = heard.iter().enumerate().take(said.len()).take_while(same).count();
-    let Some(last) = same.checked_sub(1).filter(|_| same == heard.len()).map(|last| said[last])
-    else {
-        if heard.is_empty() {
-            return Ok(0);
-        }
-        return Err(difference(reply, text, said.get(same), heard.get(same)));
-    };
-    match said.get(same) {
+    let Some((end, letter)) = last else { return Ok(0) };
+    match said.peek() {
         // An accent that the text lacks.
-        Some(next) if next.start == last.start => {
-            Err(difference(reply, text, Some(&last), heard.last()))
-        }
-        _ => Ok(last.end),
+        Some(next) if next.start == end.start => Err(difference(reply, text, Some(&end), &letter)),
+        _ => Ok(end.end),
     }
 }
 
-fn difference(reply: &str, text: &str, said: Option<&Letter>, heard: Option<&Letter>) -> String {
+fn difference(reply: &str, text: &str, said: Option<&Letter>, heard: &Letter) -> String {
     let excerpt = |text: &str, at: usize| {
         let rest = text.get(at..).unwrap_or_default();
         let short: String = rest.chars().take(EXCERPT).collect();
         let more = if short.len() < rest.len() { "..." } else { "" };
         format!("{short:?}{more}")
     };
-    let at = heard.map_or(text.len(), |letter| letter.start);
+    let at = heard.start;
     let count = text.get(..at).unwrap_or_default().chars().count();
     let has = said.map_or_else(
         || "ends there".to_owned(),
@@ -117,6 +109,7 @@ mod tests {
             ("Once upon a cafe\u{301}", " Once  upon\na caf\u{e9}"),
             ("Once upon a caf\u{e9}, there", reply),
             ("Once upon a caf\u{e9}, there  ", reply),
+            ("Once upon a caf\u{e9},\u{2003}\n ", " Once  upon\na caf\u{e9}, "),
         ] {
             assert_eq!(bytes_heard(reply, text).map(|n| &reply[..n]), Ok(heard), "{text:?}");
         }
@@ -137,6 +130,10 @@ mod tests {
             words.contains("after 3 characters it goes on with \" two\", and the reply ends there"),
             "{words}"
         );
+        // A text that is much longer than the reply is read up to where they part.
+        let long = format!("One{}", " two".repeat(1 << 20));
+        let words = bytes_heard("One twig", &long).unwrap_err();
+        assert!(words.contains("after 6 characters it goes on with \"o two two"), "{words}");
         assert!(bytes_heard("One", "one").is_err() && bytes_heard("", "x").is_err());
     }
 }

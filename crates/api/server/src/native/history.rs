@@ -15,9 +15,9 @@ use crate::app::blocking;
 use crate::cache::Space;
 use crate::error::{ApiError, ApiResult};
 use crate::prompt::ModelInfo;
-use crate::vault::{MessageEnd, SessionState};
+use crate::vault::{Listed, MessageEnd, Session, SessionState, lock};
 
-/// Messages in the middle of a call whose places are looked for in one answer: each takes a rendering of those before it.
+/// Messages in the middle of a call whose places are looked for in one listing: each takes a rendering of those before it.
 const LOOKED_FOR: usize = 256;
 
 /// Where the first `message` messages of a session end.
@@ -74,6 +74,30 @@ fn ends(info: &ModelInfo, space: &Space, state: &mut SessionState) -> Vec<Option
     out
 }
 
+/// As [`ends`], which are looked for once in a session that stays as it is.
+fn ends_listed(
+    info: &ModelInfo,
+    space: &Space,
+    session: &Session,
+    state: &mut SessionState,
+) -> Vec<Option<u32>> {
+    let Some(mark) = state.marks.last().map(|mark| mark.id.clone()) else {
+        return ends(info, space, state);
+    };
+    let count = state.messages.len();
+    // Held while they are looked for: who asks at the same time gets what is found.
+    let mut listed = lock(&session.listed);
+    if let Some(listed) = listed.as_ref()
+        && listed.mark == mark
+        && listed.ends.len() == count
+    {
+        return listed.ends.clone();
+    }
+    let found = ends(info, space, state);
+    *listed = Some(Listed { mark, ends: found.clone() });
+    found
+}
+
 /// A message as clients write it.
 fn shown(message: &Value) -> Value {
     let mut message = message.clone();
@@ -97,7 +121,7 @@ pub(crate) async fn list_messages(
     let (info, space) = (Arc::clone(&app.info), caller.space(None));
     let list = blocking(move || {
         let mut start = Some(state.origin);
-        let ends = ends(&info, &space, &mut state);
+        let ends = ends_listed(&info, &space, &session, &mut state);
         let place = |(index, (message, end)): (usize, (&Value, Option<u32>))| {
             let mut object = shown(message);
             object["object"] = json!("session.message");

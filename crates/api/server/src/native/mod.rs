@@ -18,7 +18,7 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use serde_json::json;
 
-use crate::app::{App, Caller, blocking};
+use crate::app::{App, Caller, QUICK, blocking, off_thread_if};
 use crate::error::ApiResult;
 use crate::fields::Fields;
 use crate::http::body;
@@ -40,7 +40,10 @@ type Answer = ApiResult<Response>;
 
 async fn fields(app: &App, request: Request) -> ApiResult<Fields> {
     let body = body(app, request).await?;
-    if body.is_empty() { Fields::of(json!({}), "") } else { Fields::parse(&body) }
+    if body.is_empty() {
+        return Fields::of(json!({}), "");
+    }
+    off_thread_if(body.len() > QUICK, move || Fields::parse(&body)).await
 }
 
 /// For calls that take no fields: a body may be empty or `{}`.

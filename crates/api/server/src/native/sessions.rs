@@ -318,11 +318,12 @@ pub(crate) async fn generate(
     let mut fields = fields(&app, request).await?.with_hints(HINTS);
     app.check_model(&mut fields)?;
     let input = Input::take(&mut fields)?;
-    let wanted = app.wanted(&mut fields, &caller, &["max_tokens"], None)?;
+    let mut wanted = app.wanted(&mut fields, &caller, &["max_tokens"], None)?;
     if wanted.choices != 1 {
         return Err(ApiError::unsupported("n", "fork the session instead"));
     }
     let stream = fields.take::<bool>("stream")?.unwrap_or(false);
+    wanted.stream = stream;
     fields.finish()?;
     let Launched { mut generation, session, busy, ended } =
         launch(&app, &caller, &id, input, wanted, "reply").await?;

@@ -58,7 +58,12 @@ impl Talk<'_> {
                 constraint.drawn(token, info.tokenizer.is_eos(token))?;
             }
         }
-        let first = said.len() == 1 && choice == 0;
+        // Half a character, the beginning of a call or of thoughts: nothing leaves, and nothing is waited for.
+        let silent = step.text.is_empty()
+            || step.token.is_some_and(|token| {
+                Some(token) == info.tool_open || info.think.is_some_and(|(open, _)| open == token)
+            });
+        let first = said.len() == 1 && choice == 0 && !silent;
         let logprobs = match (logits, step.token, shared.job.logprobs) {
             (Some(logits), Some(token), Some(top)) => Some(log_probabilities(&logits, token, top)),
             _ => None,
