@@ -16,7 +16,7 @@ use super::heard::heard;
 use super::history::message_end;
 use super::input::{CREATE, FORK, HINTS, Input, RESTORE, ROLLBACK, TRUNCATE, read_input};
 use super::shelf::named;
-use super::{Answer, AppState, Caught, fields, forget, nothing, saved};
+use super::{Answer, AppState, Caught, fields, forget, nothing, saved, to_the_end};
 use crate::app::{App, Caller, Generation, Tally, Wanted, blocking, new_id, now};
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
@@ -126,10 +126,34 @@ pub(crate) async fn create_session(
         parent = Some(id);
     }
     let id = new_id("sess_");
-    let session = Session::new(caller.key, now(), parent, state);
-    saved::save(&app, &id, &session).await?;
-    let session = app.vault.add_session(&id, session);
+    let session = add(&app, &id, Session::new(caller.key, now(), parent, state)).await?;
     Ok((StatusCode::CREATED, Json(session_object(&id, &session))).into_response())
+}
+
+/// Adds a session, which the store has by then, where there is one.
+async fn add(app: &Arc<App>, id: &str, session: Session) -> ApiResult<Arc<Session>> {
+    let (app, id) = (Arc::clone(app), id.to_owned());
+    to_the_end(async move {
+        saved::save(&app, &id, &session).await?;
+        Ok(app.vault.add_session(&id, session))
+    })
+    .await
+}
+
+/// Saves a session that a call has changed, and lets others have it.
+async fn save_and_free(
+    app: &Arc<App>,
+    id: &str,
+    session: &Arc<Session>,
+    busy: Busy,
+) -> ApiResult<()> {
+    let (app, id, session) = (Arc::clone(app), id.to_owned(), Arc::clone(session));
+    to_the_end(async move {
+        let saved = saved::save(&app, &id, &session).await;
+        drop(busy);
+        saved
+    })
+    .await
 }
 
 pub(crate) async fn read_session(
@@ -491,8 +515,7 @@ pub(crate) async fn truncate(
         }
     };
     let replayed = shorten(&app, &session, &reply, kept).await?;
-    saved::save(&app, &id, &session).await?;
-    drop(busy);
+    save_and_free(&app, &id, &session, busy).await?;
     let mut object = session_object(&id, &session);
     object["heard_tokens"] = json!(kept);
     object["tokens_replayed"] = json!(replayed);
@@ -656,8 +679,7 @@ pub(crate) async fn rollback(
             ));
         }
     };
-    saved::save(&app, &id, &session).await?;
-    drop(busy);
+    save_and_free(&app, &id, &session, busy).await?;
     let mut object = session_object(&id, &session);
     object["tokens_replayed"] = json!(replayed);
     Ok(Json(object).into_response())
@@ -682,8 +704,7 @@ pub(crate) async fn fork(
         let new = new_id("sess_");
         app.vault.room_for_session(&caller.key, app.config.session_idle)?;
         let fork = Session::new(caller.key, now(), Some(id.clone()), state.clone());
-        saved::save(&app, &new, &fork).await?;
-        let fork = app.vault.add_session(&new, fork);
+        let fork = add(&app, &new, fork).await?;
         list.push(session_object(&new, &fork));
     }
     Ok((StatusCode::CREATED, Json(json!({ "object": "list", "data": list }))).into_response())
@@ -705,7 +726,6 @@ pub(crate) async fn restore(
         let mut state = session.lock();
         begin_with(&mut state, named.capsule);
     }
-    saved::save(&app, &id, &session).await?;
-    drop(busy);
+    save_and_free(&app, &id, &session, busy).await?;
     Ok(Json(session_object(&id, &session)).into_response())
 }
