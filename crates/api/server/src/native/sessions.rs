@@ -248,7 +248,8 @@ pub(crate) async fn append(
     let mut tally = Tally::new(&generation);
     let settled = settle(&app, &id, &session, busy, ended);
     while generation.step(&mut tally).await?.is_some() {}
-    let Settled { outcome, saved } = settled.await.map_err(|_| ApiError::internal())?;
+    let Settled { outcome, saved, busy } = settled.await.map_err(|_| ApiError::internal())?;
+    drop(busy);
     outcome?;
     saved?;
     Ok(Json(session_object(&id, &session)).into_response())
@@ -272,24 +273,52 @@ async fn committed(ended: oneshot::Receiver<ApiResult<()>>) -> ApiResult<()> {
 struct Settled {
     outcome: ApiResult<()>,
     saved: ApiResult<()>,
+    /// Others have the session when this goes.
+    busy: Arc<Busy>,
 }
 
-/// Waits until the session stands where a call leaves it, saves it and lets others have it, whether or not the client is
-/// still there.
+/// Waits until the session stands where a call leaves it and saves it, whether or not the client is still there. If nobody
+/// takes what this tells, nobody got the reply, and the session is left where it begins.
 fn settle(
     app: &Arc<App>,
     id: &str,
     session: &Arc<Session>,
     busy: Arc<Busy>,
     ended: oneshot::Receiver<ApiResult<()>>,
-) -> tokio::task::JoinHandle<Settled> {
+) -> oneshot::Receiver<Settled> {
     let (app, id, session) = (Arc::clone(app), id.to_owned(), Arc::clone(session));
+    let (tell, told) = oneshot::channel();
     tokio::spawn(async move {
         let outcome = committed(ended).await;
+        let added = outcome.is_ok();
         let saved = saved::save(&app, &id, &session).await;
-        drop(busy);
-        Settled { outcome, saved }
-    })
+        let Err(untold) = tell.send(Settled { outcome, saved, busy }) else { return };
+        if added && leave_at(&app, &session, 0).await {
+            save_or_log(&app, &id, &session).await;
+        }
+        drop(untold.busy);
+    });
+    told
+}
+
+/// Cuts the last reply to what its client got of it; whether that changed the session.
+async fn leave_at(app: &Arc<App>, session: &Arc<Session>, got: usize) -> bool {
+    let reply = session.lock().reply.clone();
+    let Some(reply) = reply.filter(|reply| reply.tokens.len() > got) else { return false };
+    let cut = match got {
+        0 => unsay(app, session, &reply).await,
+        _ => shorten(app, session, &reply, got).await,
+    };
+    if let Err(error) = &cut {
+        tracing::warn!(?error, "a session could not be cut to what was sent");
+    }
+    cut.is_ok()
+}
+
+async fn save_or_log(app: &Arc<App>, id: &str, session: &Arc<Session>) {
+    if let Err(error) = saved::save(app, id, session).await {
+        tracing::warn!(?error, "a session could not be saved");
+    }
 }
 
 async fn launch(
@@ -362,7 +391,8 @@ pub(crate) async fn generate(
             text.push_str(&step.text);
             finish = step.finished.or(finish);
         }
-        let Settled { outcome, saved } = settled.await.map_err(|_| ApiError::internal())?;
+        let Settled { outcome, saved, busy } = settled.await.map_err(|_| ApiError::internal())?;
+        drop(busy);
         // An interruption that came before the prompt was read leaves the session as it was.
         if tally.generated > 0 || finish != Some(FinishReason::Cancelled) {
             outcome?;
@@ -399,17 +429,10 @@ pub(crate) async fn generate(
         drop(events);
         if !here {
             // The reply may have ended before anybody saw that the client had gone.
-            let sent = sent.load(Ordering::Acquire) as usize;
-            let reply = session.lock().reply.clone();
-            let more = reply.filter(|reply| added && reply.tokens.len() > sent);
-            if let Some(reply) = more
-                && let Err(error) = shorten(&app, &session, &reply, sent).await
-            {
-                tracing::warn!(?error, "a session could not be cut to what was sent");
+            if added {
+                leave_at(&app, &session, sent.load(Ordering::Acquire) as usize).await;
             }
-            if let Err(error) = saved::save(&app, &id, &session).await {
-                tracing::warn!(?error, "a session could not be saved");
-            }
+            save_or_log(&app, &id, &session).await;
         }
         drop(busy);
     });
@@ -541,6 +564,20 @@ async fn shorten(
         }
     }
     state.reply = Some(LastReply { start: reply.start, tokens });
+    Ok(replayed)
+}
+
+/// Takes the last reply back as a whole: the session stands where an engine leaves it that saw its client go before the first
+/// token, and has no message of the reply.
+async fn unsay(app: &Arc<App>, session: &Arc<Session>, reply: &LastReply) -> ApiResult<u32> {
+    let place = MessageEnd { position: reply.start, closed: false };
+    let said = {
+        let state = session.lock();
+        let last = state.messages.last().is_some_and(|m| m["role"] == "assistant");
+        state.messages.len() - usize::from(last)
+    };
+    let replayed = back_to(app, session, place, said, "reply").await?;
+    session.lock().reply = Some(LastReply { start: reply.start, tokens: Vec::new() });
     Ok(replayed)
 }
 
