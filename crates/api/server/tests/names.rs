@@ -335,24 +335,47 @@ fn a_store_that_is_full_says_so_and_loses_nothing() {
     let place = folder.path().join("store").to_str().unwrap().to_owned();
     let mut options = StoreOptions::default();
     options.quota = Some(1 << 20);
-    let server = start(Config { store: Some((place, options)), ..config() });
+    let small = || Config { store: Some((place.clone(), options.clone())), ..config() };
+    let server = start(small());
     let at = server.address();
     let id = session(&server, "Some words.");
-    let mut names = 0;
+    let path = format!("/v1/sessions/{id}");
+    let position = |server: &Server| get(server.address(), &path).json()["position"].clone();
+    let (mut names, mut saved) = (0, position(&server));
     let full = loop {
         let grown =
             post(at, &format!("/v1/sessions/{id}/append"), &json!({ "text": " And more words." }));
         let path = format!("/v1/sessions/{id}/snapshot");
         let made = post(at, &path, &json!({ "name": format!("name {names}") }));
+        if grown.status == 200 {
+            saved = grown.json()["position"].clone();
+        }
         if made.status != 201 {
             break made;
         }
         assert!(grown.status == 200 && names < 1000);
         names += 1;
     };
-    assert_eq!(full.status, 507);
+    assert_eq!((full.status, &full.json()["error"]["code"]), (507, &json!("store_full")));
     assert!(full.json()["error"]["message"].as_str().unwrap().contains("--store-quota-mib"));
-    assert!(names > 0 && listed(&server).len() == names);
+    // The words are in the session, and its client is told so; the store has it as it was.
+    let before = position(&server).as_u64().unwrap();
+    let more = post(at, &format!("{path}/append"), &json!({ "text": " And more words." }));
+    assert_eq!((more.status, &more.json()["error"]["code"]), (507, &json!("session_not_saved")));
+    assert!(position(&server).as_u64().unwrap() > before);
+    let capsules = |server: &Server| {
+        let list = get(server.address(), "/v1/capsules").json()["data"].clone();
+        let list = list.as_array().unwrap().iter();
+        let mut list: Vec<_> =
+            list.map(|c| (c["name"].to_string(), c["position"].as_u64())).collect();
+        list.sort();
+        list
+    };
+    let here = capsules(&server);
+    assert!(names > 0 && here.len() == names);
+    server.stop().unwrap();
+    let server = start(small());
+    assert_eq!((capsules(&server), position(&server)), (here, saved));
     server.stop().unwrap();
 }
 

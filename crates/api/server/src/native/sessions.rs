@@ -151,7 +151,7 @@ async fn save_and_free(
     to_the_end(async move {
         let saved = saved::save(&app, &id, &session).await;
         drop(busy);
-        saved
+        saved.map_err(ApiError::unsaved)
     })
     .await
 }
@@ -251,7 +251,7 @@ pub(crate) async fn append(
     let Settled { outcome, saved, busy } = settled.await.map_err(|_| ApiError::internal())?;
     drop(busy);
     outcome?;
-    saved?;
+    saved.map_err(ApiError::unsaved)?;
     Ok(Json(session_object(&id, &session)).into_response())
 }
 
@@ -397,7 +397,7 @@ pub(crate) async fn generate(
         if tally.generated > 0 || finish != Some(FinishReason::Cancelled) {
             outcome?;
         }
-        saved?;
+        saved.map_err(ApiError::unsaved)?;
         let finish = finish.ok_or_else(ApiError::stopping)?;
         let mut object = reply_object(&id, &session, &tally, finish);
         object["text"] = json!(text);
@@ -421,7 +421,7 @@ pub(crate) async fn generate(
                 // Saved before the client is told that the reply is complete.
                 let object = match saved::save(&app, &id, &session).await {
                     Ok(()) => reply_object(&id, &session, &tally, finish),
-                    Err(error) => error.body(),
+                    Err(error) => error.unsaved().body(),
                 };
                 events.event("done", &object, tally.generated as u64).await
             }
