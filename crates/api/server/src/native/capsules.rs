@@ -114,7 +114,11 @@ async fn add_named(app: &Arc<App>, mut named: NamedCapsule) -> Answer {
         let mut object = capsule_object(&here, &id, &named);
         object["replaced"] = json!(replaced.as_ref().map(|(old, _)| old));
         if let Some((old, replaced)) = replaced {
-            with_store(&here, move |durable| Ok(let_name_go(durable, &old, &replaced)?)).await?;
+            let let_go = move |durable: &Durable| Ok(let_name_go(durable, &old, &replaced)?);
+            if let Err(error) = with_store(&here, let_go).await {
+                // The next start lets it go: the later of two has the name.
+                tracing::warn!(?error, "the record of a capsule was not changed");
+            }
         }
         Ok(object)
     });
