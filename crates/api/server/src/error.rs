@@ -132,11 +132,24 @@ impl ApiError {
 
     /// 507: the store holds what it may.
     fn store_full() -> Self {
-        Self::new(
-            StatusCode::INSUFFICIENT_STORAGE,
-            "server_error",
-            "the store holds what --store-quota-mib allows: delete responses, sessions or capsules",
-        )
+        Self {
+            code: Some("store_full"),
+            ..Self::new(
+                StatusCode::INSUFFICIENT_STORAGE,
+                "server_error",
+                "the store holds what --store-quota-mib allows: delete responses, sessions or capsules",
+            )
+        }
+    }
+
+    /// What a call did to a session is in memory and not in the store.
+    pub(crate) fn unsaved(self) -> Self {
+        let message = format!(
+            "{}. The session has what this call did, in memory alone: do not send it again, the next call that can be saved saves \
+             it too",
+            self.message
+        );
+        Self { code: Some("session_not_saved"), message, ..self }
     }
 
     pub(crate) fn body(&self) -> Value {

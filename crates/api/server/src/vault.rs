@@ -240,6 +240,8 @@ pub(crate) struct Vault {
     sessions: Mutex<HashMap<String, Arc<Session>>>,
     capsules: Mutex<HashMap<String, NamedCapsule>>,
     shelf: Mutex<Vec<Arc<Shelved>>>,
+    /// For each key: held while one of its capsules changes in memory and in the store.
+    turns: Mutex<HashMap<[u8; 32], Arc<tokio::sync::Mutex<()>>>>,
     /// Sessions that were idle for too long, for a while: whoever comes back is told why they are gone.
     expired: Mutex<VecDeque<([u8; 32], String)>>,
     clock: AtomicU64,
@@ -269,6 +271,7 @@ impl Vault {
             sessions: Mutex::default(),
             capsules: Mutex::default(),
             shelf: Mutex::default(),
+            turns: Mutex::default(),
             expired: Mutex::default(),
             clock: AtomicU64::new(0),
             limits,
@@ -521,6 +524,11 @@ impl Vault {
     /// What the store has under names that no server gave.
     pub(crate) fn shelf(&self) -> MutexGuard<'_, Vec<Arc<Shelved>>> {
         lock(&self.shelf)
+    }
+
+    /// What a change of a key's capsules holds. There are as many as keys.
+    pub(crate) fn turn(&self, key: &[u8; 32]) -> Arc<tokio::sync::Mutex<()>> {
+        Arc::clone(lock(&self.turns).entry(*key).or_default())
     }
 
     pub(crate) fn pin(&self, key: &[u8; 32], id: &str, pinned: bool) -> Option<NamedCapsule> {

@@ -260,30 +260,122 @@ fn a_client_that_hangs_up_without_a_stream_leaves_its_message_saved() {
     server.stop().unwrap();
 }
 
+/// Every capsule's id, name and pin, of those that the store has.
+fn kept(server: &Server) -> Vec<(String, Value, Value)> {
+    let list = get(server.address(), "/v1/capsules").json();
+    let list = list["data"].as_array().unwrap().iter().filter(|c| c["stored"] == true);
+    let mut list: Vec<_> = list
+        .map(|c| (c["id"].as_str().unwrap().to_owned(), c["name"].clone(), c["pinned"].clone()))
+        .collect();
+    list.sort_by(|a, b| a.0.cmp(&b.0));
+    list
+}
+
+#[test]
+fn what_clients_change_at_once_is_in_the_store_as_in_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    let at = server.address();
+    let id = session(&server, "Words that many keep at once.");
+    let freeze = format!("/v1/sessions/{id}/snapshot");
+    std::thread::scope(|scope| {
+        for client in 0..4 {
+            let freeze = &freeze;
+            scope.spawn(move || {
+                for round in 0..12 {
+                    let made = post(at, freeze, &json!({ "name": "agent" })).json();
+                    let pin = format!("/v1/capsules/{}/pin", made["id"].as_str().unwrap());
+                    // Meanwhile another client takes the name, or this one's other hand takes the pin or the capsule away.
+                    scope.spawn({
+                        let pin = pin.clone();
+                        move || {
+                            let path = pin.trim_end_matches("/pin");
+                            match (client + round) % 3 {
+                                0 => request(at, "DELETE", path, "", "").status,
+                                1 => request(at, "DELETE", &pin, "", "").status,
+                                _ => 200,
+                            }
+                        }
+                    });
+                    let status = post(at, &pin, &json!({})).status;
+                    assert!(status == 200 || status == 404, "{status}");
+                }
+            });
+        }
+        // Clients that do not wait for the answer.
+        scope.spawn(|| {
+            for round in 0..24 {
+                let ask = json!({ "name": "agent" }).to_string();
+                let head = support::head("POST", &freeze, ask.len(), "");
+                let mut stream = support::open(at);
+                std::io::Write::write_all(&mut stream, format!("{head}{ask}").as_bytes()).unwrap();
+                std::thread::sleep(std::time::Duration::from_micros(250 * round));
+            }
+        });
+    });
+    // What those asked for who left may still be under way.
+    let mut memory = kept(&server);
+    support::eventually("nothing changes any more", || {
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        let before = std::mem::replace(&mut memory, kept(&server));
+        before == memory
+    });
+    let agents = memory.iter().filter(|c| c.1 == "agent").count();
+    assert!(agents <= 1 && memory.len() > 10, "{agents} of {}", memory.len());
+    server.stop().unwrap();
+    let server = start(stored(&place));
+    assert_eq!(kept(&server), memory);
+    server.stop().unwrap();
+}
+
 #[test]
 fn a_store_that_is_full_says_so_and_loses_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let place = folder.path().join("store").to_str().unwrap().to_owned();
     let mut options = StoreOptions::default();
     options.quota = Some(1 << 20);
-    let server = start(Config { store: Some((place, options)), ..config() });
+    let small = || Config { store: Some((place.clone(), options.clone())), ..config() };
+    let server = start(small());
     let at = server.address();
     let id = session(&server, "Some words.");
-    let mut names = 0;
+    let path = format!("/v1/sessions/{id}");
+    let position = |server: &Server| get(server.address(), &path).json()["position"].clone();
+    let (mut names, mut saved) = (0, position(&server));
     let full = loop {
         let grown =
             post(at, &format!("/v1/sessions/{id}/append"), &json!({ "text": " And more words." }));
         let path = format!("/v1/sessions/{id}/snapshot");
         let made = post(at, &path, &json!({ "name": format!("name {names}") }));
+        if grown.status == 200 {
+            saved = grown.json()["position"].clone();
+        }
         if made.status != 201 {
             break made;
         }
         assert!(grown.status == 200 && names < 1000);
         names += 1;
     };
-    assert_eq!(full.status, 507);
+    assert_eq!((full.status, &full.json()["error"]["code"]), (507, &json!("store_full")));
     assert!(full.json()["error"]["message"].as_str().unwrap().contains("--store-quota-mib"));
-    assert!(names > 0 && listed(&server).len() == names);
+    // The words are in the session, and its client is told so; the store has it as it was.
+    let before = position(&server).as_u64().unwrap();
+    let more = post(at, &format!("{path}/append"), &json!({ "text": " And more words." }));
+    assert_eq!((more.status, &more.json()["error"]["code"]), (507, &json!("session_not_saved")));
+    assert!(position(&server).as_u64().unwrap() > before);
+    let capsules = |server: &Server| {
+        let list = get(server.address(), "/v1/capsules").json()["data"].clone();
+        let list = list.as_array().unwrap().iter();
+        let mut list: Vec<_> =
+            list.map(|c| (c["name"].to_string(), c["position"].as_u64())).collect();
+        list.sort();
+        list
+    };
+    let here = capsules(&server);
+    assert!(names > 0 && here.len() == names);
+    server.stop().unwrap();
+    let server = start(small());
+    assert_eq!((capsules(&server), position(&server)), (here, saved));
     server.stop().unwrap();
 }
 

@@ -189,7 +189,8 @@ fn called(store: &CapsuleStore, names: &[&str], all: bool) -> String {
         let memo = name.starts_with("server capsule ").then(|| store.store().memo(name).ok()?);
         let record = memo.flatten().and_then(|memo| serde_json::from_slice::<Value>(&memo).ok());
         match record.as_ref().and_then(|record| record["name"].as_str()) {
-            Some(given) => format!("{given} ({name})"),
+            // A client gave it: it may have control characters.
+            Some(given) => format!("{} ({name})", given.escape_debug()),
             None => (*name).to_owned(),
         }
     });

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use super::sessions::session;
 use super::shelf::{self, Found, find, named, own};
-use super::{Answer, AppState, Caught, fields, forget, nothing};
+use super::{Answer, AppState, Caught, fields, forget, nothing, to_the_end};
 use crate::app::{App, blocking, micros, new_id, now};
 use crate::durable::Durable;
 use crate::error::{ApiError, ApiResult};
@@ -83,21 +83,52 @@ pub(crate) async fn snapshot(
     add_named(&app, named).await
 }
 
+/// Runs what changes a key's capsules to its end, whether or not the client is still there, and one such change after the
+/// other: memory and the store say the same of a name and a pin.
+async fn change<T: Send + 'static>(
+    app: &Arc<App>,
+    key: [u8; 32],
+    work: impl Future<Output = ApiResult<T>> + Send + 'static,
+) -> ApiResult<T> {
+    let turn = app.vault.turn(&key);
+    to_the_end(async move {
+        let _turn = turn.lock().await;
+        work.await
+    })
+    .await
+}
+
 /// Adds a capsule; where there is a store, what has a name or is pinned is there before this returns. A name moves: a
 /// capsule that had it keeps its id, and its place in the store only if it is pinned.
-async fn add_named(app: &Arc<App>, named: NamedCapsule) -> Answer {
-    let id = new_id("cap_");
-    app.vault.room_for_capsule(&named.key)?;
-    if named.is_kept() {
-        keep(app, &id, &named).await?;
-    }
-    let replaced = app.vault.add_capsule(&id, named.clone());
-    let mut object = capsule_object(app, &id, &named);
-    object["replaced"] = json!(replaced.as_ref().map(|(old, _)| old));
-    if let Some((old, replaced)) = replaced {
-        with_store(app, move |durable| Ok(let_name_go(durable, &old, &replaced)?)).await?;
-    }
-    Ok((StatusCode::CREATED, Json(object)).into_response())
+async fn add_named(app: &Arc<App>, mut named: NamedCapsule) -> Answer {
+    let here = Arc::clone(app);
+    let object = change(app, named.key, async move {
+        let id = new_id("cap_");
+        here.vault.room_for_capsule(&named.key)?;
+        // The last to have its turn has the name, in the store as well.
+        named.order = micros();
+        if named.is_kept() {
+            keep(&here, &id, &named).await?;
+        }
+        let replaced = here.vault.add_capsule(&id, named.clone());
+        let mut object = capsule_object(&here, &id, &named);
+        object["replaced"] = json!(replaced.as_ref().map(|(old, _)| old));
+        if let Some((old, replaced)) = replaced {
+            let let_go = move |durable: &Durable| Ok(let_name_go(durable, &old, &replaced)?);
+            if let Err(error) = with_store(&here, let_go).await {
+                // The next start lets it go: the later of two has the name.
+                tracing::warn!(?error, "the record of a capsule was not changed");
+            }
+        }
+        Ok(object)
+    });
+    Ok((StatusCode::CREATED, Json(object.await?)).into_response())
+}
+
+/// A key's own capsule as it is now.
+fn current(app: &App, key: &[u8; 32], id: &str) -> ApiResult<NamedCapsule> {
+    let found = app.vault.capsule(key, id).filter(|(found, c)| found == id && c.is_of(key));
+    Ok(found.ok_or_else(|| ApiError::not_found("capsule"))?.1)
 }
 
 fn record(named: &NamedCapsule) -> Value {
@@ -107,7 +138,7 @@ fn record(named: &NamedCapsule) -> Value {
     })
 }
 
-/// Makes the store know that a capsule has no name any more.
+/// Makes the store know that a capsule has lost its name or its pin.
 pub(super) fn let_name_go(
     durable: &Durable,
     id: &str,
@@ -193,9 +224,15 @@ pub(crate) async fn delete_capsule(
     Path(id): Path<String>,
 ) -> Answer {
     let (id, _) = own(&app, &caller, &id)?;
-    app.vault.remove_capsule(&caller.key, &id);
-    forget(&app, "capsule", id.clone()).await?;
-    Ok(Json(json!({ "id": id, "object": "capsule", "deleted": true })).into_response())
+    let here = Arc::clone(&app);
+    let object = change(&app, caller.key, async move {
+        if !here.vault.remove_capsule(&caller.key, &id) {
+            return Err(ApiError::not_found("capsule"));
+        }
+        forget(&here, "capsule", id.clone()).await?;
+        Ok(json!({ "id": id, "object": "capsule", "deleted": true }))
+    });
+    Ok(Json(object.await?).into_response())
 }
 
 pub(crate) async fn pin(
@@ -205,16 +242,20 @@ pub(crate) async fn pin(
     request: Request,
 ) -> Answer {
     nothing(&app, request).await?;
-    let (id, mut named) = match find(&app, &caller, &id)? {
-        Found::Here(id, named) if named.origin == Origin::Client => (id, named),
+    let id = match find(&app, &caller, &id)? {
+        Found::Here(id, named) if named.origin == Origin::Client => id,
         // The store has it already.
         shared => return Ok(Json(found_object(&app, &shared)).into_response()),
     };
-    named.pinned = true;
-    keep(&app, &id, &named).await?;
-    let named =
-        app.vault.pin(&caller.key, &id, true).ok_or_else(|| ApiError::not_found("capsule"))?;
-    Ok(Json(capsule_object(&app, &id, &named)).into_response())
+    let here = Arc::clone(&app);
+    let object = change(&app, caller.key, async move {
+        let mut named = current(&here, &caller.key, &id)?;
+        named.pinned = true;
+        keep(&here, &id, &named).await?;
+        here.vault.pin(&caller.key, &id, true);
+        Ok(capsule_object(&here, &id, &named))
+    });
+    Ok(Json(object.await?).into_response())
 }
 
 pub(crate) async fn unpin(
@@ -223,11 +264,16 @@ pub(crate) async fn unpin(
     Path(id): Path<String>,
 ) -> Answer {
     let (id, _) = own(&app, &caller, &id)?;
-    let named =
-        app.vault.pin(&caller.key, &id, false).ok_or_else(|| ApiError::not_found("capsule"))?;
-    let (which, unpinned) = (id.clone(), named.clone());
-    with_store(&app, move |durable| Ok(let_name_go(durable, &which, &unpinned)?)).await?;
-    Ok(Json(capsule_object(&app, &id, &named)).into_response())
+    let here = Arc::clone(&app);
+    let object = change(&app, caller.key, async move {
+        let mut named = current(&here, &caller.key, &id)?;
+        named.pinned = false;
+        let (which, unpinned) = (id.clone(), named.clone());
+        with_store(&here, move |durable| Ok(let_name_go(durable, &which, &unpinned)?)).await?;
+        here.vault.pin(&caller.key, &id, false);
+        Ok(capsule_object(&here, &id, &named))
+    });
+    Ok(Json(object.await?).into_response())
 }
 
 pub(crate) async fn export(

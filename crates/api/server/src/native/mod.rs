@@ -19,7 +19,7 @@ use axum::response::Response;
 use serde_json::json;
 
 use crate::app::{App, Caller, QUICK, blocking, off_thread_if};
-use crate::error::ApiResult;
+use crate::error::{ApiError, ApiResult, REQUEST};
 use crate::fields::Fields;
 use crate::http::body;
 
@@ -49,6 +49,15 @@ async fn fields(app: &App, request: Request) -> ApiResult<Fields> {
 /// For calls that take no fields: a body may be empty or `{}`.
 async fn nothing(app: &App, request: Request) -> ApiResult<()> {
     fields(app, request).await?.finish()
+}
+
+/// Runs something to its end, whether or not the client is still there: what is half done in the store would come back with
+/// the next process.
+async fn to_the_end<T: Send + 'static>(
+    work: impl Future<Output = ApiResult<T>> + Send + 'static,
+) -> ApiResult<T> {
+    let request = REQUEST.try_with(Clone::clone).unwrap_or_default();
+    tokio::spawn(REQUEST.scope(request, work)).await.map_err(|_| ApiError::internal())?
 }
 
 async fn forget(app: &Arc<App>, kind: &'static str, id: String) -> ApiResult<()> {

@@ -16,7 +16,7 @@ use super::heard::heard;
 use super::history::message_end;
 use super::input::{CREATE, FORK, HINTS, Input, RESTORE, ROLLBACK, TRUNCATE, read_input};
 use super::shelf::named;
-use super::{Answer, AppState, Caught, fields, forget, nothing, saved};
+use super::{Answer, AppState, Caught, fields, forget, nothing, saved, to_the_end};
 use crate::app::{App, Caller, Generation, Tally, Wanted, blocking, new_id, now};
 use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
@@ -126,10 +126,34 @@ pub(crate) async fn create_session(
         parent = Some(id);
     }
     let id = new_id("sess_");
-    let session = Session::new(caller.key, now(), parent, state);
-    saved::save(&app, &id, &session).await?;
-    let session = app.vault.add_session(&id, session);
+    let session = add(&app, &id, Session::new(caller.key, now(), parent, state)).await?;
     Ok((StatusCode::CREATED, Json(session_object(&id, &session))).into_response())
+}
+
+/// Adds a session, which the store has by then, where there is one.
+async fn add(app: &Arc<App>, id: &str, session: Session) -> ApiResult<Arc<Session>> {
+    let (app, id) = (Arc::clone(app), id.to_owned());
+    to_the_end(async move {
+        saved::save(&app, &id, &session).await?;
+        Ok(app.vault.add_session(&id, session))
+    })
+    .await
+}
+
+/// Saves a session that a call has changed, and lets others have it.
+async fn save_and_free(
+    app: &Arc<App>,
+    id: &str,
+    session: &Arc<Session>,
+    busy: Busy,
+) -> ApiResult<()> {
+    let (app, id, session) = (Arc::clone(app), id.to_owned(), Arc::clone(session));
+    to_the_end(async move {
+        let saved = saved::save(&app, &id, &session).await;
+        drop(busy);
+        saved.map_err(ApiError::unsaved)
+    })
+    .await
 }
 
 pub(crate) async fn read_session(
@@ -223,10 +247,19 @@ pub(crate) async fn append(
         launch(&app, &caller, &id, input, wanted, "append").await?;
     let mut tally = Tally::new(&generation);
     let settled = settle(&app, &id, &session, busy, ended);
-    while generation.step(&mut tally).await?.is_some() {}
-    let Settled { outcome, saved } = settled.await.map_err(|_| ApiError::internal())?;
+    let read = loop {
+        match generation.step(&mut tally).await {
+            Ok(Some(_)) => {}
+            Ok(None) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+    };
+    // Also after an error: whoever gets it may use the session at once.
+    let Settled { outcome, saved, busy } = settled.await.map_err(|_| ApiError::internal())?;
+    drop(busy);
+    read?;
     outcome?;
-    saved?;
+    saved.map_err(ApiError::unsaved)?;
     Ok(Json(session_object(&id, &session)).into_response())
 }
 
@@ -248,24 +281,52 @@ async fn committed(ended: oneshot::Receiver<ApiResult<()>>) -> ApiResult<()> {
 struct Settled {
     outcome: ApiResult<()>,
     saved: ApiResult<()>,
+    /// Others have the session when this goes.
+    busy: Arc<Busy>,
 }
 
-/// Waits until the session stands where a call leaves it, saves it and lets others have it, whether or not the client is
-/// still there.
+/// Waits until the session stands where a call leaves it and saves it, whether or not the client is still there. If nobody
+/// takes what this tells, nobody got the reply, and the session is left where it begins.
 fn settle(
     app: &Arc<App>,
     id: &str,
     session: &Arc<Session>,
     busy: Arc<Busy>,
     ended: oneshot::Receiver<ApiResult<()>>,
-) -> tokio::task::JoinHandle<Settled> {
+) -> oneshot::Receiver<Settled> {
     let (app, id, session) = (Arc::clone(app), id.to_owned(), Arc::clone(session));
+    let (tell, told) = oneshot::channel();
     tokio::spawn(async move {
         let outcome = committed(ended).await;
+        let added = outcome.is_ok();
         let saved = saved::save(&app, &id, &session).await;
-        drop(busy);
-        Settled { outcome, saved }
-    })
+        let Err(untold) = tell.send(Settled { outcome, saved, busy }) else { return };
+        if added && leave_at(&app, &session, 0).await {
+            save_or_log(&app, &id, &session).await;
+        }
+        drop(untold.busy);
+    });
+    told
+}
+
+/// Cuts the last reply to what its client got of it; whether that changed the session.
+async fn leave_at(app: &Arc<App>, session: &Arc<Session>, got: usize) -> bool {
+    let reply = session.lock().reply.clone();
+    let Some(reply) = reply.filter(|reply| reply.tokens.len() > got) else { return false };
+    let cut = match got {
+        0 => unsay(app, session, &reply).await,
+        _ => shorten(app, session, &reply, got).await,
+    };
+    if let Err(error) = &cut {
+        tracing::warn!(?error, "a session could not be cut to what was sent");
+    }
+    cut.is_ok()
+}
+
+async fn save_or_log(app: &Arc<App>, id: &str, session: &Arc<Session>) {
+    if let Err(error) = saved::save(app, id, session).await {
+        tracing::warn!(?error, "a session could not be saved");
+    }
 }
 
 async fn launch(
@@ -331,20 +392,28 @@ pub(crate) async fn generate(
     let (mut text, mut tokens, mut finish) = (String::new(), Vec::new(), None);
     if !stream {
         let settled = settle(&app, &id, &session, busy, ended);
-        while let Some(step) = generation.step(&mut tally).await? {
+        let told = loop {
+            let step = match generation.step(&mut tally).await {
+                Ok(Some(step)) => step,
+                Ok(None) => break Ok(()),
+                Err(error) => break Err(error),
+            };
             if let Some(token) = step.token {
                 tally.token(step.at, false);
                 tokens.push(token);
             }
             text.push_str(&step.text);
             finish = step.finished.or(finish);
-        }
-        let Settled { outcome, saved } = settled.await.map_err(|_| ApiError::internal())?;
+        };
+        // Also after an error: whoever gets it may use the session at once.
+        let Settled { outcome, saved, busy } = settled.await.map_err(|_| ApiError::internal())?;
+        drop(busy);
+        told?;
         // An interruption that came before the prompt was read leaves the session as it was.
         if tally.generated > 0 || finish != Some(FinishReason::Cancelled) {
             outcome?;
         }
-        saved?;
+        saved.map_err(ApiError::unsaved)?;
         let finish = finish.ok_or_else(ApiError::stopping)?;
         let mut object = reply_object(&id, &session, &tally, finish);
         object["text"] = json!(text);
@@ -368,7 +437,7 @@ pub(crate) async fn generate(
                 // Saved before the client is told that the reply is complete.
                 let object = match saved::save(&app, &id, &session).await {
                     Ok(()) => reply_object(&id, &session, &tally, finish),
-                    Err(error) => error.body(),
+                    Err(error) => error.unsaved().body(),
                 };
                 events.event("done", &object, tally.generated as u64).await
             }
@@ -376,17 +445,10 @@ pub(crate) async fn generate(
         drop(events);
         if !here {
             // The reply may have ended before anybody saw that the client had gone.
-            let sent = sent.load(Ordering::Acquire) as usize;
-            let reply = session.lock().reply.clone();
-            let more = reply.filter(|reply| added && reply.tokens.len() > sent);
-            if let Some(reply) = more
-                && let Err(error) = shorten(&app, &session, &reply, sent).await
-            {
-                tracing::warn!(?error, "a session could not be cut to what was sent");
+            if added {
+                leave_at(&app, &session, sent.load(Ordering::Acquire) as usize).await;
             }
-            if let Err(error) = saved::save(&app, &id, &session).await {
-                tracing::warn!(?error, "a session could not be saved");
-            }
+            save_or_log(&app, &id, &session).await;
         }
         drop(busy);
     });
@@ -492,8 +554,7 @@ pub(crate) async fn truncate(
         }
     };
     let replayed = shorten(&app, &session, &reply, kept).await?;
-    saved::save(&app, &id, &session).await?;
-    drop(busy);
+    save_and_free(&app, &id, &session, busy).await?;
     let mut object = session_object(&id, &session);
     object["heard_tokens"] = json!(kept);
     object["tokens_replayed"] = json!(replayed);
@@ -519,6 +580,20 @@ async fn shorten(
         }
     }
     state.reply = Some(LastReply { start: reply.start, tokens });
+    Ok(replayed)
+}
+
+/// Takes the last reply back as a whole: the session stands where an engine leaves it that saw its client go before the first
+/// token, and has no message of the reply.
+async fn unsay(app: &Arc<App>, session: &Arc<Session>, reply: &LastReply) -> ApiResult<u32> {
+    let place = MessageEnd { position: reply.start, closed: false };
+    let said = {
+        let state = session.lock();
+        let last = state.messages.last().is_some_and(|m| m["role"] == "assistant");
+        state.messages.len() - usize::from(last)
+    };
+    let replayed = back_to(app, session, place, said, "reply").await?;
+    session.lock().reply = Some(LastReply { start: reply.start, tokens: Vec::new() });
     Ok(replayed)
 }
 
@@ -657,8 +732,7 @@ pub(crate) async fn rollback(
             ));
         }
     };
-    saved::save(&app, &id, &session).await?;
-    drop(busy);
+    save_and_free(&app, &id, &session, busy).await?;
     let mut object = session_object(&id, &session);
     object["tokens_replayed"] = json!(replayed);
     Ok(Json(object).into_response())
@@ -683,8 +757,7 @@ pub(crate) async fn fork(
         let new = new_id("sess_");
         app.vault.room_for_session(&caller.key, app.config.session_idle)?;
         let fork = Session::new(caller.key, now(), Some(id.clone()), state.clone());
-        saved::save(&app, &new, &fork).await?;
-        let fork = app.vault.add_session(&new, fork);
+        let fork = add(&app, &new, fork).await?;
         list.push(session_object(&new, &fork));
     }
     Ok((StatusCode::CREATED, Json(json!({ "object": "list", "data": list }))).into_response())
@@ -706,7 +779,6 @@ pub(crate) async fn restore(
         let mut state = session.lock();
         begin_with(&mut state, named.capsule);
     }
-    saved::save(&app, &id, &session).await?;
-    drop(busy);
+    save_and_free(&app, &id, &session, busy).await?;
     Ok(Json(session_object(&id, &session)).into_response())
 }
