@@ -326,6 +326,22 @@ fn messages_can_be_gone_back_to_after_a_restart() {
 }
 
 #[test]
+fn a_session_is_free_when_an_error_is_told() {
+    let server = start_with(config(), 256, 1 << 30);
+    let at = server.address();
+    let session = ok(at, "/v1/sessions", &json!({}))["id"].as_str().unwrap().to_owned();
+    let path = |call: &str| format!("/v1/sessions/{session}/{call}");
+    ok(at, &path("append"), &json!({ "text": "the harbour" }));
+    let long = "the old house ".repeat(300);
+    for call in ["append", "generate"].repeat(10) {
+        assert_eq!(post(at, &path(call), &json!({ "text": long })).status, 400);
+        let next = post(at, &path("append"), &json!({ "text": "x" }));
+        assert_eq!(next.status, 200, "after {call}: {next:?}");
+    }
+    server.stop().unwrap();
+}
+
+#[test]
 fn an_interrupted_session_is_free_for_a_cut_at_once() {
     let server = start(config());
     let at = server.address();

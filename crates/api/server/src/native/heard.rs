@@ -79,6 +79,11 @@ fn difference(reply: &str, text: &str, said: Option<&Letter>, heard: &Letter) ->
 
 /// How many tokens of a reply lie within a text that was heard.
 pub(super) fn heard(info: &ModelInfo, tokens: &[u32], text: &str) -> ApiResult<usize> {
+    // The token that ended the reply is no word of it.
+    let tokens = match tokens {
+        [words @ .., last] if info.tokenizer.is_eos(*last) => words,
+        all => all,
+    };
     let reply = info.tokenizer.decode(tokens);
     let bytes = bytes_heard(&reply, text).map_err(|words| ApiError::param("heard_text", words))?;
     let fits = |n: &usize| info.tokenizer.decode(&tokens[..*n]).len() <= bytes;
