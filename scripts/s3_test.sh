@@ -51,5 +51,5 @@ if [ -z "$ready" ]; then
     tail -20 "$work/log" >&2
     exit 1
 fi
-cargo test -p ampoule-store --features s3 --test remote -- --nocapture "$@"
-AWS_ENDPOINT=$AMPOULE_S3_ENDPOINT cargo test -p ampoule-cli --features s3 --test serve_s3
+# The whole workspace is named so that nothing is compiled that `cargo xtask test --features ampoule-cli/s3` has compiled.
+AWS_ENDPOINT=$AMPOULE_S3_ENDPOINT cargo test --workspace --features ampoule-cli/s3 --test remote --test serve_s3 -- --nocapture "$@"

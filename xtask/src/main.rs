@@ -3,8 +3,8 @@
 #![forbid(unsafe_code)]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, bail};
 use serde_json::Value;
@@ -84,23 +84,13 @@ fn cargo() -> Command {
 /// Fetches the test model unless it is there or its tests are to be skipped, then runs all tests.
 fn test() -> anyhow::Result<()> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("no repository root")?;
+    let options: Vec<String> = std::env::args().skip(2).collect();
     let skip = std::env::var_os("AMPOULE_SKIP_SMOLLM2").is_some()
         || std::env::var_os("AMPOULE_SMOLLM2").is_some();
     if !skip && !root.join("models").join(TEST_MODEL).exists() {
-        let fetch = [
-            "run",
-            "--quiet",
-            "--package",
-            "ampoule-cli",
-            "--bin",
-            "ampoule",
-            "--",
-            "fetch",
-            "smollm2",
-        ];
-        let status = cargo()
+        let status = Command::new(built_program(root, &options)?)
+            .args(["fetch", "smollm2"])
             .current_dir(root)
-            .args(fetch)
             .env("AMPOULE_MODELS", root.join("models"))
             .status()?;
         if !status.success() {
@@ -109,12 +99,36 @@ fn test() -> anyhow::Result<()> {
             );
         }
     }
-    let options: Vec<String> = std::env::args().skip(2).collect();
     let status = cargo().current_dir(root).args(["test", "--workspace"]).args(options).status()?;
     if !status.success() {
         bail!("tests failed");
     }
     Ok(())
+}
+
+/// Builds what the tests need and returns the `ampoule` among it.
+///
+/// `cargo run --package ampoule-cli` would give the dependencies other features than the tests do, and compile all of
+/// them twice.
+fn built_program(root: &Path, options: &[String]) -> anyhow::Result<PathBuf> {
+    let of_cargo = options.iter().take_while(|option| *option != "--");
+    let output = cargo()
+        .current_dir(root)
+        .args(["test", "--workspace", "--no-run", "--message-format=json-render-diagnostics"])
+        .args(of_cargo)
+        .stderr(Stdio::inherit())
+        .output()?;
+    if !output.status.success() {
+        bail!("the tests could not be built");
+    }
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+        .find(|built| {
+            built["target"]["name"] == "ampoule" && built["target"]["kind"][0] == "bin" && built["profile"]["test"] == false
+        })
+        .and_then(|built| built["executable"].as_str().map(PathBuf::from))
+        .context("these options do not build `ampoule`, which fetches the test model: run `cargo xtask test` once, or set AMPOULE_SKIP_SMOLLM2=1")
 }
 
 const TEST_MODEL: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
