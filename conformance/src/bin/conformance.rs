@@ -10,10 +10,12 @@ use ampoule_reference::ReferenceBackend;
 use serde_json::{Value, json};
 
 const USAGE: &str = "\
-usage: conformance ops [--backend cpu|cuda|reference] [--filter WORDS] [--seed N] [--cases N] [--json] [--list] [--verbose]
+usage: conformance ops [--backend cpu|cuda|reference] [--filter WORDS] [--part K/N] [--seed N] [--cases N] [--json] [--list]
+                       [--verbose]
 
   --backend B    what to test: cpu, cuda or reference (default: cpu)
   --filter W     only cases whose name holds each of these words
+  --part K/N     of these, every N-th from the K-th on: N processes with K from 1 to N run all of them
   --seed N       of all random operands (default: 1)
   --cases N      cases of random shape added to those chosen by hand (default: 50)
   --json         the report as JSON
@@ -24,6 +26,8 @@ usage: conformance ops [--backend cpu|cuda|reference] [--filter WORDS] [--seed N
 struct Arguments {
     backend: String,
     options: SuiteOptions,
+    /// Every so manieth case from this one on.
+    part: (usize, usize),
     json: bool,
     list: bool,
     verbose: bool,
@@ -36,6 +40,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
     let mut arguments = Arguments {
         backend: "cpu".to_owned(),
         options: SuiteOptions::default(),
+        part: (1, 1),
         json: false,
         list: false,
         verbose: false,
@@ -48,6 +53,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
         match word.as_str() {
             "--backend" => arguments.backend = value()?,
             "--filter" => arguments.options.filter = value()?,
+            "--part" => arguments.part = value().and_then(|text| part(&text))?,
             "--seed" => arguments.options.seed = value().and_then(number)?,
             "--cases" => {
                 let cases = value().and_then(number)?;
@@ -61,6 +67,14 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
         }
     }
     Ok(arguments)
+}
+
+/// `K/N`, with K from 1 to N.
+fn part(text: &str) -> Result<(usize, usize), String> {
+    let numbers = text.split_once('/').and_then(|(k, n)| Some((k.parse().ok()?, n.parse().ok()?)));
+    numbers.filter(|(k, n)| (1..=*n).contains(k)).ok_or_else(|| {
+        format!("--part needs two numbers like 2/6, the first from 1 to the second, not '{text}'")
+    })
 }
 
 fn backend(name: &str) -> Result<Box<dyn Backend>, String> {
@@ -125,8 +139,11 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let (first, of) = arguments.part;
+    let specs: Vec<_> =
+        ops::specs(&arguments.options).into_iter().skip(first - 1).step_by(of).collect();
     if arguments.list {
-        for spec in ops::specs(&arguments.options) {
+        for spec in &specs {
             println!("{}", spec.name());
         }
         return ExitCode::SUCCESS;
@@ -146,7 +163,7 @@ fn main() -> ExitCode {
             eprintln!("{name}");
         }
     };
-    let report = ops::run_observed(backend.as_ref(), &arguments.options, &mut observer);
+    let report = ops::run_specs(backend.as_ref(), &specs, &arguments.options, &mut observer);
     if arguments.json {
         println!("{:#}", to_json(&report));
     } else {

@@ -303,39 +303,26 @@ fn attention(list: &mut List) {
         }
     }
     // The same rows through every bucket.
+    let mut grids = Vec::new();
     for (x, cache) in [(F32, F32), (BF16, BF16), (F32, BF16), (BF16, F16)] {
-        for (position, kv_heads, share, head_dim, layout) in
-            [(0, 2, 2, 16, Fused), (61, 1, 4, 32, Plain)]
-        {
-            list.push(AttentionCase {
-                tokens: Tokens::Grid(70),
-                x,
-                cache,
-                out: x,
-                layout,
-                kv_heads,
-                share,
-                head_dim,
-                position,
-                append_only: false,
-            });
-        }
+        grids.push((x, cache, 0, 2, 2, 16, Fused));
+        grids.push((x, cache, 61, 1, 4, 32, Plain));
     }
-    // The same on tensor cores: keys of more than one part, added by many blocks in narrow buckets and by one in wide ones.
-    for (x, kv_heads, share, head_dim) in [(BF16, 9, 4, 256), (F16, 9, 4, 64)] {
-        let (tokens, layout, position) = (Tokens::Grid(70), Fused, 600);
-        let (cache, out, append_only) = (x, x, false);
+    // On tensor cores: keys of more than one part, added by many blocks in narrow buckets and by one in wide ones.
+    grids.push((BF16, BF16, 600, 9, 4, 256, Fused));
+    grids.push((F16, F16, 600, 9, 4, 64, Fused));
+    for (x, cache, position, kv_heads, share, head_dim, layout) in grids {
         list.push(AttentionCase {
-            tokens,
+            tokens: Tokens::Grid(70),
             x,
             cache,
-            out,
+            out: x,
             layout,
             kv_heads,
             share,
             head_dim,
             position,
-            append_only,
+            append_only: false,
         });
     }
 }

@@ -248,6 +248,18 @@ fn size(text: &str) -> Result<usize, String> {
     value.ok_or_else(|| format!("'{text}' is not a size; give numbers above 0 separated by commas"))
 }
 
+/// What browsers send as `Origin`: scheme, host and port, no path (RFC 6454, section 6.1).
+fn origin(text: &str) -> Result<String, String> {
+    let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    let plain = |host: &str| {
+        !host.is_empty() && host.chars().all(|c| c.is_ascii_alphanumeric() || ".-:[]".contains(c))
+    };
+    if text == "*" || host.is_some_and(plain) {
+        return Ok(text.to_ascii_lowercase());
+    }
+    Err("it must be as browsers send it, like https://app.example.com or http://localhost:5173, or * for all".to_owned())
+}
+
 fn above_zero(text: &str) -> Result<usize, String> {
     let value = text.trim().parse::<usize>().ok().filter(|&n| n > 0);
     value.ok_or_else(|| "it must be a number above 0".to_owned())
@@ -676,7 +688,7 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     pub(crate) without_keys: bool,
     /// Let pages of this origin call from browsers.
-    #[arg(long, value_name = "ORIGIN")]
+    #[arg(long, value_name = "ORIGIN", value_parser = origin)]
     pub(crate) cors: Option<String>,
     /// Requests that run or wait at most; others get 429.
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = above_zero)]

@@ -272,10 +272,7 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     for reserved in ["messages", "tools", "add_generation_prompt"] {
         extra.shift_remove(reserved);
     }
-    if let Some(effort) = fields.text("reasoning_effort", 32)? {
-        // Templates that can think know this variable; others have nothing to turn off.
-        extra.entry("enable_thinking").or_insert(json!(effort != "none"));
-    }
+    fields.effort("reasoning_effort", &mut extra)?;
     fields.ignore(&["user", "metadata", "safety_identifier", "prompt_cache_retention"]);
     fields.only(
         "store",

@@ -53,6 +53,9 @@ fn shown(value: &Value) -> String {
     }
 }
 
+/// `reasoning_effort` in the official clients of November 2026.
+const EFFORTS: [&str; 7] = ["none", "minimal", "low", "medium", "high", "xhigh", "max"];
+
 /// Names that a call does not have, and what it has in their place.
 pub(crate) type Hints = &'static [(&'static str, &'static str)];
 
@@ -227,11 +230,20 @@ impl Fields {
         T: Plain + PartialOrd + std::fmt::Display,
     {
         let path = self.name(name);
+        let outside = |value: &dyn std::fmt::Display| {
+            let (least, most) = (range.start(), range.end());
+            let message = format!("'{path}' must be from {least} to {most}, not {value}");
+            Err(ApiError::param(&path, message))
+        };
+        // Kinds of numbers that know none below zero would be asked for by another range.
+        if let Some(value) = self.peek(name)
+            && value.as_i64().is_some_and(|n| n < 0)
+            && !T::fits(value)
+        {
+            return outside(value);
+        }
         match self.take::<T>(name)? {
-            Some(value) if !range.contains(&value) => Err(ApiError::param(
-                &path,
-                format!("'{path}' must be from {} to {}, not {value}", range.start(), range.end()),
-            )),
+            Some(value) if !range.contains(&value) => outside(&value),
             value => Ok(value),
         }
     }
@@ -253,6 +265,24 @@ impl Fields {
         for name in names {
             self.map.shift_remove(*name);
         }
+    }
+
+    /// How much to think, by the names that OpenAI's clients know, as the variable that templates know: a model thinks or
+    /// does not.
+    pub(crate) fn effort(
+        &mut self,
+        name: &str,
+        variables: &mut Map<String, Value>,
+    ) -> ApiResult<()> {
+        let path = self.name(name);
+        let Some(effort) = self.take::<String>(name)? else { return Ok(()) };
+        if !EFFORTS.contains(&effort.as_str()) {
+            let known = EFFORTS.join(", ");
+            let message = format!("'{path}' must be one of {known}, not {}", shown(&json!(effort)));
+            return Err(ApiError::param(&path, message));
+        }
+        variables.entry("enable_thinking").or_insert(json!(effort != "none"));
+        Ok(())
     }
 
     /// A field of which only some values are supported: those that ask for nothing.

@@ -96,9 +96,7 @@ fn parse(app: &App, caller: &Caller, body: &[u8]) -> ApiResult<Request> {
     let mut extra = fields.take::<Map<String, Value>>("chat_template_kwargs")?.unwrap_or_default();
     if let Some(reasoning) = fields.value("reasoning") {
         let mut reasoning = Fields::of(reasoning, "reasoning")?;
-        if let Some(effort) = reasoning.text("effort", 32)? {
-            extra.entry("enable_thinking").or_insert(json!(effort != "none"));
-        }
+        reasoning.effort("effort", &mut extra)?;
         reasoning.ignore(&["summary", "generate_summary"]);
         reasoning.finish()?;
     }

@@ -76,7 +76,9 @@ fn wrong_values_and_empty_prompts_are_said_in_plain_words() {
     let chat = |name: &str, value: Value| json!({ "messages": [{ "role": "user", "content": "Hi" }], name: value });
     for (name, value, words) in [
         ("max_tokens", json!("ten"), ["a whole number from 0 on", "not \"ten\""]),
-        ("max_tokens", json!(-1), ["a whole number from 0 on", "not -1"]),
+        ("max_tokens", json!(-1), ["from 1 to ", "not -1"]),
+        ("max_tokens", json!(0), ["from 1 to ", "not 0"]),
+        ("reasoning_effort", json!("hihg"), ["high, xhigh, max", "not \"hihg\""]),
         ("max_tokens", json!(2.5), ["a whole number", "not 2.5"]),
         ("temperature", json!("hot"), ["a number", "not \"hot\""]),
         ("stream", json!("yes"), ["true or false", "not \"yes\""]),
@@ -92,6 +94,13 @@ fn wrong_values_and_empty_prompts_are_said_in_plain_words() {
         &json!({ "tokens": [1, "two"] }),
         "tokens",
         &["a list of whole numbers"],
+    );
+    refused(
+        at,
+        "/v1/responses",
+        &json!({ "input": "Hi", "reasoning": { "effort": "hard" } }),
+        "reasoning.effort",
+        &["none, minimal", "not \"hard\""],
     );
     refused(at, "/v1/completions", &json!({ "prompt": "" }), "prompt", &["empty"]);
     refused(at, "/v1/completions", &json!({ "prompt": [] }), "prompt", &["empty"]);

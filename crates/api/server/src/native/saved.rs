@@ -94,12 +94,8 @@ pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResul
     if app.vault.durable.is_none() {
         return Err(app.vault.no_session(&caller.key, id, app.config.session_idle));
     }
-    let (vault, which) = (Arc::clone(&app.vault), id.to_owned());
-    let found = blocking(move || {
-        Ok(vault.durable.as_ref().and_then(|durable| durable.record("session", &which)))
-    });
     let missing = || ApiError::not_found("session");
-    let record = found.await?.ok_or_else(missing)?;
+    let record = stored(app, id).await?.ok_or_else(missing)?;
     if record["key"].as_str().and_then(from_hex) != Some(caller.key) {
         return Err(missing());
     }
@@ -114,8 +110,21 @@ pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResul
         })
         .await?;
     let session = session(&record, capsule).ok_or_else(missing)?;
+    let session = app.vault.add_session(id, session);
+    // Deleted meanwhile: whoever deleted it did not find it in memory.
+    if stored(app, id).await?.is_none() {
+        app.vault.remove_session(&caller.key, id);
+        return Err(missing());
+    }
     app.vault.metrics.sessions_fetched.add(1);
-    Ok(app.vault.add_session(id, session))
+    Ok(session)
+}
+
+/// What the store has of a session.
+async fn stored(app: &Arc<App>, id: &str) -> ApiResult<Option<Value>> {
+    let (vault, id) = (Arc::clone(&app.vault), id.to_owned());
+    blocking(move || Ok(vault.durable.as_ref().and_then(|durable| durable.record("session", &id))))
+        .await
 }
 
 /// Lets sessions go that nobody used for a while, from time to time, for as long as the server runs.

@@ -23,7 +23,7 @@ use crate::fields::Fields;
 use crate::prompt::ModelInfo;
 use crate::sse::{self, Events};
 use crate::vault::{LastReply, Mark, MessageEnd, Session, SessionState};
-use crate::worker::{End, OnEnd, Start};
+use crate::worker::{End, OnEnd, Start, Step};
 
 /// Marks of a session at most: older ones go.
 const MARKS: usize = 256;
@@ -176,6 +176,8 @@ pub(crate) async fn delete_session(
         interrupt.store(true, Ordering::Relaxed);
     }
     forget(&app, "session", id.clone()).await?;
+    // A call that came beside this one may have fetched it from the store before it was forgotten.
+    app.vault.remove_session(&caller.key, &id);
     Ok(Json(json!({ "id": id, "object": "session", "deleted": true })).into_response())
 }
 
@@ -243,23 +245,12 @@ pub(crate) async fn append(
     }
     let mut wanted = app.wanted(&mut Fields::of(json!({}), "")?, &caller, &[], Some(0))?;
     wanted.reply.max_tokens = 0;
-    let Launched { mut generation, session, busy, ended } =
-        launch(&app, &caller, &id, input, wanted, "append").await?;
-    let mut tally = Tally::new(&generation);
-    let settled = settle(&app, &id, &session, busy, ended);
-    let read = loop {
-        match generation.step(&mut tally).await {
-            Ok(Some(_)) => {}
-            Ok(None) => break Ok(()),
-            Err(error) => break Err(error),
-        }
-    };
-    // Also after an error: whoever gets it may use the session at once.
-    let Settled { outcome, saved, busy } = settled.await.map_err(|_| ApiError::internal())?;
-    drop(busy);
+    let launched = launch(&app, &caller, &id, input, wanted, "append").await?;
+    let session = Arc::clone(&launched.session);
+    let (read, settled) = carry_out(&app, &id, launched, |_, _| {}).await?;
     read?;
-    outcome?;
-    saved.map_err(ApiError::unsaved)?;
+    settled.outcome?;
+    settled.saved.map_err(ApiError::unsaved)?;
     Ok(Json(session_object(&id, &session)).into_response())
 }
 
@@ -281,6 +272,11 @@ async fn committed(ended: oneshot::Receiver<ApiResult<()>>) -> ApiResult<()> {
 struct Settled {
     outcome: ApiResult<()>,
     saved: ApiResult<()>,
+}
+
+/// That a call has ended, told to whoever waits for it.
+struct Delivered {
+    settled: Settled,
     /// Others have the session when this goes.
     busy: Arc<Busy>,
 }
@@ -293,20 +289,44 @@ fn settle(
     session: &Arc<Session>,
     busy: Arc<Busy>,
     ended: oneshot::Receiver<ApiResult<()>>,
-) -> oneshot::Receiver<Settled> {
+) -> oneshot::Receiver<Delivered> {
     let (app, id, session) = (Arc::clone(app), id.to_owned(), Arc::clone(session));
     let (tell, told) = oneshot::channel();
     tokio::spawn(async move {
         let outcome = committed(ended).await;
         let added = outcome.is_ok();
         let saved = saved::save(&app, &id, &session).await;
-        let Err(untold) = tell.send(Settled { outcome, saved, busy }) else { return };
+        let delivered = Delivered { settled: Settled { outcome, saved }, busy };
+        let Err(untold) = tell.send(delivered) else { return };
         if added && leave_at(&app, &session, 0).await {
             save_or_log(&app, &id, &session).await;
         }
         drop(untold.busy);
     });
     told
+}
+
+/// Steps a call to its end, and waits until its session is saved and free: also after an error, so that whoever gets that may
+/// use the session at once.
+async fn carry_out(
+    app: &Arc<App>,
+    id: &str,
+    launched: Launched,
+    mut each: impl FnMut(Step, &mut Tally),
+) -> ApiResult<(ApiResult<Tally>, Settled)> {
+    let Launched { mut generation, session, busy, ended } = launched;
+    let mut tally = Tally::new(&generation);
+    let settled = settle(app, id, &session, busy, ended);
+    let told = loop {
+        match generation.step(&mut tally).await {
+            Ok(Some(step)) => each(step, &mut tally),
+            Ok(None) => break Ok(tally),
+            Err(error) => break Err(error),
+        }
+    };
+    let Delivered { settled, busy } = settled.await.map_err(|_| ApiError::internal())?;
+    drop(busy);
+    Ok((told, settled))
 }
 
 /// Cuts the last reply to what its client got of it; whether that changed the session.
@@ -386,18 +406,11 @@ pub(crate) async fn generate(
     let stream = fields.take::<bool>("stream")?.unwrap_or(false);
     wanted.stream = stream;
     fields.finish()?;
-    let Launched { mut generation, session, busy, ended } =
-        launch(&app, &caller, &id, input, wanted, "reply").await?;
-    let mut tally = Tally::new(&generation);
-    let (mut text, mut tokens, mut finish) = (String::new(), Vec::new(), None);
+    let launched = launch(&app, &caller, &id, input, wanted, "reply").await?;
+    let session = Arc::clone(&launched.session);
     if !stream {
-        let settled = settle(&app, &id, &session, busy, ended);
-        let told = loop {
-            let step = match generation.step(&mut tally).await {
-                Ok(Some(step)) => step,
-                Ok(None) => break Ok(()),
-                Err(error) => break Err(error),
-            };
+        let (mut text, mut tokens, mut finish) = (String::new(), Vec::new(), None);
+        let each = |step: Step, tally: &mut Tally| {
             if let Some(token) = step.token {
                 tally.token(step.at, false);
                 tokens.push(token);
@@ -405,21 +418,20 @@ pub(crate) async fn generate(
             text.push_str(&step.text);
             finish = step.finished.or(finish);
         };
-        // Also after an error: whoever gets it may use the session at once.
-        let Settled { outcome, saved, busy } = settled.await.map_err(|_| ApiError::internal())?;
-        drop(busy);
-        told?;
+        let (told, settled) = carry_out(&app, &id, launched, each).await?;
+        let tally = told?;
         // An interruption that came before the prompt was read leaves the session as it was.
         if tally.generated > 0 || finish != Some(FinishReason::Cancelled) {
-            outcome?;
+            settled.outcome?;
         }
-        saved.map_err(ApiError::unsaved)?;
+        settled.saved.map_err(ApiError::unsaved)?;
         let finish = finish.ok_or_else(ApiError::stopping)?;
         let mut object = reply_object(&id, &session, &tally, finish);
         object["text"] = json!(text);
         object["tokens"] = json!(tokens);
         return Ok(Json(object).into_response());
     }
+    let Launched { generation, busy, ended, .. } = launched;
     let sent = Arc::clone(&generation.sent);
     let (events, response) = sse::response(Arc::clone(&sent));
     tokio::spawn(async move {
