@@ -99,6 +99,10 @@ fn what_cannot_be_served_is_said() {
     let port = taken.local_addr().expect("an address").port().to_string();
     let said = error(1, &format!("serve --model {TINY} --port {port}"), &[]);
     assert!(said.contains("cannot listen on"), "{said}");
+    for cors in ["foo", "https://", "https://a.example/app", "app.example.com"] {
+        let said = error(2, &format!("serve --model {TINY} --port 0"), &["--cors", cors]);
+        assert!(said.contains("--cors") && said.contains("https://app.example.com"), "{said}");
+    }
     let said = error(1, &format!("serve --model {TINY} --store s3://bucket --port 0"), &[]);
     assert!(said.contains("s3"), "{said}");
     let folder = tempfile::tempdir().expect("a folder");
