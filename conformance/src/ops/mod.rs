@@ -108,22 +108,14 @@ pub fn specs(options: &SuiteOptions) -> Vec<Spec> {
 
 /// Runs the suite.
 pub fn run(backend: &dyn Backend, options: &SuiteOptions) -> Report {
-    run_observed(backend, options, &mut |_| {})
-}
-
-/// Runs the suite and tells of each case before it runs, so that a crash has a name.
-pub fn run_observed(
-    backend: &dyn Backend,
-    options: &SuiteOptions,
-    observer: &mut dyn FnMut(&str),
-) -> Report {
-    run_specs(backend, &specs(options), options, observer)
+    run_specs(backend, &specs(options), options, &mut |_| {})
 }
 
 /// Near ties allowed whatever the number of draws; else fewer than one draw in a hundred.
 const FEW_NEAR_TIES: usize = 1;
 
-/// Runs these cases; the options' filter and number of random cases play no part.
+/// Runs these cases, and tells of each before it runs, so that a crash has a name. The options' filter and number of random
+/// cases play no part.
 pub fn run_specs(
     backend: &dyn Backend,
     specs: &[Spec],
