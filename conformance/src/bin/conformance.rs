@@ -1,6 +1,7 @@
 //! Runs the op suite on a backend of this machine.
 
 use std::process::ExitCode;
+use std::time::Instant;
 
 use ampoule_backend::Backend;
 use ampoule_conformance::ops::{self, Problem, Report, SuiteOptions};
@@ -20,7 +21,7 @@ usage: conformance ops [--backend cpu|cuda|reference] [--filter WORDS] [--part K
   --cases N      cases of random shape added to those chosen by hand (default: 50)
   --json         the report as JSON
   --list         the cases' names
-  --verbose      each case's name before it runs, on standard error";
+  --verbose      each case's name before it runs, and the seconds since the start, on standard error";
 
 /// What the command line asks for.
 struct Arguments {
@@ -158,9 +159,10 @@ fn main() -> ExitCode {
     let mut arguments = arguments;
     // Quantised weights are held as bf16 there.
     arguments.options.bf16_weights = backend.info().backend == "cuda";
+    let start = Instant::now();
     let mut observer = |name: &str| {
         if arguments.verbose {
-            eprintln!("{name}");
+            eprintln!("{:8.2}  {name}", start.elapsed().as_secs_f64());
         }
     };
     let report = ops::run_specs(backend.as_ref(), &specs, &arguments.options, &mut observer);
