@@ -79,7 +79,13 @@ impl Durable {
         &self.store
     }
 
-    /// Saves a capsule, if there is one, under a name of the server's own, and the record. Blocks until both are durable.
+    /// The capsule that lies there under a name of the server's own.
+    pub(crate) fn id_of(&self, kind: &str, id: &str) -> Option<CapsuleId> {
+        lock(&self.names).get(&name(kind, id)).copied()
+    }
+
+    /// Saves a capsule, if there is one, under a name of the server's own, and the record. Blocks until both are durable;
+    /// says what the capsule is called there.
     ///
     /// # Errors
     /// If either cannot be written.
@@ -89,21 +95,22 @@ impl Durable {
         id: &str,
         capsule: Option<&DetachedCapsule>,
         mut record: Value,
-    ) -> Result<(), ampoule::Error> {
+    ) -> Result<Option<CapsuleId>, ampoule::Error> {
         let name = name(kind, id);
-        let mut before = None;
+        let (mut before, mut written) = (None, None);
         if let Some(capsule) = capsule {
             let _turn = self.removing.read().unwrap_or_else(PoisonError::into_inner);
             let saved =
                 self.store.save_detached(capsule, Some((&name, Expected::Anything)), None)?;
             before = lock(&self.names).insert(name.clone(), saved.id);
+            written = Some(saved.id);
             self.metrics.disk_bytes.add(i64::try_from(saved.written).unwrap_or_default());
         }
         record["id"] = json!(id);
         let saved = self.store.store().set_memo(&name, record.to_string().as_bytes());
         saved.map_err(StoreError::from)?;
         self.drop_unnamed(before);
-        Ok(())
+        Ok(written)
     }
 
     /// Removes a capsule that no name points to any more.

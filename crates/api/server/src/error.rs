@@ -142,6 +142,17 @@ impl ApiError {
         }
     }
 
+    /// 500: what the store has of a state cannot be read.
+    fn unreadable() -> Self {
+        Self {
+            code: Some("capsule_unreadable"),
+            message: "the store's copy of this state cannot be read, and nothing else is affected: `ampoule capsule fsck` says \
+                      what is wrong with it; delete it here, or bring a capsule back from a file"
+                .to_owned(),
+            ..Self::internal()
+        }
+    }
+
     /// What a call did to a session is in memory and not in the store.
     pub(crate) fn unsaved(self) -> Self {
         let message = format!(
@@ -205,6 +216,10 @@ impl From<ampoule::Error> for ApiError {
                 if matches!(**store, StoreError::Save(SaveError::Quota { .. })) =>
             {
                 Self::store_full()
+            }
+            ampoule::Error::Store(store) if matches!(**store, StoreError::Load(_)) => {
+                let _ = internal(&error);
+                Self::unreadable()
             }
             ampoule::Error::Tokenizer(_) => Self::invalid("the text cannot be tokenized"),
             _ => internal(&error),

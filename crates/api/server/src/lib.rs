@@ -15,6 +15,7 @@ mod grammar;
 mod http;
 mod memory;
 mod metrics;
+mod named;
 mod native;
 mod openapi;
 mod output;

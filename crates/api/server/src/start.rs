@@ -15,8 +15,9 @@ use crate::app::App;
 use crate::durable::{Durable, Record};
 use crate::memory::Relief;
 use crate::metrics::Metrics;
+use crate::named::{About, NamedCapsule, Origin};
 use crate::prompt::ModelInfo;
-use crate::vault::{Limits, Origin, Vault};
+use crate::vault::{Limits, Vault};
 use crate::worker::{Command, Worker};
 
 /// A reply is cut soon after it was heard or not at all: after that the places to cut it at go before anything else.
@@ -219,10 +220,14 @@ fn bring_back(
         for key in everybody {
             worker.cache.keep(&crate::app::space(key, None), &tokens, capsule.clone());
         }
-        let named = crate::native::of_the_store(name, capsule, Origin::Warm);
-        vault.add_capsule(&crate::native::id_of(name), named);
+        let about = About::from(&capsule);
+        let named = crate::native::of_the_store(name, id, Origin::Warm, about);
+        let named = NamedCapsule { capsule: Some(capsule), ..named };
+        vault.capsules.add(&crate::native::id_of(name), named);
     }
-    crate::native::fill_shelf(worker, vault, durable);
+    if keys.is_empty() {
+        crate::native::fill_shelf(worker, vault, durable);
+    }
     let records = durable.records()?;
     crate::responses::bring_back(vault, &records);
     crate::native::bring_back(worker, vault, durable, &records);

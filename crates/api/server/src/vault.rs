@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ampoule::store::CapsuleId;
 use ampoule::{Capsule, Waypoints};
 use axum::http::StatusCode;
 use serde_json::Value;
@@ -13,6 +12,7 @@ use serde_json::Value;
 use crate::durable::Durable;
 use crate::error::{ApiError, ApiResult};
 use crate::metrics::Metrics;
+use crate::named::Names;
 
 /// A response that can be read, continued and deleted.
 pub(crate) struct StoredResponse {
@@ -41,66 +41,6 @@ impl StoredResponse {
     ) -> Self {
         Self { key, body, input, history, end_token, end: Mutex::new(end), used: AtomicU64::new(0) }
     }
-}
-
-/// A capsule that a client asked for, or one that the store has under a name.
-#[derive(Clone)]
-pub(crate) struct NamedCapsule {
-    /// Whose it is; of one that is the store's own it says nothing.
-    pub key: [u8; 32],
-    pub created: u64,
-    /// Microseconds since 1970: of several that were given one name the latest has it.
-    pub order: u64,
-    pub name: Option<String>,
-    pub parent: Option<String>,
-    pub pinned: bool,
-    pub origin: Origin,
-    pub capsule: Capsule,
-}
-
-/// Where a capsule that can be asked for comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Origin {
-    /// A client made it.
-    Client,
-    /// A name of the store, to be had again from there.
-    Store,
-    /// A name of the store that is to stay in memory (`--warm`).
-    Warm,
-}
-
-impl NamedCapsule {
-    /// Whether it is this key's own, to be changed and deleted.
-    pub(crate) fn is_of(&self, key: &[u8; 32]) -> bool {
-        self.origin == Origin::Client && self.key == *key
-    }
-
-    /// Whether this key may use it.
-    fn is_for(&self, key: &[u8; 32]) -> bool {
-        self.origin != Origin::Client || self.key == *key
-    }
-
-    /// Whether a store, where there is one, has it.
-    pub(crate) fn is_kept(&self) -> bool {
-        self.pinned || self.name.is_some() || self.origin != Origin::Client
-    }
-}
-
-/// A name of the store that no server gave, and what is known of its capsule without loading it.
-pub(crate) struct Shelved {
-    /// What it is called over HTTP.
-    pub id: String,
-    pub name: String,
-    pub capsule: CapsuleId,
-    /// The model it is of.
-    pub model: String,
-    /// Whether it fits the model that is served.
-    pub fits: bool,
-    pub position: u32,
-    pub lineage: String,
-    pub fixed_bytes: u64,
-    pub own_row_bytes: u64,
-    pub row_bytes: u64,
 }
 
 /// A place in a session that it can go back to.
@@ -238,8 +178,7 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct Vault {
     responses: Mutex<HashMap<String, Arc<StoredResponse>>>,
     sessions: Mutex<HashMap<String, Arc<Session>>>,
-    capsules: Mutex<HashMap<String, NamedCapsule>>,
-    shelf: Mutex<Vec<Arc<Shelved>>>,
+    pub capsules: Names,
     /// For each key: held while one of its capsules changes in memory and in the store.
     turns: Mutex<HashMap<[u8; 32], Arc<tokio::sync::Mutex<()>>>>,
     /// Sessions that were idle for too long, for a while: whoever comes back is told why they are gone.
@@ -269,8 +208,7 @@ impl Vault {
         Self {
             responses: Mutex::default(),
             sessions: Mutex::default(),
-            capsules: Mutex::default(),
-            shelf: Mutex::default(),
+            capsules: Names::new(Arc::clone(&metrics)),
             turns: Mutex::default(),
             expired: Mutex::default(),
             clock: AtomicU64::new(0),
@@ -334,9 +272,9 @@ impl Vault {
     }
 
     /// Gives up something that can be had again, of the first of these kinds that there is: places within replies; the state of
-    /// a response, which can still be read, and continued by reading its conversation again or from the store; any that has a
-    /// name in the store; a session that the store has; the older boundaries of a session. But for what has a name in the store
-    /// it is what was used least recently. False if there is nothing.
+    /// a response, which can still be read, and continued by reading its conversation again or from the store; that of a capsule
+    /// that the store has; a session that the store has; the older boundaries of a session. It is what was used least recently
+    /// of its kind. False if there is nothing.
     pub(crate) fn relieve(&self) -> bool {
         if self.relieve_of_waypoints(Duration::ZERO) {
             return true;
@@ -348,14 +286,7 @@ impl Vault {
             return true;
         }
         drop(all);
-        let mut all = lock(&self.capsules);
-        let again = all.iter().find(|(_, c)| c.origin == Origin::Store).map(|(id, _)| id.clone());
-        if again.is_some_and(|id| all.remove(&id).is_some()) {
-            self.metrics.named.set(all.len());
-            return true;
-        }
-        drop(all);
-        if self.park(None) {
+        if self.capsules.relieve() || self.park(None) {
             return true;
         }
         let all = lock(&self.sessions);
@@ -449,8 +380,7 @@ impl Vault {
     /// # Errors
     /// 429 where this key has as many capsules as it may.
     pub(crate) fn room_for_capsule(&self, key: &[u8; 32]) -> ApiResult<()> {
-        let mine = lock(&self.capsules).values().filter(|c| c.is_of(key)).count();
-        if mine < self.limits.capsules {
+        if self.capsules.count(key) < self.limits.capsules {
             return Ok(());
         }
         self.metrics.rejected.add(1);
@@ -490,70 +420,9 @@ impl Vault {
         list
     }
 
-    /// Adds a capsule. One of the same key that had its name has none any more, and is returned as it is now.
-    pub(crate) fn add_capsule(
-        &self,
-        id: &str,
-        capsule: NamedCapsule,
-    ) -> Option<(String, NamedCapsule)> {
-        let mut all = lock(&self.capsules);
-        let had_it =
-            |c: &NamedCapsule| c.name.is_some() && c.name == capsule.name && c.is_of(&capsule.key);
-        let before = all.iter_mut().find(|(other, c)| *other != id && had_it(c));
-        let before = before.filter(|_| capsule.origin == Origin::Client).map(|(id, before)| {
-            before.name = None;
-            (id.clone(), before.clone())
-        });
-        all.insert(id.to_owned(), capsule);
-        self.metrics.named.set(all.len());
-        before
-    }
-
-    /// A capsule by id, by the name that its owner gave it, or by a name of the store that is in memory.
-    pub(crate) fn capsule(&self, key: &[u8; 32], which: &str) -> Option<(String, NamedCapsule)> {
-        let all = lock(&self.capsules);
-        if let Some(found) = all.get(which).filter(|c| c.is_for(key)) {
-            return Some((which.to_owned(), found.clone()));
-        }
-        // Of other keys' capsules not even the names are looked at.
-        let mine = all.iter().filter(|(_, c)| c.is_for(key));
-        let found = mine.filter(|(_, c)| c.name.as_deref() == Some(which));
-        found.max_by_key(|(_, c)| c.is_of(key)).map(|(id, c)| (id.clone(), c.clone()))
-    }
-
-    /// What the store has under names that no server gave.
-    pub(crate) fn shelf(&self) -> MutexGuard<'_, Vec<Arc<Shelved>>> {
-        lock(&self.shelf)
-    }
-
     /// What a change of a key's capsules holds. There are as many as keys.
     pub(crate) fn turn(&self, key: &[u8; 32]) -> Arc<tokio::sync::Mutex<()>> {
         Arc::clone(lock(&self.turns).entry(*key).or_default())
-    }
-
-    pub(crate) fn pin(&self, key: &[u8; 32], id: &str, pinned: bool) -> Option<NamedCapsule> {
-        let mut all = lock(&self.capsules);
-        let found = all.get_mut(id).filter(|c| c.is_of(key))?;
-        found.pinned = pinned;
-        Some(found.clone())
-    }
-
-    pub(crate) fn remove_capsule(&self, key: &[u8; 32], id: &str) -> bool {
-        let mut all = lock(&self.capsules);
-        let mine = all.get(id).is_some_and(|c| c.is_of(key));
-        if mine {
-            all.remove(id);
-        }
-        self.metrics.named.set(all.len());
-        mine
-    }
-
-    pub(crate) fn capsules(&self, key: &[u8; 32]) -> Vec<(String, NamedCapsule)> {
-        let all = lock(&self.capsules);
-        let mine = all.iter().filter(|(_, c)| c.is_for(key));
-        let mut list: Vec<_> = mine.map(|(id, c)| (id.clone(), c.clone())).collect();
-        list.sort_by(|a, b| (a.1.created, &a.0).cmp(&(b.1.created, &b.0)));
-        list
     }
 }
 

@@ -6,7 +6,7 @@ use ampoule::store::Expected;
 use ampoule::{Ampoule, CapsuleStore, Device, LoadOptions, StoreOptions};
 use ampoule_server::{Config, Server};
 use serde_json::{Value, json};
-use support::{TINY, config, get, metric, ok, post, request, start};
+use support::{TINY, config, get, metric, ok, post, request, start, start_with};
 
 fn stored(place: &std::path::Path) -> Config {
     Config {
@@ -394,4 +394,162 @@ fn what_nobody_can_reach_is_said_at_the_start() {
     let server = start(stored(&place));
     assert!(server.notes().is_empty());
     server.stop().unwrap();
+}
+
+fn delete(server: &Server, path: &str) -> Value {
+    let answer = request(server.address(), "DELETE", path, "", "");
+    assert_eq!(answer.status, 200, "{path}: {}", String::from_utf8_lossy(&answer.body));
+    answer.json()
+}
+
+#[test]
+fn named_capsules_beyond_memory_lie_in_the_store_and_say_what_they_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let budget = 400 << 10;
+    let begin = || start_with(stored(&place), 2048, budget);
+    let server = begin();
+    let (mut bytes, mut known) = (0, Vec::new());
+    for n in 0..24 {
+        let id = session(&server, &format!("Story {n} of the {} harbour.", n * n));
+        // Every third has a pin and no name.
+        let how =
+            if n % 3 == 0 { json!({ "pin": true }) } else { json!({ "name": format!("n{n}") }) };
+        let made = snapshot(&server, &id, &how);
+        let of = &made["bytes"];
+        bytes += of["fixed"].as_u64().unwrap() + of["rows"].as_u64().unwrap();
+        let id = made["id"].as_str().unwrap().to_owned();
+        known.push((says(&server, &id), made));
+    }
+    assert!(bytes as usize > 2 * budget, "{bytes} bytes would fit: nothing is tried");
+    let all_say_the_same = |server: &Server| {
+        for (said, made) in known.iter().rev() {
+            let path = format!("/v1/capsules/{}", made["id"].as_str().unwrap());
+            let mut back = get(server.address(), &path).json();
+            back["replaced"] = Value::Null;
+            assert_eq!(&back, made, "the store's figures are those of memory");
+            let which = made["name"].as_str().or(made["id"].as_str()).unwrap();
+            assert_eq!(&says(server, which), said, "{made}");
+        }
+        assert_eq!(listed(server).len(), known.len());
+    };
+    all_say_the_same(&server);
+    server.stop().unwrap();
+    let server = begin();
+    all_say_the_same(&server);
+    // One leaves the store, by its pin or by its name that moves: it is still there, in memory.
+    let (said, pinned) = &known[0];
+    let id = pinned["id"].as_str().unwrap();
+    assert_eq!(delete(&server, &format!("/v1/capsules/{id}/pin"))["stored"], false);
+    assert_eq!(&says(&server, id), said);
+    let (said, named) = &known[1];
+    let other = session(&server, "Another story.");
+    let moved = snapshot(&server, &other, &json!({ "name": "n1" }));
+    assert_eq!(moved["replaced"], named["id"]);
+    let old =
+        get(server.address(), &format!("/v1/capsules/{}", named["id"].as_str().unwrap())).json();
+    assert_eq!((&old["name"], &old["stored"]), (&Value::Null, &json!(false)));
+    assert_eq!(&says(&server, named["id"].as_str().unwrap()), said);
+    // A pin on one that only the store has costs no state.
+    let (said, named) = &known[2];
+    let pin = format!("/v1/capsules/{}/pin", named["id"].as_str().unwrap());
+    let both = ok(server.address(), &pin, &json!({}));
+    assert_eq!((&both["pinned"], &both["stored"]), (&json!(true), &json!(true)));
+    assert_eq!(&says(&server, "n2"), said);
+    server.stop().unwrap();
+    let server = begin();
+    assert_eq!(listed(&server).len(), known.len() - 1, "a pin and a name went, a name came");
+    assert_eq!(says(&server, "n2"), *said);
+    server.stop().unwrap();
+}
+
+#[test]
+fn a_start_loads_no_capsule_and_another_model_takes_no_name_away() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    let id = session(&server, "Of the tiny model.");
+    let tiny = snapshot(&server, &id, &json!({ "name": "latest" }));
+    let said = says(&server, "latest");
+    delete(&server, &format!("/v1/sessions/{id}"));
+    let mut left = Vec::new();
+    let sessions = get(server.address(), "/v1/sessions").json();
+    for session in sessions["data"].as_array().unwrap() {
+        left.push(format!("/v1/sessions/{}", session["id"].as_str().unwrap()));
+    }
+    left.iter().for_each(|path| drop(delete(&server, path)));
+    server.stop().unwrap();
+
+    let server = support::nano(stored(&place));
+    let at = server.address();
+    assert_eq!(listed(&server), []);
+    let refused = get(at, &format!("/v1/capsules/{}", tiny["id"].as_str().unwrap()));
+    let why = refused.json()["error"]["message"].to_string();
+    assert!(refused.status == 404 && why.contains("tiny") && why.contains("serve what"), "{why}");
+    let id = session(&server, "Of the other model.");
+    let nano = snapshot(&server, &id, &json!({ "name": "latest" }));
+    assert_eq!(nano["replaced"], Value::Null);
+    assert_eq!(get(at, "/v1/capsules/latest").json()["id"], nano["id"]);
+    server.stop().unwrap();
+
+    let server = start(stored(&place));
+    assert_eq!(get(server.address(), "/v1/capsules/latest").json()["id"], tiny["id"]);
+    let held = || {
+        metric(server.address(), "ampoule_capsule_bytes{tier=\"host\"}")
+            + metric(server.address(), "ampoule_capsule_bytes{tier=\"device\"}")
+    };
+    assert_eq!(held(), 0, "nobody asked for it");
+    assert_eq!(says(&server, "latest"), said);
+    assert!(held() > 0);
+    server.stop().unwrap();
+}
+
+#[test]
+fn a_capsule_that_is_damaged_in_the_store_is_said_to_be_when_it_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    let (one, two) = (session(&server, "One story."), session(&server, "A second, longer story."));
+    let one = snapshot(&server, &one, &json!({ "name": "one" }));
+    snapshot(&server, &two, &json!({ "name": "two" }));
+    let said = says(&server, "two");
+    server.stop().unwrap();
+    let store = CapsuleStore::open(place.to_str().unwrap(), StoreOptions::default()).unwrap();
+    let heads = store.store().heads().unwrap().0;
+    let one = format!("server capsule {}", one["id"].as_str().unwrap());
+    let one = heads.iter().find(|head| head.name == one).unwrap().capsule;
+    let segment = store.store().capsule(one).unwrap().segments()[0];
+    drop(store);
+    let file = files(&place).into_iter().find(|path| {
+        path.file_name().unwrap().to_string_lossy().starts_with(&segment.id.to_string())
+    });
+    let file = file.unwrap();
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+
+    let server = start(stored(&place));
+    let at = server.address();
+    assert_eq!(listed(&server).len(), 2);
+    for answer in
+        [post(at, "/v1/sessions", &json!({ "capsule": "one" })), get(at, "/v1/capsules/one/export")]
+    {
+        let error = answer.json()["error"].clone();
+        assert_eq!((answer.status, &error["code"]), (500, &json!("capsule_unreadable")), "{error}");
+        assert!(error["message"].as_str().unwrap().contains("capsule fsck"), "{error}");
+    }
+    assert_eq!(says(&server, "two"), said);
+    // Its name can be given to another, and it can be deleted.
+    let again = session(&server, "One story, told again.");
+    assert_eq!(snapshot(&server, &again, &json!({ "name": "one" }))["stored"], true);
+    delete(&server, "/v1/capsules/one");
+    assert_eq!(listed(&server), [(Some("two".into()), true, false)]);
+    server.stop().unwrap();
+}
+
+/// All files below a folder.
+fn files(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.flat_map(|path| if path.is_dir() { files(&path) } else { vec![path] }).collect()
 }

@@ -3,6 +3,8 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
+use ampoule::Capsule;
+use ampoule::store::CapsuleId;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::IntoResponse;
@@ -10,35 +12,49 @@ use axum::{Extension, Json};
 use serde_json::{Value, json};
 
 use super::sessions::session;
-use super::shelf::{self, Found, find, named, own};
+use super::shelf::{find, found, own, state, tokens};
 use super::{Answer, AppState, Caught, fields, forget, nothing, to_the_end};
 use crate::app::{App, blocking, micros, new_id, now};
 use crate::durable::Durable;
 use crate::error::{ApiError, ApiResult};
 use crate::fields::{Fields, Hints};
 use crate::http::body;
+use crate::named::{About, NamedCapsule, Origin};
 use crate::start::to_hex;
-use crate::vault::{NamedCapsule, Origin};
 
 /// Bytes of a capsule's name at most.
 const NAME_BYTES: usize = 200;
 
-fn capsule_object(app: &App, id: &str, named: &NamedCapsule) -> Value {
-    let c = &named.capsule;
+fn capsule_object(id: &str, named: &NamedCapsule) -> Value {
+    let about = &named.about;
     let client = named.origin == Origin::Client;
     json!({
         "id": id, "object": "capsule", "created_at": client.then_some(named.created), "name": named.name,
-        "parent": named.parent, "pinned": named.pinned || !client, "shared": !client,
-        "stored": app.vault.durable.is_some() && named.is_kept(),
-        "position": c.position(), "lineage": c.lineage().to_string(),
-        "bytes": { "fixed": c.fixed_bytes(), "own_rows": c.own_row_bytes(), "rows": c.row_bytes() },
+        "parent": named.parent, "pinned": named.pinned, "shared": !client, "stored": named.stored.is_some(),
+        "position": about.position, "lineage": about.lineage,
+        "bytes": { "fixed": about.fixed_bytes, "own_rows": about.own_row_bytes, "rows": about.row_bytes },
     })
 }
 
-fn found_object(app: &App, found: &Found) -> Value {
-    match found {
-        Found::Here(id, named) => capsule_object(app, id, named),
-        Found::Shelf(shelved) => shelf::object(shelved),
+/// A capsule that a client has made just now.
+fn new_capsule(
+    key: [u8; 32],
+    (name, pinned): (Option<String>, bool),
+    parent: Option<String>,
+    capsule: Capsule,
+) -> NamedCapsule {
+    NamedCapsule {
+        key,
+        created: now(),
+        order: micros(),
+        name,
+        parent,
+        pinned,
+        origin: Origin::Client,
+        about: About::from(&capsule),
+        capsule: Some(capsule),
+        stored: None,
+        misfit: None,
     }
 }
 
@@ -71,16 +87,13 @@ pub(crate) async fn snapshot(
     request: Request,
 ) -> Answer {
     let mut fields = fields(&app, request).await?.with_hints(HINTS);
-    let (name, pinned) = name_and_pin(&mut fields)?;
+    let called = name_and_pin(&mut fields)?;
     fields.finish()?;
     let session = session(&app, &caller, &id).await?;
     let capsule = session.lock().capsule().cloned();
     let capsule = capsule
         .ok_or_else(|| ApiError::conflict("this session is empty: there is nothing to freeze"))?;
-    let (key, parent, origin) = (caller.key, Some(id), Origin::Client);
-    let (created, order) = (now(), micros());
-    let named = NamedCapsule { key, created, order, name, parent, pinned, origin, capsule };
-    add_named(&app, named).await
+    add_named(&app, new_capsule(caller.key, called, Some(id), capsule)).await
 }
 
 /// Runs what changes a key's capsules to its end, whether or not the client is still there, and one such change after the
@@ -108,12 +121,26 @@ async fn add_named(app: &Arc<App>, mut named: NamedCapsule) -> Answer {
         // The last to have its turn has the name, in the store as well.
         named.order = micros();
         if named.is_kept() {
-            keep(&here, &id, &named).await?;
+            named.stored = keep(&here, &id, &named).await?;
         }
-        let replaced = here.vault.add_capsule(&id, named.clone());
-        let mut object = capsule_object(&here, &id, &named);
+        // What loses its name and has no pin leaves the store: its state must be in memory then.
+        let older = named.name.as_ref().and_then(|n| here.vault.capsules.holder(&named.key, n));
+        let left = match older {
+            Some((old, older)) if !older.pinned => state(&here, &old, &older).await.map(Some),
+            _ => Ok(None),
+        };
+        let replaced = here.vault.capsules.add(&id, named.clone());
+        let mut object = capsule_object(&id, &named);
         object["replaced"] = json!(replaced.as_ref().map(|(old, _)| old));
         if let Some((old, replaced)) = replaced {
+            match left {
+                Ok(Some(capsule)) => drop(leave_store(&here, &named.key, &old, capsule)),
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(?error, "a capsule that lost its name could not be kept");
+                    here.vault.capsules.remove(&named.key, &old);
+                }
+            }
             let let_go = move |durable: &Durable| Ok(let_name_go(durable, &old, &replaced)?);
             if let Err(error) = with_store(&here, let_go).await {
                 // The next start lets it go: the later of two has the name.
@@ -125,9 +152,17 @@ async fn add_named(app: &Arc<App>, mut named: NamedCapsule) -> Answer {
     Ok((StatusCode::CREATED, Json(object.await?)).into_response())
 }
 
+/// Notes that a capsule is in memory and nowhere else.
+fn leave_store(app: &App, key: &[u8; 32], id: &str, capsule: Capsule) -> Option<NamedCapsule> {
+    app.vault.capsules.change(key, id, |named| {
+        named.capsule = Some(capsule);
+        named.stored = None;
+    })
+}
+
 /// A key's own capsule as it is now.
 fn current(app: &App, key: &[u8; 32], id: &str) -> ApiResult<NamedCapsule> {
-    let found = app.vault.capsule(key, id).filter(|(found, c)| found == id && c.is_of(key));
+    let found = app.vault.capsules.find(key, id).filter(|(found, c)| found == id && c.is_of(key));
     Ok(found.ok_or_else(|| ApiError::not_found("capsule"))?.1)
 }
 
@@ -145,7 +180,7 @@ pub(super) fn let_name_go(
     named: &NamedCapsule,
 ) -> Result<(), ampoule::Error> {
     if named.is_kept() {
-        durable.save("capsule", id, None, record(named))
+        durable.save("capsule", id, None, record(named)).map(drop)
     } else {
         durable.forget("capsule", id);
         Ok(())
@@ -153,41 +188,44 @@ pub(super) fn let_name_go(
 }
 
 /// Runs something with the store, if there is one, off the threads that serve connections.
-async fn with_store(
+async fn with_store<T: Send + 'static>(
     app: &Arc<App>,
-    work: impl FnOnce(&Durable) -> ApiResult<()> + Send + 'static,
-) -> ApiResult<()> {
+    work: impl FnOnce(&Durable) -> ApiResult<T> + Send + 'static,
+) -> ApiResult<Option<T>> {
     if app.vault.durable.is_none() {
-        return Ok(());
+        return Ok(None);
     }
     let vault = Arc::clone(&app.vault);
-    blocking(move || vault.durable.as_ref().map_or(Ok(()), work)).await
+    blocking(move || vault.durable.as_ref().map(work).transpose()).await
 }
 
-/// Saves a capsule where there is a store.
-async fn keep(app: &Arc<App>, id: &str, named: &NamedCapsule) -> ApiResult<()> {
+/// Saves a capsule where there is a store, or only what is said of it where that has its state; and says where it lies.
+async fn keep(app: &Arc<App>, id: &str, named: &NamedCapsule) -> ApiResult<Option<CapsuleId>> {
     if app.vault.durable.is_none() {
-        return Ok(());
+        return Ok(None);
     }
-    let record = record(named);
-    let capsule = named.capsule.clone();
-    let detached = app.call(move |worker| Ok(worker.model.detach(&capsule)?)).await?;
-    let id = id.to_owned();
-    with_store(app, move |durable| Ok(durable.save("capsule", &id, Some(&detached), record)?)).await
+    let unsaved = named.capsule.clone().filter(|_| named.stored.is_none());
+    let detached = match unsaved {
+        Some(capsule) => Some(app.call(move |worker| Ok(worker.model.detach(&capsule)?)).await?),
+        None => None,
+    };
+    let (which, record) = (id.to_owned(), record(named));
+    let save =
+        move |durable: &Durable| Ok(durable.save("capsule", &which, detached.as_ref(), record)?);
+    Ok(with_store(app, save).await?.flatten().or(named.stored))
 }
 
 pub(crate) async fn list_capsules(State(app): AppState, Extension(caller): Caught) -> Answer {
-    let all = shelf::all(&app, &caller);
-    let list: Vec<Value> = all.iter().map(|found| found_object(&app, found)).collect();
+    let all = app.vault.capsules.list(&caller.key);
+    let list: Vec<Value> = all.iter().map(|(id, named)| capsule_object(id, named)).collect();
     Ok(Json(json!({ "object": "list", "data": list })).into_response())
 }
 
 /// Capsules below the capsules whose tokens they go on from.
 pub(crate) async fn tree(State(app): AppState, Extension(caller): Caught) -> Answer {
-    let all = shelf::all(&app, &caller);
-    let here = Arc::clone(&app);
+    let all = app.vault.capsules.list(&caller.key);
     let answer = blocking(move || {
-        let tokens: Vec<Vec<u32>> = all.iter().map(|found| shelf::tokens(&here, found)).collect();
+        let tokens: Vec<Vec<u32>> = all.iter().map(|(_, named)| tokens(&app, named)).collect();
         let above = |index: usize| {
             let shorter = |&other: &usize| {
                 let (a, b) = (&tokens[other], &tokens[index]);
@@ -198,9 +236,9 @@ pub(crate) async fn tree(State(app): AppState, Extension(caller): Caught) -> Ans
         let nodes: Vec<Value> = all
             .iter()
             .enumerate()
-            .map(|(index, found)| {
-                let mut node = found_object(&here, found);
-                node["below"] = json!(above(index).map(|other| all[other].id().to_owned()));
+            .map(|(index, (id, named))| {
+                let mut node = capsule_object(id, named);
+                node["below"] = json!(above(index).map(|other| all[other].0.clone()));
                 node
             })
             .collect();
@@ -214,8 +252,8 @@ pub(crate) async fn read_capsule(
     Extension(caller): Caught,
     Path(id): Path<String>,
 ) -> Answer {
-    let found = find(&app, &caller, &id)?;
-    Ok(Json(found_object(&app, &found)).into_response())
+    let (id, named) = find(&app, &caller, &id)?;
+    Ok(Json(capsule_object(&id, &named)).into_response())
 }
 
 pub(crate) async fn delete_capsule(
@@ -226,7 +264,7 @@ pub(crate) async fn delete_capsule(
     let (id, _) = own(&app, &caller, &id)?;
     let here = Arc::clone(&app);
     let object = change(&app, caller.key, async move {
-        if !here.vault.remove_capsule(&caller.key, &id) {
+        if !here.vault.capsules.remove(&caller.key, &id) {
             return Err(ApiError::not_found("capsule"));
         }
         forget(&here, "capsule", id.clone()).await?;
@@ -242,18 +280,21 @@ pub(crate) async fn pin(
     request: Request,
 ) -> Answer {
     nothing(&app, request).await?;
-    let id = match find(&app, &caller, &id)? {
-        Found::Here(id, named) if named.origin == Origin::Client => id,
+    let (id, named) = find(&app, &caller, &id)?;
+    if !named.is_of(&caller.key) {
         // The store has it already.
-        shared => return Ok(Json(found_object(&app, &shared)).into_response()),
-    };
+        return Ok(Json(capsule_object(&id, &named)).into_response());
+    }
     let here = Arc::clone(&app);
     let object = change(&app, caller.key, async move {
         let mut named = current(&here, &caller.key, &id)?;
         named.pinned = true;
-        keep(&here, &id, &named).await?;
-        here.vault.pin(&caller.key, &id, true);
-        Ok(capsule_object(&here, &id, &named))
+        let stored = keep(&here, &id, &named).await?;
+        let pinned = here.vault.capsules.change(&caller.key, &id, |named| {
+            named.pinned = true;
+            named.stored = stored;
+        });
+        Ok(capsule_object(&id, &pinned.ok_or_else(ApiError::internal)?))
     });
     Ok(Json(object.await?).into_response())
 }
@@ -268,10 +309,16 @@ pub(crate) async fn unpin(
     let object = change(&app, caller.key, async move {
         let mut named = current(&here, &caller.key, &id)?;
         named.pinned = false;
+        // Without a name it leaves the store: its state must be in memory then.
+        let left = if named.is_kept() { None } else { Some(state(&here, &id, &named).await?) };
         let (which, unpinned) = (id.clone(), named.clone());
         with_store(&here, move |durable| Ok(let_name_go(durable, &which, &unpinned)?)).await?;
-        here.vault.pin(&caller.key, &id, false);
-        Ok(capsule_object(&here, &id, &named))
+        let key = &caller.key;
+        let mut unpinned = here.vault.capsules.change(key, &id, |named| named.pinned = false);
+        if let Some(capsule) = left {
+            unpinned = leave_store(&here, key, &id, capsule);
+        }
+        Ok(capsule_object(&id, &unpinned.ok_or_else(ApiError::internal)?))
     });
     Ok(Json(object.await?).into_response())
 }
@@ -281,11 +328,11 @@ pub(crate) async fn export(
     Extension(caller): Caught,
     Path(id): Path<String>,
 ) -> Answer {
-    let (_, named) = named(&app, &caller, &id).await?;
+    let (_, capsule) = found(&app, &caller, &id).await?;
     let bytes = app
         .call(move |worker| {
             let mut bytes = Vec::new();
-            worker.model.engine.export(&named.capsule, &mut |piece| {
+            worker.model.engine.export(&capsule, &mut |piece| {
                 bytes.extend_from_slice(piece);
                 ControlFlow::Continue(())
             })?;
@@ -303,7 +350,7 @@ pub(crate) async fn import(
 ) -> Answer {
     let mut query = Fields::query(request.uri().query().unwrap_or_default())?.with_hints(HINTS);
     query.flag("pin");
-    let (name, pinned) = name_and_pin(&mut query)?;
+    let called = name_and_pin(&mut query)?;
     query.finish()?;
     let body = body(&app, request).await?;
     if body.is_empty() {
@@ -312,8 +359,5 @@ pub(crate) async fn import(
     let capsule = app
         .call(move |worker| worker.load(|worker| Ok(worker.model.engine.import(&body)?)))
         .await?;
-    let (key, parent, origin) = (caller.key, None, Origin::Client);
-    let (created, order) = (now(), micros());
-    let named = NamedCapsule { key, created, order, name, parent, pinned, origin, capsule };
-    add_named(&app, named).await
+    add_named(&app, new_capsule(caller.key, called, None, capsule)).await
 }

@@ -9,11 +9,13 @@ use serde_json::{Value, json};
 use super::capsules::let_name_go;
 use super::forget;
 use super::sessions::add_mark;
+use super::shelf::about;
 use crate::app::{App, Caller, blocking};
 use crate::durable::{Durable, Record};
 use crate::error::{ApiError, ApiResult};
+use crate::named::{NamedCapsule, Origin};
 use crate::start::{from_hex, to_hex};
-use crate::vault::{LastReply, MessageEnd, NamedCapsule, Origin, Session, SessionState, Vault};
+use crate::vault::{LastReply, MessageEnd, Session, SessionState, Vault};
 use crate::worker::Worker;
 
 /// How often what was removed from the store is deleted.
@@ -78,7 +80,7 @@ pub(super) async fn save(app: &Arc<App>, id: &str, session: &Session) -> ApiResu
     let (vault, id, gone) = (Arc::clone(&app.vault), id.to_owned(), id.to_owned());
     blocking(move || {
         let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-        Ok(durable.save("session", &id, detached.as_ref(), record)?)
+        Ok(durable.save("session", &id, detached.as_ref(), record).map(drop)?)
     })
     .await?;
     if session.is_deleted() {
@@ -150,7 +152,8 @@ pub(crate) async fn expire(app: Arc<App>) {
     }
 }
 
-/// Capsules and sessions that the store has. Sessions that find no room stay there until somebody asks for them.
+/// Capsules and sessions that the store has. The state of a capsule, and sessions that find no room, stay there until somebody
+/// asks for them.
 pub(crate) fn bring_back(
     worker: &mut Worker,
     vault: &Vault,
@@ -162,30 +165,36 @@ pub(crate) fn bring_back(
     // The latest of one name has it.
     capsules.sort_by_key(|r| (r.value["order"].as_u64(), r.value["created"].as_u64()));
     for Record { id, value: record, .. } in capsules {
-        let key = record["key"].as_str().and_then(from_hex);
-        let loaded = worker.load(|worker| durable.capsule(&mut worker.model, "capsule", id));
-        match (key, loaded) {
-            (Some(key), Ok(capsule)) => {
-                let text = |name: &str| record[name].as_str().map(str::to_owned);
-                let named = NamedCapsule {
-                    key,
-                    created: record["created"].as_u64().unwrap_or_default(),
-                    order: record["order"].as_u64().unwrap_or_default(),
-                    name: text("name"),
-                    parent: text("parent"),
-                    // What was saved before names were durable was saved because it was pinned.
-                    pinned: record["pinned"].as_bool().unwrap_or(true),
-                    origin: Origin::Client,
-                    capsule,
-                };
-                if let Some((old, replaced)) = vault.add_capsule(id, named)
-                    && let Err(error) = let_name_go(durable, &old, &replaced)
-                {
-                    tracing::warn!(%error, "the record of a capsule was not changed");
-                }
+        let Some(key) = record["key"].as_str().and_then(from_hex) else { continue };
+        let Some(stored) = durable.id_of("capsule", id) else { continue };
+        let (about, misfit) = match about(worker, durable, stored) {
+            Ok(known) => known,
+            Err(error) => {
+                tracing::warn!(%error, "a capsule was not brought back");
+                continue;
             }
-            (_, Err(error)) => tracing::warn!(?error, "a capsule was not brought back"),
-            _ => {}
+        };
+        let text = |name: &str| record[name].as_str().map(str::to_owned);
+        let named = NamedCapsule {
+            key,
+            created: record["created"].as_u64().unwrap_or_default(),
+            order: record["order"].as_u64().unwrap_or_default(),
+            name: text("name"),
+            parent: text("parent"),
+            // What was saved before names were durable was saved because it was pinned.
+            pinned: record["pinned"].as_bool().unwrap_or(true),
+            origin: Origin::Client,
+            about,
+            capsule: None,
+            stored: Some(stored),
+            misfit,
+        };
+        let Some((old, replaced)) = vault.capsules.add(id, named) else { continue };
+        if !replaced.is_kept() {
+            vault.capsules.remove(&key, &old);
+        }
+        if let Err(error) = let_name_go(durable, &old, &replaced) {
+            tracing::warn!(%error, "the record of a capsule was not changed");
         }
     }
     for Record { id, value: record, .. } in of("session") {

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use super::heard::heard;
 use super::history::message_end;
 use super::input::{CREATE, FORK, HINTS, Input, RESTORE, ROLLBACK, TRUNCATE, read_input};
-use super::shelf::named;
+use super::shelf::found;
 use super::{Answer, AppState, Caught, fields, forget, nothing, saved, to_the_end};
 use crate::app::{App, Caller, Generation, Tally, Wanted, blocking, new_id, now};
 use crate::error::{ApiError, ApiResult};
@@ -121,8 +121,8 @@ pub(crate) async fn create_session(
     let mut state = SessionState { tools, ..SessionState::default() };
     let mut parent = None;
     if let Some(which) = from {
-        let (id, named) = named(&app, &caller, &which).await?;
-        begin_with(&mut state, named.capsule);
+        let (id, capsule) = found(&app, &caller, &which).await?;
+        begin_with(&mut state, capsule);
         parent = Some(id);
     }
     let id = new_id("sess_");
@@ -785,11 +785,11 @@ pub(crate) async fn restore(
     let which: String = fields.require("capsule")?;
     fields.finish()?;
     let session = session(&app, &caller, &id).await?;
-    let (_, named) = named(&app, &caller, &which).await?;
+    let (_, capsule) = found(&app, &caller, &which).await?;
     let busy = Busy::take(&session)?;
     {
         let mut state = session.lock();
-        begin_with(&mut state, named.capsule);
+        begin_with(&mut state, capsule);
     }
     save_and_free(&app, &id, &session, busy).await?;
     Ok(Json(session_object(&id, &session)).into_response())
