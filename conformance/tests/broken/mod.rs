@@ -253,12 +253,12 @@ impl Program for BrokenProgram {
         self.program.read_state(slot, region, into)
     }
 
-    fn freeze(
+    fn freeze_parts(
         &mut self,
         slot: SlotId,
-        regions: &[Region],
-    ) -> Result<Arc<dyn Frozen>, BackendError> {
-        self.program.freeze(slot, regions)
+        parts: &[&[Region]],
+    ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
+        self.program.freeze_parts(slot, parts)
     }
 
     fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError> {

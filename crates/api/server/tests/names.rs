@@ -477,7 +477,9 @@ fn a_start_loads_no_capsule_and_another_model_takes_no_name_away() {
     for session in sessions["data"].as_array().unwrap() {
         left.push(format!("/v1/sessions/{}", session["id"].as_str().unwrap()));
     }
-    left.iter().for_each(|path| drop(delete(&server, path)));
+    for path in left {
+        delete(&server, &path);
+    }
     server.stop().unwrap();
 
     let server = support::nano(stored(&place));

@@ -123,13 +123,13 @@ impl Program for Apart {
     ) -> Result<(), BackendError> {
         self.inner.read_state(slot, region, into)
     }
-    fn freeze(
+    fn freeze_parts(
         &mut self,
         slot: SlotId,
-        regions: &[Region],
-    ) -> Result<Arc<dyn Frozen>, BackendError> {
-        let inner = self.inner.freeze(slot, regions)?;
-        self.on_device(inner)
+        parts: &[&[Region]],
+    ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
+        let parts = self.inner.freeze_parts(slot, parts)?;
+        parts.into_iter().map(|inner| self.on_device(inner)).collect()
     }
     fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError> {
         let here = |part: &Arc<dyn Frozen>| match of(part)? {

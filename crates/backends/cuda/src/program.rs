@@ -474,28 +474,44 @@ impl Program for CudaProgram {
         unsafe { self.downloads.download(&self.resident.stream, from, into) }
     }
 
-    fn freeze(
+    fn freeze_parts(
         &mut self,
         slot: SlotId,
-        regions: &[Region],
-    ) -> Result<Arc<dyn Frozen>, BackendError> {
+        parts: &[&[Region]],
+    ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         let index = self.slot(slot)?;
-        check_regions(self.model(), regions)?;
-        let sources = self.region_addresses(index, regions);
-        let mut frozen = self.store.reserve(regions, &sources)?;
+        let mut wanted = 0;
+        for regions in parts {
+            wanted += check_regions(self.model(), regions)?;
+        }
+        let (used, budget) = self.store.usage();
+        let refused = BackendError::CapsuleBudget { wanted, used, budget };
+        if used.checked_add(wanted).is_none_or(|sum| sum > budget) {
+            return Err(refused);
+        }
         let table = &self.resident.model.model().buffers;
-        let transfers: Vec<Transfer> = regions
-            .iter()
-            .enumerate()
-            .map(|(i, r)| Transfer {
-                from: sources[i],
-                to: frozen.address(i),
-                bytes: r.bytes(table),
-            })
-            .collect();
+        let mut reserved = Vec::with_capacity(parts.len());
+        let mut transfers = Vec::new();
+        for regions in parts {
+            let sources = self.region_addresses(index, regions);
+            let frozen = match self.store.reserve(regions, &sources) {
+                Ok(frozen) => frozen,
+                // The reservation is in pieces: what is wanted is all of it.
+                Err(BackendError::CapsuleBudget { .. }) => return Err(refused),
+                Err(error) => return Err(error),
+            };
+            transfers.extend(regions.iter().zip(sources).enumerate().map(|(i, (r, from))| {
+                Transfer { from, to: frozen.address(i), bytes: r.bytes(table) }
+            }));
+            reserved.push(frozen);
+        }
         copy(&self.resident, &transfers)?;
-        frozen.filled()?;
-        Ok(Arc::new(frozen))
+        let mut out: Vec<Arc<dyn Frozen>> = Vec::with_capacity(reserved.len());
+        for mut frozen in reserved {
+            frozen.filled()?;
+            out.push(Arc::new(frozen));
+        }
+        Ok(out)
     }
 
     fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError> {

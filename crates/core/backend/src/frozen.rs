@@ -115,40 +115,64 @@ impl HostBudget {
 }
 
 impl<B: HostBytes> HostFrozen<B> {
-    /// Reserves the bytes in the budget, allocates them, then fills them: `fill` is called once for each region, in
-    /// order, with its index and the zeroed bytes to fill.
+    /// Reserves the bytes of all parts in the budget and allocates them; one for each part, zeroed.
     ///
     /// # Errors
-    /// If a region is not State of the model, the budget is used up, or memory is short.
+    /// If a region is not State of the model, the parts together are over the budget, or memory is short; nothing is
+    /// reserved then.
+    pub fn reserve(
+        owner: &Arc<HostBudget>,
+        model: &Sealed,
+        parts: &[&[Region]],
+    ) -> Result<Vec<Self>, BackendError> {
+        let sizes = parts.iter().map(|regions| check_regions(model, regions));
+        let sizes = sizes.collect::<Result<Vec<usize>, _>>()?;
+        owner.reserve(sizes.iter().sum())?;
+        // From here on each part holds what is reserved for it, and gives it back when it is dropped.
+        let mut left: usize = sizes.iter().sum();
+        let mut reserved = Vec::with_capacity(parts.len());
+        for (regions, bytes) in parts.iter().zip(sizes) {
+            let Some(data) = B::zeroed(bytes) else {
+                owner.give_back(left);
+                return Err(BackendError::OutOfMemory {
+                    what: "a capsule".to_owned(),
+                    wanted: bytes as u64,
+                    available: 0,
+                });
+            };
+            left -= bytes;
+            let mut offsets = vec![0];
+            for region in *regions {
+                let before = offsets.last().copied().unwrap_or(0);
+                offsets.push(before + region.bytes(&model.model().buffers));
+            }
+            let (owner, regions) = (Arc::clone(owner), regions.to_vec());
+            reserved.push(Self { owner, regions, offsets, data, bytes });
+        }
+        Ok(reserved)
+    }
+
+    /// Calls `fill` once for each region, in order, with its index and the bytes to fill.
+    pub fn fill(&mut self, mut fill: impl FnMut(usize, &mut [u8])) {
+        let data = self.data.bytes_mut();
+        for (index, ends) in self.offsets.windows(2).enumerate() {
+            fill(index, &mut data[ends[0]..ends[1]]);
+        }
+    }
+
+    /// Reserves and fills one.
+    ///
+    /// # Errors
+    /// As [`reserve`](Self::reserve).
     pub fn new(
         owner: &Arc<HostBudget>,
         model: &Sealed,
         regions: &[Region],
-        mut fill: impl FnMut(usize, &mut [u8]),
+        fill: impl FnMut(usize, &mut [u8]),
     ) -> Result<Self, BackendError> {
-        let bytes = check_regions(model, regions)?;
-        owner.reserve(bytes)?;
-        let Some(data) = B::zeroed(bytes) else {
-            owner.give_back(bytes);
-            return Err(BackendError::OutOfMemory {
-                what: "a capsule".to_owned(),
-                wanted: bytes as u64,
-                available: 0,
-            });
-        };
-        // From here on dropping `frozen` gives the reservation back.
-        let owner = Arc::clone(owner);
-        let regions = regions.to_vec();
-        let mut frozen = Self { owner, regions, offsets: vec![0], data, bytes };
-        let mut rest = frozen.data.bytes_mut();
-        let mut offset = 0;
-        for (index, region) in frozen.regions.iter().enumerate() {
-            let (to, after) = rest.split_at_mut(region.bytes(&model.model().buffers));
-            offset += to.len();
-            fill(index, to);
-            frozen.offsets.push(offset);
-            rest = after;
-        }
+        let mut reserved = Self::reserve(owner, model, &[regions])?;
+        let mut frozen = reserved.pop().ok_or(BackendError::ForeignState)?;
+        frozen.fill(fill);
         Ok(frozen)
     }
 

@@ -294,20 +294,23 @@ impl<K: HostKernels> Program for HostProgram<K> {
         Ok(())
     }
 
-    fn freeze(
+    fn freeze_parts(
         &mut self,
         slot: SlotId,
-        regions: &[Region],
-    ) -> Result<Arc<dyn Frozen>, BackendError> {
+        parts: &[&[Region]],
+    ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         let slot = self.slot(slot)?;
         let model = Arc::clone(&self.model);
-        let budget = Arc::clone(&self.budget);
-        let frozen = HostFrozen::<K::Bytes>::new(&budget, &model, regions, |index, to| {
-            let region = &regions[index];
-            let from = &self.memory.bytes(slot, region.buffer)[region_span(&model, region)];
-            self.kernels.copy(from, to);
-        })?;
-        Ok(Arc::new(frozen))
+        let reserved = HostFrozen::<K::Bytes>::reserve(&self.budget, &model, parts)?;
+        let filled = reserved.into_iter().zip(parts).map(|(mut frozen, regions)| {
+            frozen.fill(|index, to| {
+                let region = &regions[index];
+                let from = &self.memory.bytes(slot, region.buffer)[region_span(&model, region)];
+                self.kernels.copy(from, to);
+            });
+            Arc::new(frozen) as Arc<dyn Frozen>
+        });
+        Ok(filled.collect())
     }
 
     fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError> {

@@ -154,12 +154,29 @@ pub trait Program: Send {
         into: &mut [u8],
     ) -> Result<(), BackendError>;
 
-    /// Copies regions of a slot's State aside, as of all replays so far.
+    /// Copies regions of a slot's State aside, as of all replays so far: each part becomes frozen state of its own, and there
+    /// are as many in the answer, in their order.
     ///
     /// # Errors
-    /// If a region is not State or the budget for frozen state is used up; nothing is copied then.
-    fn freeze(&mut self, slot: SlotId, regions: &[Region])
-    -> Result<Arc<dyn Frozen>, BackendError>;
+    /// If a region is not State or the parts together are over the budget for frozen state; nothing is copied then.
+    fn freeze_parts(
+        &mut self,
+        slot: SlotId,
+        parts: &[&[Region]],
+    ) -> Result<Vec<Arc<dyn Frozen>>, BackendError>;
+
+    /// [`freeze_parts`](Self::freeze_parts) of one part.
+    ///
+    /// # Errors
+    /// As there.
+    fn freeze(
+        &mut self,
+        slot: SlotId,
+        regions: &[Region],
+    ) -> Result<Arc<dyn Frozen>, BackendError> {
+        let mut parts = self.freeze_parts(slot, &[regions])?;
+        parts.pop().ok_or(BackendError::ForeignState)
+    }
 
     /// Copies frozen regions into a slot, in order: of two that overlap the later wins.
     ///

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Digest;
 
-/// The named parts of a [`Fingerprint`], in the order in which they are compared.
+/// The named parts of a [`Fingerprint`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Component {
     /// The weight bytes.
@@ -22,10 +22,15 @@ pub enum Component {
 }
 
 impl Component {
-    /// Every component, in the order in which they are compared: the first one that differs is the
-    /// most useful to name, since another model also has another plan and layout.
+    /// Every component, in the order in which a digest takes them.
     pub const ALL: [Self; 5] =
         [Self::Weights, Self::Plan, Self::Layout, Self::Kernels, Self::Device];
+
+    /// Every component, in the order in which they are compared: the first one that differs is the most useful to name.
+    /// Another model also has another plan and layout, and another device other kernels, and often another precision and
+    /// so another plan and layout.
+    pub const COMPARED: [Self; 5] =
+        [Self::Weights, Self::Device, Self::Plan, Self::Layout, Self::Kernels];
 
     /// The name used in manifests and messages.
     pub const fn name(self) -> &'static str {
@@ -139,9 +144,9 @@ impl Fingerprint {
     ///
     /// # Errors
     ///
-    /// [`FingerprintMismatch`] with the first component of [`Component::ALL`] that differs.
+    /// [`FingerprintMismatch`] with the first component of [`Component::COMPARED`] that differs.
     pub fn ensure_matches(&self, other: &Self) -> Result<(), FingerprintMismatch> {
-        match Component::ALL.into_iter().find(|&c| self.component(c) != other.component(c)) {
+        match Component::COMPARED.into_iter().find(|&c| self.component(c) != other.component(c)) {
             None => Ok(()),
             Some(component) => Err(FingerprintMismatch {
                 component,
@@ -213,13 +218,7 @@ mod tests {
         assert_eq!(ours.ensure_matches(&ours), Ok(()));
         let mut theirs = ours.clone();
         let mut expected = Vec::new();
-        for component in [
-            Component::Device,
-            Component::Kernels,
-            Component::Layout,
-            Component::Plan,
-            Component::Weights,
-        ] {
+        for component in Component::COMPARED.into_iter().rev() {
             let field = match component {
                 Component::Weights => &mut theirs.weights,
                 Component::Plan => &mut theirs.plan,

@@ -2,7 +2,7 @@
 
 use std::ops::{ControlFlow, RangeInclusive};
 
-use ampoule_backend::{Region, fixed_regions, row_regions};
+use ampoule_backend::{BackendError, Region, fixed_regions, row_regions};
 use ampoule_capsule::{CapsuleFile, CapsuleHeader, CapsuleWriter, MAX_JOURNAL_BYTES, Manifest};
 use ampoule_plan::BufferTable;
 
@@ -98,9 +98,11 @@ impl Engine {
             regions.iter().map(|r| file.tensor(name(r)).unwrap_or_default()).collect()
         };
         let fixed = fixed_regions(&model);
+        let rows = row_regions(&model, &(0..position as usize));
+        let table = &model.model().buffers;
+        self.has_room(fixed.iter().chain(&rows).map(|region| region.bytes(table)).sum())?;
         let fixed = self.program.freeze_bytes(&fixed, &part(&fixed))?;
         let fixed = Piece::new(PieceKind::Fixed, position, fixed);
-        let rows = row_regions(&model, &(0..position as usize));
         let rows = if rows.is_empty() {
             None
         } else {
@@ -121,6 +123,15 @@ impl Engine {
         let wanted = header.manifest().position as usize;
         if wanted > self.context() {
             return Err(EngineError::ContextFull { position: 0, wanted, context: self.context() });
+        }
+        Ok(())
+    }
+
+    /// Whether the budget for capsules has room for so many bytes more: asked before anything is copied.
+    fn has_room(&self, wanted: usize) -> Result<(), EngineError> {
+        let (used, budget) = self.program.frozen_bytes();
+        if used.checked_add(wanted).is_none_or(|sum| sum > budget) {
+            return Err(BackendError::CapsuleBudget { wanted, used, budget }.into());
         }
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ampoule_backend::{SlotId, fixed_regions, row_regions};
+use ampoule_backend::{BackendError, Region, SlotId, fixed_regions, row_regions};
 
 use crate::engine::{Engine, Slot};
 use crate::lineage::{Capsule, RowNode, missing};
@@ -35,15 +35,15 @@ impl Engine {
         }
         let (start, end) = (entry.chain.as_ref().map_or(0, |n| n.end()), entry.position());
         let id = self.next_lineage(entry, start)?;
-        let fixed = self.program.freeze(slot, &fixed_regions(&self.model));
-        let fixed = Piece::new(PieceKind::Fixed, end, self.survive(slot, fixed)?);
-        let regions = row_regions(&self.model, &(start as usize..end as usize));
-        let rows = if regions.is_empty() {
-            None
-        } else {
-            let rows = self.program.freeze(slot, &regions);
-            Some(Piece::new(PieceKind::Rows, end, self.survive(slot, rows)?))
-        };
+        let fixed = fixed_regions(&self.model);
+        let rows = row_regions(&self.model, &(start as usize..end as usize));
+        let both: [&[Region]; 2] = [&fixed, &rows];
+        let parts = if rows.is_empty() { &both[..1] } else { &both[..] };
+        let frozen = self.program.freeze_parts(slot, parts);
+        let mut frozen = self.survive(slot, frozen)?.into_iter();
+        let fixed = frozen.next().ok_or(BackendError::ForeignState)?;
+        let fixed = Piece::new(PieceKind::Fixed, end, fixed);
+        let rows = frozen.next().map(|rows| Piece::new(PieceKind::Rows, end, rows));
         let entry = self.slot_mut(slot)?;
         let (tail, events) = (std::mem::take(&mut entry.tail), std::mem::take(&mut entry.events));
         let waypoints = Waypoints::of(std::mem::take(&mut entry.waypoints));

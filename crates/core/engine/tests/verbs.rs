@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 
 use ampoule_backend::{
     Backend, BackendError, Counters, DeviceInfo, Frozen, LoadOptions, Program, Progress, Region,
@@ -306,6 +306,40 @@ fn a_budget_refuses_and_the_slot_goes_on() {
 }
 
 #[test]
+fn what_the_budget_refuses_is_refused_whole_and_before_a_byte_is_copied() {
+    let mut free = engine();
+    let slot = free.create_slot().unwrap();
+    append(&mut free, slot, &tokens(10, 1));
+    let capsule = free.snapshot(slot).unwrap();
+    let (fixed, rows) = (capsule.fixed_bytes(), capsule.row_bytes());
+    let file = export(&free, &capsule);
+    assert!(fixed > 0 && rows > 0);
+    // Either part would fit alone.
+    let budget = fixed + rows - 1;
+    let copied = Arc::new(AtomicUsize::new(0));
+    let backend = Faulty { left: Arc::new(AtomicI64::new(i64::MAX)), copied: Arc::clone(&copied) };
+    let options = EngineOptions { capsule_bytes: budget, ..EngineOptions::default() };
+    let mut engine = engine_on(&backend, &options);
+    let slot = engine.create_slot().unwrap();
+    append(&mut engine, slot, &tokens(10, 1));
+    let wants_all = |error: EngineError| match error {
+        EngineError::Backend(BackendError::CapsuleBudget { wanted, used, budget: of }) => {
+            assert_eq!((wanted, used, of), (fixed + rows, 0, budget));
+        }
+        other => panic!("{other}"),
+    };
+    wants_all(engine.snapshot(slot).unwrap_err());
+    wants_all(engine.import(&file).unwrap_err());
+    assert_eq!((copied.load(Ordering::Relaxed), engine.capsule_bytes().0), (0, 0));
+    // The same call counts what it copies where there is room.
+    let mut roomy = engine_on(&backend, &EngineOptions::default());
+    let slot = roomy.create_slot().unwrap();
+    append(&mut roomy, slot, &tokens(10, 1));
+    roomy.snapshot(slot).unwrap();
+    assert_eq!(copied.load(Ordering::Relaxed), fixed + rows);
+}
+
+#[test]
 fn capsules_of_others_are_refused() {
     let (mut one, mut two) = (engine(), engine());
     let (a, b) = (one.create_slot().unwrap(), two.create_slot().unwrap());
@@ -383,14 +417,16 @@ fn a_prefill_can_be_stopped_between_chunks() {
     assert!(engine.state_bytes(slot).unwrap() == stopped);
 }
 
-/// Fails the n-th call that reaches the device.
+/// Fails the n-th call that reaches the device, and counts the bytes that became frozen state.
 struct Faulty {
     left: Arc<AtomicI64>,
+    copied: Arc<AtomicUsize>,
 }
 
 struct FaultyProgram {
     inner: Box<dyn Program>,
     left: Arc<AtomicI64>,
+    copied: Arc<AtomicUsize>,
 }
 
 impl FaultyProgram {
@@ -417,7 +453,8 @@ impl Backend for Faulty {
         progress: Progress<'_>,
     ) -> Result<Box<dyn Program>, BackendError> {
         let inner = ReferenceBackend.load(model, weights, options, progress)?;
-        Ok(Box::new(FaultyProgram { inner, left: Arc::clone(&self.left) }))
+        let (left, copied) = (Arc::clone(&self.left), Arc::clone(&self.copied));
+        Ok(Box::new(FaultyProgram { inner, left, copied }))
     }
 }
 
@@ -457,13 +494,15 @@ impl Program for FaultyProgram {
         self.tick()?;
         self.inner.read_state(slot, region, into)
     }
-    fn freeze(
+    fn freeze_parts(
         &mut self,
         slot: SlotId,
-        regions: &[Region],
-    ) -> Result<Arc<dyn Frozen>, BackendError> {
+        parts: &[&[Region]],
+    ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         self.tick()?;
-        self.inner.freeze(slot, regions)
+        let parts = self.inner.freeze_parts(slot, parts)?;
+        self.copied.fetch_add(parts.iter().map(|p| p.bytes()).sum(), Ordering::Relaxed);
+        Ok(parts)
     }
     fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError> {
         self.tick()?;
@@ -474,7 +513,9 @@ impl Program for FaultyProgram {
         regions: &[Region],
         bytes: &[&[u8]],
     ) -> Result<Arc<dyn Frozen>, BackendError> {
-        self.inner.freeze_bytes(regions, bytes)
+        let frozen = self.inner.freeze_bytes(regions, bytes)?;
+        self.copied.fetch_add(frozen.bytes(), Ordering::Relaxed);
+        Ok(frozen)
     }
     fn poison(&mut self) -> Result<(), BackendError> {
         self.inner.poison()
@@ -495,7 +536,10 @@ type Verb = fn(&mut Engine, SlotId, &Capsule) -> Result<(), EngineError>;
 #[test]
 fn a_device_failure_empties_the_slot_and_a_restore_brings_it_back() {
     let left = Arc::new(AtomicI64::new(0));
-    let mut engine = engine_on(&Faulty { left: Arc::clone(&left) }, &EngineOptions::default());
+    let mut engine = engine_on(
+        &Faulty { left: Arc::clone(&left), copied: Arc::default() },
+        &EngineOptions::default(),
+    );
     let slot = engine.create_slot().unwrap();
     append(&mut engine, slot, &tokens(10, 1));
     engine.configure(slot, &sampled(9)).unwrap();
