@@ -49,12 +49,14 @@ impl Meta {
             Self::Texts(texts) => {
                 out.extend(8_u32.to_le_bytes());
                 out.extend((texts.len() as u64).to_le_bytes());
-                texts.iter().for_each(|text| push_text(out, text));
+                for text in texts {
+                    push_text(out, text);
+                }
             }
             Self::Ints(values) => {
                 out.extend(5_u32.to_le_bytes());
                 out.extend((values.len() as u64).to_le_bytes());
-                values.iter().for_each(|value| out.extend(value.to_le_bytes()));
+                out.extend(values.iter().flat_map(|value| value.to_le_bytes()));
             }
         }
     }
@@ -152,7 +154,7 @@ pub fn gguf(seed: u64) -> Vec<u8> {
         push_text(&mut out, name);
         out.extend((shape.len() as u32).to_le_bytes());
         // Innermost first.
-        shape.iter().rev().for_each(|&dim| out.extend((dim as u64).to_le_bytes()));
+        out.extend(shape.iter().rev().flat_map(|&dim| (dim as u64).to_le_bytes()));
         out.extend(type_number(*dtype).to_le_bytes());
         data.resize(data.len().next_multiple_of(ALIGNMENT), 0);
         out.extend((data.len() as u64).to_le_bytes());

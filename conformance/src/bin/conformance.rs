@@ -1,9 +1,11 @@
-//! Runs the op suite on a backend of this machine.
+//! Runs the op suite or the capsule suite on a backend of this machine.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use ampoule_backend::Backend;
+use ampoule_conformance::capsules::{self, CapsuleOptions};
 use ampoule_conformance::ops::{self, Problem, Report, SuiteOptions};
 use ampoule_cpu::CpuBackend;
 use ampoule_cuda::CudaBackend;
@@ -13,6 +15,7 @@ use serde_json::{Value, json};
 const USAGE: &str = "\
 usage: conformance ops [--backend cpu|cuda|reference] [--filter WORDS] [--part K/N] [--seed N] [--cases N] [--json] [--list]
                        [--verbose]
+       conformance capsules [--backend cpu|cuda|reference] [--filter WORDS] [--trials N] [--goldens FOLDER] [--json]
 
   --backend B    what to test: cpu, cuda or reference (default: cpu)
   --filter W     only cases whose name holds each of these words
@@ -21,11 +24,24 @@ usage: conformance ops [--backend cpu|cuda|reference] [--filter WORDS] [--part K
   --cases N      cases of random shape added to those chosen by hand (default: 50)
   --json         the report as JSON
   --list         the cases' names
-  --verbose      each case's name before it runs, and the seconds since the start, on standard error";
+  --verbose      each case's name before it runs, and the seconds since the start, on standard error
+
+of capsules:
+  --filter W     only checks whose name holds these words
+  --trials N     of the first check; others have a tenth (default: 200)
+  --goldens F    where the checkpoints lie (default: conformance/golden/qwen35 of the sources)";
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Suite {
+    Ops,
+    Capsules,
+}
 
 /// What the command line asks for.
 struct Arguments {
+    suite: Suite,
     backend: String,
+    capsules: CapsuleOptions,
     options: SuiteOptions,
     /// Every so manieth case from this one on.
     part: (usize, usize),
@@ -35,10 +51,14 @@ struct Arguments {
 }
 
 fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
-    if words.next().as_deref() != Some("ops") {
-        return Err("the command must be 'ops'".to_owned());
-    }
+    let suite = match words.next().as_deref() {
+        Some("ops") => Suite::Ops,
+        Some("capsules") => Suite::Capsules,
+        _ => return Err("the command must be 'ops' or 'capsules'".to_owned()),
+    };
     let mut arguments = Arguments {
+        suite,
+        capsules: CapsuleOptions::default(),
         backend: "cpu".to_owned(),
         options: SuiteOptions::default(),
         part: (1, 1),
@@ -51,9 +71,18 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
         let number = |text: String| {
             text.parse::<u64>().map_err(|_| format!("{word} needs a number, not '{text}'"))
         };
+        let ops = suite == Suite::Ops;
         match word.as_str() {
             "--backend" => arguments.backend = value()?,
-            "--filter" => arguments.options.filter = value()?,
+            "--json" => arguments.json = true,
+            "--filter" if ops => arguments.options.filter = value()?,
+            "--filter" => arguments.capsules.filter = value()?,
+            "--trials" if !ops => {
+                let trials = value().and_then(number)?;
+                arguments.capsules.trials = usize::try_from(trials.max(1)).unwrap_or(usize::MAX);
+            }
+            "--goldens" if !ops => arguments.capsules.goldens = Some(PathBuf::from(value()?)),
+            _ if !ops => return Err(format!("unknown option '{word}' of 'capsules'")),
             "--part" => arguments.part = value().and_then(|text| part(&text))?,
             "--seed" => arguments.options.seed = value().and_then(number)?,
             "--cases" => {
@@ -61,7 +90,6 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments, String> {
                 arguments.options.random_cases =
                     usize::try_from(cases).map_err(|_| format!("{cases} cases are too many"))?;
             }
-            "--json" => arguments.json = true,
             "--list" => arguments.list = true,
             "--verbose" => arguments.verbose = true,
             _ => return Err(format!("unknown option '{word}'")),
@@ -132,6 +160,52 @@ fn to_json(report: &Report) -> Value {
     })
 }
 
+/// The capsule suite: a line a check, as it is done.
+fn run_capsules(arguments: &Arguments) -> ExitCode {
+    let backend = match backend(&arguments.backend) {
+        Ok(backend) => backend,
+        Err(problem) => {
+            eprintln!("{problem}");
+            return ExitCode::from(2);
+        }
+    };
+    let info = backend.info();
+    let outcomes = capsules::run(backend.as_ref(), &arguments.capsules, &mut |outcome| {
+        let (verdict, words) = match &outcome.found {
+            Ok(words) => ("ok", words),
+            Err(words) => ("FAILED", words),
+        };
+        let line = format!("{verdict:6} {:7.1} s  {}: {words}", outcome.seconds, outcome.check);
+        if arguments.json { eprintln!("{line}") } else { println!("{line}") }
+    });
+    let failed = outcomes.iter().filter(|outcome| outcome.found.is_err()).count();
+    if arguments.json {
+        let checks: Vec<Value> = outcomes
+            .iter()
+            .map(|o| {
+                json!({
+                    "check": o.check, "passed": o.found.is_ok(), "seconds": o.seconds,
+                    "found": o.found.as_ref().unwrap_or_else(|words| words),
+                })
+            })
+            .collect();
+        let command: Vec<String> = std::env::args().skip(1).collect();
+        let report = json!({
+            "suite": "capsules", "command": format!("conformance {}", command.join(" ")),
+            "backend": info.backend, "device": info.class, "kernels": info.kernels,
+            "trials": arguments.capsules.trials, "failed": failed, "checks": checks,
+        });
+        println!("{report:#}");
+    } else {
+        println!("{}: {} checks, {failed} failed", info.class, outcomes.len());
+    }
+    if outcomes.is_empty() {
+        eprintln!("no check is called '{}'", arguments.capsules.filter);
+        return ExitCode::from(2);
+    }
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
 fn main() -> ExitCode {
     let arguments = match parse(std::env::args().skip(1)) {
         Ok(arguments) => arguments,
@@ -140,6 +214,9 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if arguments.suite == Suite::Capsules {
+        return run_capsules(&arguments);
+    }
     let (first, of) = arguments.part;
     let specs: Vec<_> =
         ops::specs(&arguments.options).into_iter().skip(first - 1).step_by(of).collect();

@@ -240,6 +240,14 @@ impl Ampoule {
         bench::bandwidth(&CudaBackend::new(0)?)
     }
 
+    /// Milliseconds of so many copies of `bytes` within the memory of the first GPU, by the driver.
+    ///
+    /// # Errors
+    /// If there is no GPU, or its memory is short.
+    pub fn gpu_copies(bytes: usize, repeats: usize) -> Result<Vec<f64>, BackendError> {
+        bench::plain_copies(&CudaBackend::new(0)?, bytes, repeats)
+    }
+
     /// Loads a model and times its decode step at a position, launch by launch and as a whole.
     ///
     /// # Errors

@@ -431,6 +431,9 @@ pub(crate) struct VerifyArgs {
     /// Chooses them.
     #[arg(long, default_value_t = 1, value_name = "N")]
     pub(crate) seed: u64,
+    /// Tokens of a text at most. Texts longer than a token bucket pass through several
+    #[arg(long, default_value_t = 160, value_name = "N", value_parser = above_zero)]
+    pub(crate) max_tokens: usize,
     /// Fill all scratch memory with NaNs before every replay: only sealed state may carry anything over.
     #[arg(long)]
     pub(crate) poison: bool,

@@ -45,6 +45,18 @@ fn field(text: &str, name: &str) -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
+/// The version of NVIDIA's kernel driver, where there is one.
+pub(crate) fn nvidia_driver() -> Option<String> {
+    driver_version(&std::fs::read_to_string("/proc/driver/nvidia/version").ok()?)
+}
+
+/// The first word of numbers between dots: `NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.159.04  Release Build`.
+fn driver_version(text: &str) -> Option<String> {
+    let number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    let mut words = text.split_whitespace();
+    words.find(|word| word.contains('.') && word.split('.').all(number)).map(str::to_owned)
+}
+
 /// A field of /proc/meminfo, in bytes.
 pub(crate) fn memory(name: &str) -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
@@ -187,5 +199,18 @@ impl Copier {
             *word = word.wrapping_add(1);
         }
         black_box((&mut self.source, &mut self.target));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::driver_version;
+
+    #[test]
+    fn a_driver_names_its_version() {
+        let text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (root@x)  \n\
+                    GCC version:  gcc version 13.3.0 (Ubuntu 13.3.0-6ubuntu2~24.04)";
+        assert_eq!(driver_version(text).as_deref(), Some("580.159.04"));
+        assert_eq!(driver_version("NVRM version: none"), None);
     }
 }

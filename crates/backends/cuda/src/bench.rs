@@ -16,6 +16,20 @@ pub fn plain_copy(
     bytes: usize,
     repeats: usize,
 ) -> Result<f64, BackendError> {
+    let mut times = plain_copies(backend, bytes, repeats)?;
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
+}
+
+/// Milliseconds of each of `repeats` (at least one) device-to-device copies of `bytes` by the driver.
+///
+/// # Errors
+/// If memory is short or the device fails.
+pub fn plain_copies(
+    backend: &CudaBackend,
+    bytes: usize,
+    repeats: usize,
+) -> Result<Vec<f64>, BackendError> {
     let context = &backend.device().context;
     let from = DeviceMemory::new(context, bytes, "a copy")?;
     let to = DeviceMemory::new(context, bytes, "a copy")?;
@@ -36,8 +50,7 @@ pub fn plain_copy(
         end.synchronize()?;
         times.push(f64::from(end.milliseconds_since(&start)?));
     }
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    Ok(times)
 }
 
 /// What the memory of a device reaches, in GB/s (10^9 bytes a second).

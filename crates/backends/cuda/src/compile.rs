@@ -206,7 +206,16 @@ mod tests {
         let first = cubin(&cache, "gemm", "sm_80").unwrap();
         assert_eq!(&first[..4], b"\x7fELF");
         assert_eq!(cubin(&cache, "gemm", "sm_80").unwrap(), first);
-        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+        let entries = || std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().path());
+        let entry = entries().next().unwrap();
+        assert_eq!(entries().count(), 1);
+        // A damaged entry is compiled again, and is whole then.
+        let whole = std::fs::read(&entry).unwrap();
+        let mut bytes = whole.clone();
+        bytes[whole.len() / 2] ^= 1;
+        std::fs::write(&entry, bytes).unwrap();
+        assert_eq!(cubin(&cache, "gemm", "sm_80").unwrap(), first);
+        assert_eq!(std::fs::read(&entry).unwrap(), whole);
         let failed = compile("__global__ void k() { nonsense; }", "bad", "sm_80").unwrap_err();
         assert!(failed.to_string().contains("nonsense"), "{failed}");
     }

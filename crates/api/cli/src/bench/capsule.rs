@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use ampoule::{Ampoule, Capsule, SlotId, sample_tokens};
+use ampoule::{Ampoule, Capsule, Residence, SlotId, sample_tokens};
 use serde_json::{Value, json};
 
 use super::chart::{Chart, Series};
@@ -43,12 +43,20 @@ pub(super) fn run(
         let (mut capsule, mut file) = take(model, slot, &tokens, &mut Reps::default())?;
         let (fixed, all) = (capsule.fixed_bytes(), capsule.fixed_bytes() + capsule.row_bytes());
         let mut copier = Copier::new(all);
+        // Where state lies in a device's memory, so does what it is compared with.
+        let device = model.engine.residence() == Residence::Device;
+        if device {
+            reps.copy = Ampoule::gpu_copies(all, args.reps)?;
+            reps.copy_fixed = Ampoule::gpu_copies(fixed, args.reps)?;
+        }
         for _ in 0..args.reps {
             drop((capsule, file));
             (capsule, file) = take(model, slot, &tokens, &mut reps)?;
             around(model, slot, (&capsule, &file), ahead, &mut copier, &mut reps)?;
-            reps.copy.push(copier.copy(all));
-            reps.copy_fixed.push(copier.copy(fixed));
+            if !device {
+                reps.copy.push(copier.copy(all));
+                reps.copy_fixed.push(copier.copy(fixed));
+            }
             bar.inc(1);
         }
         let (copy, copy_fixed) = (Times::from(reps.copy), Times::from(reps.copy_fixed));

@@ -27,7 +27,14 @@ use chart::Chart;
 pub(crate) struct Times {
     pub median_ms: f64,
     pub min_ms: f64,
+    pub p99_ms: f64,
     pub reps_ms: Vec<f64>,
+}
+
+/// The value that `share` of all are not above; `sorted` is in order.
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let index = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(index.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
 }
 
 impl From<Vec<f64>> for Times {
@@ -40,7 +47,8 @@ impl From<Vec<f64>> for Times {
             n if n % 2 == 1 => sorted[n / 2],
             n => f64::midpoint(sorted[n / 2 - 1], sorted[n / 2]),
         };
-        Self { median_ms, min_ms: sorted.first().copied().unwrap_or(0.0), reps_ms }
+        let (min_ms, p99_ms) = (quantile(&sorted, 0.0), quantile(&sorted, 0.99));
+        Self { median_ms, min_ms, p99_ms, reps_ms }
     }
 }
 
@@ -173,7 +181,7 @@ fn leave(
 }
 
 /// As it was typed, without the folder that the program lies in.
-fn command_line() -> String {
+pub(crate) fn command_line() -> String {
     let args = std::env::args().skip(1);
     std::iter::once("ampoule".to_owned()).chain(args).collect::<Vec<_>>().join(" ")
 }
@@ -203,5 +211,19 @@ mod tests {
         assert_eq!(Times::from(vec![4.0, 1.0, 2.0, 3.0]).median_ms, 2.5);
         assert_eq!(Times::from(vec![4.0, 1.0]).min_ms, 1.0);
         assert_eq!(Times::from(vec![]).median_ms, 0.0);
+    }
+}
+
+#[cfg(test)]
+mod times {
+    use super::Times;
+
+    #[test]
+    fn quantiles() {
+        let times = Times::from((1..=200).rev().map(f64::from).collect::<Vec<_>>());
+        assert_eq!((times.min_ms, times.median_ms, times.p99_ms), (1.0, 100.5, 198.0));
+        let one = Times::from(vec![7.0]);
+        assert_eq!((one.min_ms, one.median_ms, one.p99_ms), (7.0, 7.0, 7.0));
+        assert_eq!(Times::from(vec![]).p99_ms, 0.0);
     }
 }

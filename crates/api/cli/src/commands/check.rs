@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::load;
 use crate::args::{AblateArgs, GlobalArgs, VerifyArgs};
+use crate::bench::command_line;
 use crate::output::{self, Failed, Progress, Table};
 
 /// Tokens compared by `ablate`.
@@ -12,8 +13,12 @@ pub(crate) const TOKENS: usize = 48;
 
 pub(crate) fn verify(args: &VerifyArgs, global: &GlobalArgs) -> anyhow::Result<()> {
     let progress = Progress::new(args.json);
-    let options =
-        VerifyOptions { trials: args.trials, seed: args.seed, ..VerifyOptions::default() };
+    let options = VerifyOptions {
+        trials: args.trials,
+        max_tokens: args.max_tokens,
+        seed: args.seed,
+        ..VerifyOptions::default()
+    };
     let enough = (options.max_tokens + 8 * options.decode).next_multiple_of(256);
     let mut model = load(&args.model.model, global, Some(enough), progress)?;
     model.engine.poison_between_replays(args.poison);
@@ -25,6 +30,9 @@ pub(crate) fn verify(args: &VerifyArgs, global: &GlobalArgs) -> anyhow::Result<(
     if args.json {
         let mut value = serde_json::to_value(&report)?;
         value["poison"] = Value::Bool(args.poison);
+        value["max_tokens"] = json!(args.max_tokens);
+        value["command"] = json!(command_line());
+        value["kernels"] = json!(model.engine.device().kernels);
         value["passed"] = Value::Bool(passed);
         output::json(&value)?;
     } else {

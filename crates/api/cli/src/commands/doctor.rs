@@ -4,7 +4,7 @@ use ampoule::{Ampoule, Device, LoadOptions};
 use serde::Serialize;
 
 use crate::args::{DoctorArgs, GlobalArgs};
-use crate::hardware::{Bandwidth, Hardware, cpu_features, memory};
+use crate::hardware::{Bandwidth, Hardware, cpu_features, memory, nvidia_driver};
 use crate::models;
 use crate::output::{self, Progress, figure};
 
@@ -16,6 +16,8 @@ struct Doctor {
     cpu_features: Vec<Feature>,
     bandwidth: Bandwidth,
     devices: Vec<DeviceReport>,
+    /// The version of NVIDIA's kernel driver.
+    nvidia_driver: Option<String>,
     gpus: Vec<Gpu>,
     /// Part of this program.
     built_in_models: Vec<&'static str>,
@@ -117,6 +119,7 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
         cpu_features: features.collect(),
         bandwidth: Bandwidth::measure(global.threads, Progress::new(args.json)),
         devices,
+        nvidia_driver: nvidia_driver(),
         gpus: gpus(),
         built_in_models: if cfg!(feature = "nano") { vec![ampoule::NANO] } else { Vec::new() },
         model_folders: models::folders().iter().map(|f| folder(f)).collect(),
@@ -154,6 +157,9 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
             format!("not there: {}", text(&d.reason))
         };
         output::line(format!("device     {:<9} {what}", d.device))?;
+    }
+    if let Some(version) = &doctor.nvidia_driver {
+        output::line(format!("driver     NVIDIA {version}"))?;
     }
     for g in &doctor.gpus {
         let memory = output::bytes(g.memory_bytes);

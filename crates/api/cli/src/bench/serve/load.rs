@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 use super::client::Client;
-use super::{ServeBenchArgs, Times, quantile};
+use super::{ServeBenchArgs, Times};
 use crate::args::GlobalArgs;
 use crate::bench::Outcome;
 use crate::bench::chart::{Chart, Series};
@@ -247,7 +247,7 @@ fn report(
     let steady: Vec<(f64, f64)> = memory.iter().copied().filter(|(at, _)| *at >= from).collect();
     let slope = slope(&steady) * 60.0;
     let (early, late) = (steady.first().map_or(0.0, |m| m.1), steady.last().map_or(0.0, |m| m.1));
-    let worst = quantile(&health, 1.0);
+    let worst = health.reps_ms.iter().copied().fold(0.0, f64::max);
     let count = |n: &AtomicU64| n.load(Ordering::Relaxed);
     let errors = seen.errors.lock().unwrap_or_else(PoisonError::into_inner).clone();
     let figure_of = |name: &str| {
@@ -269,9 +269,9 @@ fn report(
     let point = json!({
         "seconds": seconds, "idle_connections": args.connections, "streams": args.streams,
         "replies": count(&seen.replies), "tokens": count(&seen.tokens), "errors": errors, "idle_alive": alive,
-        "ttft": { "median_ms": first.median_ms, "p99_ms": quantile(&first, 0.99) },
+        "ttft": { "median_ms": first.median_ms, "p99_ms": first.p99_ms },
         "health": {
-            "asked": health.reps_ms.len(), "median_ms": health.median_ms, "p99_ms": quantile(&health, 0.99),
+            "asked": health.reps_ms.len(), "median_ms": health.median_ms, "p99_ms": health.p99_ms,
             "max_ms": worst,
         },
         "memory": {
@@ -300,7 +300,7 @@ fn report(
 }
 
 fn pair(times: &Times) -> String {
-    format!("{} / {}", figure(times.median_ms), figure(quantile(times, 0.99)))
+    format!("{} / {}", figure(times.median_ms), figure(times.p99_ms))
 }
 
 /// Of the line nearest to all points.

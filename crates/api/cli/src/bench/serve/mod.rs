@@ -55,27 +55,6 @@ pub(super) fn run(args: &ServeBenchArgs, global: &GlobalArgs) -> anyhow::Result<
     leave("serve", &model, usize::from(args.turns) - 1, outcome, &to)
 }
 
-/// The value that `share` of all are not above.
-fn quantile(times: &Times, share: f64) -> f64 {
-    let mut sorted = times.reps_ms.clone();
-    sorted.sort_by(f64::total_cmp);
-    let index = (share * sorted.len() as f64).ceil() as usize;
-    sorted.get(index.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
-}
-
 fn measured(times: &Times) -> Value {
-    serde_json::json!({ "median_ms": times.median_ms, "p99_ms": quantile(times, 0.99), "reps_ms": times.reps_ms })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn quantiles() {
-        let times = Times::from((1..=200).map(f64::from).collect::<Vec<_>>());
-        assert_eq!((quantile(&times, 0.5), quantile(&times, 0.99)), (100.0, 198.0));
-        assert_eq!(quantile(&Times::from(vec![7.0]), 0.99), 7.0);
-        assert_eq!(quantile(&Times::from(vec![]), 0.99), 0.0);
-    }
+    serde_json::json!({ "median_ms": times.median_ms, "p99_ms": times.p99_ms, "reps_ms": times.reps_ms })
 }

@@ -11,7 +11,7 @@ use anyhow::Context;
 use serde_json::{Value, json};
 
 use super::client::Client;
-use super::{ServeBenchArgs, Times, measured, quantile};
+use super::{ServeBenchArgs, Times, measured};
 use crate::args::GlobalArgs;
 use crate::bench::Outcome;
 use crate::bench::chart::{Chart, Series};
@@ -108,9 +108,9 @@ pub(super) fn run(
             total.to_string(),
             figure(read),
             figure(http.median_ms),
-            figure(quantile(&http, 0.99)),
+            figure(http.p99_ms),
             figure(engine.median_ms),
-            figure(quantile(&engine, 0.99)),
+            figure(engine.p99_ms),
             figure(added),
             figure(added_each.median_ms),
         ]);
