@@ -98,6 +98,26 @@ pub(crate) struct GlobalArgs {
 }
 
 impl GlobalArgs {
+    /// What another process of this program is to be given for the same.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let device = match self.device {
+            Device::Cpu => "cpu",
+            Device::Cuda => "cuda",
+            Device::Reference => "reference",
+            _ => "auto",
+        };
+        let options = [
+            ("--device", Some(device.to_owned())),
+            ("--threads", Some(self.threads.to_string())),
+            ("--context", Some(self.context.to_string())),
+            ("--kv-dtype", self.kv_dtype.map(|dtype| dtype.to_string())),
+            ("--slots", Some(self.slots.to_string())),
+            ("--capsule-mib", Some(self.capsule_mib.to_string())),
+        ];
+        let given = options.into_iter().filter_map(|(name, value)| Some([name.to_owned(), value?]));
+        given.flatten().collect()
+    }
+
     /// For the library. A command that needs less than the default context says how much.
     pub(crate) fn load_options(&self, enough: Option<usize>) -> LoadOptions {
         LoadOptions {
@@ -741,6 +761,12 @@ pub(crate) enum BenchCommand {
         after_help = "Example:\n  ampoule bench capsule --prefix 512,2048 --out capsule.json"
     )]
     Capsule(BenchArgs),
+    /// From nothing to the first token: a process of its own each time, model and all.
+    #[command(
+        mut_arg("prefix", |arg| arg.default_value("24")),
+        after_help = "Example:\n  ampoule bench start --model smollm2 --reps 5"
+    )]
+    Start(BenchArgs),
     /// Taking back one turn, at several lengths of context: it should take the same time at each.
     #[command(
         mut_arg("prefix", |arg| arg.default_value("1024,4096,16384")),

@@ -230,6 +230,7 @@ fn every_command_has_help_with_an_example() {
         "bench ttft",
         "bench decode",
         "bench capsule",
+        "bench start",
         "demo",
         "fetch",
     ] {
@@ -366,7 +367,13 @@ fn logits_are_what_the_next_token_is_drawn_from() {
 #[test]
 fn benches_record_everything() {
     let folder = tempfile::tempdir().expect("a folder");
-    for (kind, key) in [("ttft", "cold"), ("decode", "ms_per_token"), ("capsule", "restore")] {
+    let kinds = [
+        ("ttft", "cold"),
+        ("decode", "ms_per_token"),
+        ("capsule", "restore"),
+        ("start", "to_first_token"),
+    ];
+    for (kind, key) in kinds {
         let (out, svg) = (folder.path().join("bench.json"), folder.path().join("bench.svg"));
         let more = ["--out", text(&out), "--svg", text(&svg)];
         let args = format!("bench {kind} --model {TINY} --prefix 32,64 --suffix 5 --reps 3");

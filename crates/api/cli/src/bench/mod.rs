@@ -5,6 +5,7 @@ mod chart;
 mod decode;
 mod rollback;
 pub(crate) mod serve;
+mod start;
 mod tiers;
 mod ttft;
 mod turns;
@@ -91,6 +92,7 @@ pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<
         BenchCommand::Capsule(args) => ("capsule", args, capsule::TOKENS, capsule::run),
         BenchCommand::Rollback(args) => ("rollback", args, rollback::TURN.0, rollback::run),
         BenchCommand::Tiers(args) => ("tiers", args, 0, tiers::run),
+        BenchCommand::Start(args) => return run_start(&args, global),
         BenchCommand::Turns(args) => return run_turns(&args, global),
         BenchCommand::Serve(args) => return serve::run(&args, global),
     };
@@ -102,6 +104,20 @@ pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<
     let mut model = load(&args.model.model, &global, Some(enough), progress)?;
     let outcome = run(&mut model, &args, progress)?;
     leave(name, &model, args.reps, outcome, &args.output())
+}
+
+fn run_start(args: &BenchArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+    let progress = Progress::new(args.json);
+    let longest = args.prefix.iter().copied().max().unwrap_or(1);
+    let context = match global.context {
+        0 => (longest + 33).next_multiple_of(256),
+        context => context,
+    };
+    let global = GlobalArgs { context, ..global.clone() };
+    let outcome = start::run(args, &global, progress)?;
+    // Only to say what it was that started.
+    let model = load(&args.model.model, &global, None, progress)?;
+    leave("start", &model, args.reps, outcome, &args.output())
 }
 
 fn run_turns(args: &TurnsArgs, global: &GlobalArgs) -> anyhow::Result<()> {

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use ampoule::{Ampoule, Device, TEXTS};
+use ampoule::{Ampoule, TEXTS};
 use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
@@ -23,7 +23,7 @@ use crate::output::{Progress, Table, figure, ms};
 const REPLY: usize = 32;
 const TURNS: usize = 6;
 /// Memory for capsules, in MiB: little, so that it is full long before the first minute is over.
-const CAPSULES: &str = "32";
+const CAPSULES: usize = 32;
 const HEALTH_EVERY: Duration = Duration::from_millis(100);
 
 /// A server of its own, so that its memory is its own.
@@ -42,17 +42,11 @@ fn serve(
     context: usize,
 ) -> anyhow::Result<(Served, SocketAddr)> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["serve", "--port", "0", "--capsule-mib", CAPSULES, "--model"]);
+    command.args(["serve", "--port", "0", "--model"]);
     command.arg(&args.model.model.0);
-    let options = [
-        ("--slots", args.streams.to_string()),
-        ("--context", context.to_string()),
-        ("--threads", global.threads.to_string()),
-        ("--device", device(global.device).to_owned()),
-    ];
-    for (name, value) in options {
-        command.args([name, &value]);
-    }
+    let slots = args.streams;
+    command
+        .args(GlobalArgs { slots, context, capsule_mib: CAPSULES, ..global.clone() }.arguments());
     let mut served = Served(command.stdout(Stdio::piped()).spawn()?);
     let out = served.0.stdout.take().context("a pipe")?;
     let mut line = String::new();
@@ -60,15 +54,6 @@ fn serve(
     let address = line.trim().strip_prefix("listening on http://");
     let address = address.context("the server did not start")?.parse()?;
     Ok((served, address))
-}
-
-const fn device(device: Device) -> &'static str {
-    match device {
-        Device::Cpu => "cpu",
-        Device::Cuda => "cuda",
-        Device::Reference => "reference",
-        _ => "auto",
-    }
 }
 
 /// Resident bytes of a process, where the system tells.
