@@ -89,6 +89,19 @@ pub(crate) struct CudaProgram {
     counters: Counters,
     /// After this program's last graph with chains.
     chain_end: Arc<Event>,
+    /// The plan replayed last, and where.
+    last: Option<(usize, SlotId)>,
+}
+
+/// An error of the device with the plan that it most likely comes from, and how to find the kernel.
+fn blamed(error: BackendError, plan: &str, slot: SlotId) -> BackendError {
+    let BackendError::Device { device, problem } = error else { return error };
+    let problem = format!(
+        "{problem}; the last replay was of plan '{plan}' in slot {}: with AMPOULE_CUDA_FUSION=0 every op is a kernel of its own, \
+         and compute-sanitizer names the one that fails",
+        slot.0
+    );
+    BackendError::Device { device, problem }
 }
 
 /// Loads a model.
@@ -128,6 +141,7 @@ pub(crate) fn load(
         downloads: Downloader::new(context, DOWNLOAD)?,
         counters: Counters { allocations: resident.allocations, ..Counters::default() },
         chain_end: Arc::new(Event::new(context, false)?),
+        last: None,
         resident,
         products,
         store,
@@ -282,11 +296,22 @@ impl CudaProgram {
 
     fn wait(&mut self) -> Result<(), BackendError> {
         self.counters.synchronizations += 1;
-        self.resident.stream.synchronize()
+        self.resident.stream.synchronize().map_err(|error| self.blamed(error))
+    }
+
+    /// The driver tells of a fault at some later call: says what ran last.
+    fn blamed(&self, error: BackendError) -> BackendError {
+        let Some((plan, slot)) = self.last else { return error };
+        let key = self.resident.model.model().plans[plan].key.to_string();
+        blamed(error, &key, slot)
     }
 
     /// Waits for the token with this number in mapped host memory.
     fn mirrored_token(&mut self, number: u64) -> Result<u32, BackendError> {
+        self.awaited_token(number).map_err(|error| self.blamed(error))
+    }
+
+    fn awaited_token(&mut self, number: u64) -> Result<u32, BackendError> {
         self.counters.synchronizations += 1;
         let entry = (number - 1) as usize % MIRRORS;
         let expected = number as u32;
@@ -412,7 +437,8 @@ impl Program for CudaProgram {
             return Err(BackendError::NoSuchPlan { plan, plans });
         };
         let facts = &self.facts[plan];
-        self.launch_in_turn(graph, facts.chained)?;
+        self.last = Some((plan, slot));
+        self.launch_in_turn(graph, facts.chained).map_err(|error| self.blamed(error))?;
         self.counters.launches += 1;
         self.sampled += facts.samples;
         for &(output, mirrored) in &facts.outputs {
@@ -450,7 +476,8 @@ impl Program for CudaProgram {
         self.counters.synchronizations += 1;
         let from = self.resident.address(buffer, 0) + offset as u64;
         // SAFETY: the range was checked to lie in the buffer.
-        unsafe { self.downloads.download(&self.resident.stream, from, into) }
+        let read = unsafe { self.downloads.download(&self.resident.stream, from, into) };
+        read.map_err(|error| self.blamed(error))
     }
 
     fn read_state(
@@ -471,7 +498,8 @@ impl Program for CudaProgram {
         let from = self.region_addresses(index, std::slice::from_ref(region))[0];
         self.counters.synchronizations += 1;
         // SAFETY: the region was checked to lie in the buffer.
-        unsafe { self.downloads.download(&self.resident.stream, from, into) }
+        let read = unsafe { self.downloads.download(&self.resident.stream, from, into) };
+        read.map_err(|error| self.blamed(error))
     }
 
     fn freeze_parts(
@@ -677,5 +705,24 @@ impl Program for CudaProgram {
             }
         }
         Ok(times)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_of_the_device_names_the_plan_and_the_slot() {
+        let fault = device_error("waiting for the device: an illegal memory access".to_owned());
+        let said = blamed(fault, "decode tokens=1 slots=1 context=1024", SlotId(2)).to_string();
+        for words in ["illegal", "'decode tokens=1", "slot 2", "compute-sanitizer"] {
+            assert!(said.contains(words), "{said}");
+        }
+        let other = BackendError::ForeignState;
+        assert_eq!(
+            blamed(other, "decode", SlotId(0)).to_string(),
+            BackendError::ForeignState.to_string()
+        );
     }
 }

@@ -358,6 +358,14 @@ fn the_capsule_budget_is_kept_and_given_back() {
     assert_eq!(used, alive.iter().map(|f| f.bytes()).sum::<usize>());
     assert_eq!(alive.len(), budget / alive[0].bytes());
     alive.pop();
+    // Room for one part, not for two: neither is made.
+    let used = runner.program.frozen_bytes().0;
+    match runner.program.freeze_parts(slot, &[&regions, &regions]) {
+        Err(BackendError::CapsuleBudget { wanted, .. }) => assert_eq!(wanted, 2 * alive[0].bytes()),
+        Err(error) => panic!("{error}"),
+        Ok(_) => panic!("more than the budget"),
+    }
+    assert_eq!(runner.program.frozen_bytes().0, used);
     alive.push(runner.program.freeze(slot, &regions).unwrap());
     alive.clear();
     assert_eq!(runner.program.frozen_bytes().0, 0);
