@@ -40,7 +40,7 @@ step turns "$bin/ampoule" bench turns --model random:qwen3.5-tiny --device cuda 
 step rollback "$bin/ampoule" bench rollback --model random:qwen3.5-tiny --device cuda --json
 step tiers "$bin/ampoule" bench tiers --model random:qwen3.5-tiny --device cuda --prefix 128,2048 --reps 5 --json
 step ops "$bin/conformance" ops --backend cuda
-step capsules "$bin/conformance" capsules --backend cuda --goldens "$root/conformance/golden/qwen35" --json
+step capsules "$bin/conformance" capsules --backend cuda --goldens "$root/conformance/golden/qwen35"
 if [ "$mode" = full ]; then
     step ops_unfused env AMPOULE_CUDA_FUSION=0 AMPOULE_CUDA_PDL=0 "$bin/conformance" ops --backend cuda
     step kernels "$bin/bench_kernels" launch gemv copy attention delta sample model

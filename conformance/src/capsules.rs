@@ -98,8 +98,12 @@ pub fn run(
     let folder = options.goldens.as_deref();
     let checkpoints = folder.map_or_else(|| Ok(Vec::new()), goldens::checkpoints);
     match checkpoints {
-        Err(error) => checks.push(("goldens".into(), Box::new(move || Err(error.to_string())))),
+        Err(error) => checks.push(("golden".into(), Box::new(move || Err(error.to_string())))),
         Ok(found) => {
+            if let Some(folder) = folder.filter(|_| found.is_empty()) {
+                let none = format!("{} has no checkpoints", folder.display());
+                checks.push(("golden".into(), Box::new(move || Err(none.clone()))));
+            }
             for checkpoint in found {
                 let name = checkpoint.file_name().unwrap_or_default().to_string_lossy().to_string();
                 let some = VerifyOptions { seed: 7, ..trials(few, 160) };
@@ -446,11 +450,15 @@ pub fn forgotten(backend: &dyn Backend) -> Result<String, String> {
         sealed.state().iter().map(|&id| sealed.buffer(id).name.clone()).collect();
     drop(model);
     let sampler = ["logits", "params", "seed", "counts", "bias_tokens", "bias_values"];
-    let expected = ["recurrent", "conv", "kv.key", "kv.value", "cursor"].map(str::to_owned);
-    let expected = expected.into_iter().chain(sampler.map(|name| format!("sampler.{name}")));
-    for part in expected {
-        if !names.iter().any(|name| name.contains(&part)) {
-            return Err(format!("no State buffer is called '{part}': {names:?}"));
+    for kind in ["recurrent", "conv", "kv.key", "kv.value"] {
+        if !names.iter().any(|name| name.contains(kind)) {
+            return Err(format!("no layer has '{kind}': {names:?}"));
+        }
+    }
+    let whole = sampler.map(|name| format!("sampler.{name}"));
+    for name in whole.iter().map(String::as_str).chain(["cursor"]) {
+        if !names.iter().any(|known| known == name) {
+            return Err(format!("no State buffer is called '{name}': {names:?}"));
         }
     }
     // The machinery of this check loses nothing by itself.

@@ -8,7 +8,7 @@ use ampoule_plan::DType;
 use crate::ops::rng::{Rng, Values, random_bytes};
 
 /// Layers, each with matrices of another type.
-const TYPES: [DType; 4] = [DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::F16];
+const TYPES: [DType; 5] = [DType::Q8_0, DType::Q4_0, DType::Q4_1, DType::F16, DType::F32];
 const HIDDEN: usize = 256;
 const FEED_FORWARD: usize = 512;
 const HEADS: usize = 4;
@@ -64,12 +64,13 @@ impl Meta {
 
 const fn type_number(dtype: DType) -> u32 {
     match dtype {
+        DType::F32 => 0,
         DType::F16 => 1,
         DType::Q4_0 => 2,
         DType::Q4_1 => 3,
         DType::Q8_0 => 8,
         DType::BF16 => 30,
-        _ => 0,
+        DType::I32 | DType::U32 | DType::U8 => panic!("no type of weights"),
     }
 }
 

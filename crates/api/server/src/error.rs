@@ -1,6 +1,6 @@
 //! What a client is told when something goes wrong, in the shape that OpenAI's clients understand.
 
-use ampoule::store::SaveError;
+use ampoule::store::{LoadError, SaveError};
 use ampoule::{ChatError, EngineError, StoreError};
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -146,8 +146,8 @@ impl ApiError {
     fn unreadable() -> Self {
         Self {
             code: Some("capsule_unreadable"),
-            message: "the store's copy of this state cannot be read, and nothing else is affected: `ampoule capsule fsck` says \
-                      what is wrong with it; delete it here, or bring a capsule back from a file"
+            message: "the store's copy of this state is damaged, and nothing else is: `ampoule capsule fsck` says what is wrong \
+                      with it"
                 .to_owned(),
             ..Self::internal()
         }
@@ -217,10 +217,16 @@ impl From<ampoule::Error> for ApiError {
             {
                 Self::store_full()
             }
-            ampoule::Error::Store(store) if matches!(**store, StoreError::Load(_)) => {
-                let _ = internal(&error);
-                Self::unreadable()
-            }
+            ampoule::Error::Store(store) => match &**store {
+                StoreError::Load(LoadError::Damaged { .. }) => {
+                    let _ = internal(&error);
+                    Self::unreadable()
+                }
+                StoreError::Load(LoadError::NoSuchCapsule { .. } | LoadError::Removed { .. })
+                | StoreError::Unknown { .. } => Self::not_found("capsule"),
+                StoreError::Load(LoadError::Memory { .. }) => Self::no_room(),
+                _ => internal(&error),
+            },
             ampoule::Error::Tokenizer(_) => Self::invalid("the text cannot be tokenized"),
             _ => internal(&error),
         }

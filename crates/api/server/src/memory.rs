@@ -12,7 +12,7 @@ const DEMOTIONS: u32 = 16;
 /// What may be dropped for something else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Relief {
-    /// Places within replies that nobody is likely to cut any more.
+    /// Places within replies that nobody is likely to cut any more, and what the store has and nobody used lately.
     Idle,
     /// Places within replies.
     Waypoints,

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use ampoule::Capsule;
 use ampoule::store::{CapsuleId, StoredCapsule};
@@ -25,7 +26,8 @@ pub(crate) struct NamedCapsule {
     pub about: About,
     /// Its state, while that is in memory.
     pub capsule: Option<Capsule>,
-    /// Where the store has it.
+    /// Where its state lies in the store: there as long as anybody can ask for it, and after a restart only if it
+    /// [is kept](Self::is_kept).
     pub stored: Option<CapsuleId>,
     /// The model it is of, if that is not the one that is served.
     pub misfit: Option<String>,
@@ -87,7 +89,7 @@ impl NamedCapsule {
         self.origin != Origin::Client || self.key == *key
     }
 
-    /// Whether a store, where there is one, has it.
+    /// Whether it outlasts the process, where there is a store.
     pub(crate) fn is_kept(&self) -> bool {
         self.pinned || self.name.is_some() || self.origin != Origin::Client
     }
@@ -100,14 +102,10 @@ impl NamedCapsule {
 
 struct Entry {
     named: NamedCapsule,
-    used: u64,
+    used: Instant,
 }
 
-#[derive(Default)]
-struct All {
-    by_id: HashMap<String, Entry>,
-    clock: u64,
-}
+type All = HashMap<String, Entry>;
 
 /// All of them, by id.
 pub(crate) struct Names {
@@ -120,72 +118,60 @@ impl Names {
         Self { all: Mutex::default(), metrics }
     }
 
-    /// Does something to all of them, and counts anew.
-    fn with<T>(&self, work: impl FnOnce(&mut All) -> T) -> T {
-        let mut all = lock(&self.all);
-        all.clock += 1;
-        let out = work(&mut all);
-        let clients = all.by_id.values().filter(|e| e.named.origin == Origin::Client).count();
-        self.metrics.named.set(clients);
-        out
+    fn count_clients(&self, all: &All) {
+        let clients = |e: &&Entry| e.named.origin == Origin::Client && e.named.misfit.is_none();
+        self.metrics.named.set(all.values().filter(clients).count());
     }
 
     /// Adds a capsule. One of the same key that had its name has none any more, and is returned as it is now.
     pub(crate) fn add(&self, id: &str, named: NamedCapsule) -> Option<(String, NamedCapsule)> {
-        self.with(|all| {
-            let takes = named.origin == Origin::Client && named.misfit.is_none();
-            let name = named.name.as_deref().filter(|_| takes);
-            let before = name.and_then(|name| {
-                let mut others = all.by_id.iter_mut().filter(|(other, _)| *other != id);
-                let (other, before) = others.find(|(_, e)| e.named.is_called(&named.key, name))?;
-                before.named.name = None;
-                Some((other.clone(), before.named.clone()))
-            });
-            all.by_id.insert(id.to_owned(), Entry { named, used: all.clock });
-            before
-        })
+        let mut all = lock(&self.all);
+        let takes = named.origin == Origin::Client && named.misfit.is_none();
+        let name = named.name.as_deref().filter(|_| takes);
+        let before = name.and_then(|name| {
+            let mut others = all.iter_mut().filter(|(other, _)| *other != id);
+            let (other, before) = others.find(|(_, e)| e.named.is_called(&named.key, name))?;
+            before.named.name = None;
+            Some((other.clone(), before.named.clone()))
+        });
+        all.insert(id.to_owned(), Entry { named, used: Instant::now() });
+        self.count_clients(&all);
+        before
     }
 
     pub(crate) fn has(&self, id: &str) -> bool {
-        lock(&self.all).by_id.contains_key(id)
+        lock(&self.all).contains_key(id)
     }
 
-    /// The capsule of this key's that has the name now.
-    pub(crate) fn holder(&self, key: &[u8; 32], name: &str) -> Option<(String, NamedCapsule)> {
-        let all = lock(&self.all);
-        let mut mine = all.by_id.iter().filter(|(_, e)| e.named.is_called(key, name));
-        mine.next().map(|(id, e)| (id.clone(), e.named.clone()))
+    /// One by its id, for somebody who may use it and does.
+    pub(crate) fn used(&self, id: &str) -> Option<NamedCapsule> {
+        let mut all = lock(&self.all);
+        let entry = all.get_mut(id)?;
+        entry.used = Instant::now();
+        Some(entry.named.clone())
     }
 
     /// A capsule by id, by the name that its owner gave it, or by a name of the store.
     pub(crate) fn find(&self, key: &[u8; 32], which: &str) -> Option<(String, NamedCapsule)> {
-        self.with(|all| {
-            let id = if all.by_id.get(which).is_some_and(|e| e.named.is_for(key)) {
-                which.to_owned()
-            } else {
-                // Of other keys' capsules not even the names are looked at.
-                let mine = all.by_id.iter().filter(|(_, e)| e.named.is_for(key));
-                let so_called = mine.filter(|(_, e)| e.named.name.as_deref() == Some(which));
-                let first = so_called.max_by_key(|(_, e)| {
-                    (e.named.misfit.is_none(), e.named.is_of(key), e.named.order)
-                });
-                first?.0.clone()
-            };
-            let clock = all.clock;
-            let entry = all.by_id.get_mut(&id)?;
-            entry.used = clock;
-            Some((id, entry.named.clone()))
-        })
+        let all = lock(&self.all);
+        // Of other keys' capsules not even the names are looked at.
+        let mine = || all.iter().filter(|(_, e)| e.named.is_for(key));
+        let by_id = all.get_key_value(which).filter(|(_, e)| e.named.is_for(key));
+        let (id, entry) = by_id.or_else(|| {
+            let so_called = mine().filter(|(_, e)| e.named.name.as_deref() == Some(which));
+            let place = |n: &NamedCapsule| (n.misfit.is_none(), n.is_of(key), n.order);
+            so_called.max_by_key(|(_, e)| place(&e.named))
+        })?;
+        Some((id.clone(), entry.named.clone()))
     }
 
     /// What a key may use: its own, oldest first, then the store's by name.
     pub(crate) fn list(&self, key: &[u8; 32]) -> Vec<(String, NamedCapsule)> {
         let all = lock(&self.all);
-        let mine =
-            all.by_id.iter().filter(|(_, e)| e.named.is_for(key) && e.named.misfit.is_none());
+        let mine = all.iter().filter(|(_, e)| e.named.is_for(key) && e.named.misfit.is_none());
         let mut list: Vec<_> = mine.map(|(id, e)| (id.clone(), e.named.clone())).collect();
         list.sort_by(|(a_id, a), (b_id, b)| {
-            let place = |n: &NamedCapsule| (n.origin != Origin::Client, n.created);
+            let place = |n: &NamedCapsule| (n.origin != Origin::Client, n.created, n.order);
             (place(a), &a.name, a_id).cmp(&(place(b), &b.name, b_id))
         });
         list
@@ -194,7 +180,7 @@ impl Names {
     /// How many a key has.
     pub(crate) fn count(&self, key: &[u8; 32]) -> usize {
         let all = lock(&self.all);
-        all.by_id.values().filter(|e| e.named.is_of(key) && e.named.misfit.is_none()).count()
+        all.values().filter(|e| e.named.is_of(key) && e.named.misfit.is_none()).count()
     }
 
     /// Changes one of a key's own.
@@ -205,33 +191,36 @@ impl Names {
         work: impl FnOnce(&mut NamedCapsule),
     ) -> Option<NamedCapsule> {
         let mut all = lock(&self.all);
-        let entry = all.by_id.get_mut(id).filter(|e| e.named.is_of(key))?;
+        let entry = all.get_mut(id).filter(|e| e.named.is_of(key))?;
         work(&mut entry.named);
         Some(entry.named.clone())
     }
 
     pub(crate) fn remove(&self, key: &[u8; 32], id: &str) -> bool {
-        self.with(|all| {
-            let mine = all.by_id.get(id).is_some_and(|e| e.named.is_of(key));
-            mine && all.by_id.remove(id).is_some()
-        })
+        let mut all = lock(&self.all);
+        let mine = all.get(id).is_some_and(|e| e.named.is_of(key));
+        let removed = mine && all.remove(id).is_some();
+        self.count_clients(&all);
+        removed
     }
 
     /// Notes that a state is in memory now.
     pub(crate) fn loaded(&self, id: &str, capsule: &Capsule) {
-        if let Some(entry) = lock(&self.all).by_id.get_mut(id) {
+        if let Some(entry) = lock(&self.all).get_mut(id) {
             entry.named.capsule.get_or_insert_with(|| capsule.clone());
         }
     }
 
-    /// Lets the state go from memory that was used least recently of those that the store has. False if there is none.
-    pub(crate) fn relieve(&self) -> bool {
+    /// Lets the state go from memory that was used least recently of those that the store has, and not for `idle`. False if
+    /// there is none.
+    pub(crate) fn relieve(&self, idle: Duration) -> bool {
         let mut all = lock(&self.all);
         let again = |e: &&mut Entry| {
             let named = &e.named;
-            named.stored.is_some() && named.capsule.is_some() && named.origin != Origin::Warm
+            let kept = named.stored.is_some() && named.origin != Origin::Warm;
+            kept && named.capsule.is_some() && e.used.elapsed() >= idle
         };
-        let oldest = all.by_id.values_mut().filter(again).min_by_key(|e| e.used);
+        let oldest = all.values_mut().filter(again).min_by_key(|e| e.used);
         oldest.is_some_and(|entry| entry.named.capsule.take().is_some())
     }
 }

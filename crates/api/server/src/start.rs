@@ -23,6 +23,9 @@ use crate::worker::{Command, Worker};
 /// A reply is cut soon after it was heard or not at all: after that the places to cut it at go before anything else.
 const CUT_WITHIN: Duration = Duration::from_secs(60);
 
+/// A capsule that the store has leaves memory before boundaries that would have to be read again, unless it was used lately.
+const UNUSED: Duration = Duration::from_secs(60);
+
 /// Boundaries that are parked when the server stops.
 const PARKED: usize = 32;
 
@@ -112,7 +115,9 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
     let vault = Arc::new(Vault::new(limits, Arc::clone(&metrics), durable));
     let relieved = Arc::clone(&vault);
     let relieve = Box::new(move |relief| match relief {
-        Relief::Idle => relieved.relieve_of_waypoints(CUT_WITHIN),
+        Relief::Idle => {
+            relieved.relieve_of_waypoints(CUT_WITHIN) || relieved.capsules.relieve(UNUSED)
+        }
         Relief::Waypoints => relieved.relieve_of_waypoints(Duration::ZERO),
         Relief::Any => relieved.relieve(),
     });
@@ -230,7 +235,7 @@ fn bring_back(
     }
     let records = durable.records()?;
     crate::responses::bring_back(vault, &records);
-    crate::native::bring_back(worker, vault, durable, &records);
+    let others = crate::native::bring_back(worker, vault, durable, &records);
     for Record { id, value, .. } in records.iter().filter(|r| r.kind == "boundary") {
         let space = value["space"].as_str().and_then(from_hex);
         let loaded = worker.load(|worker| durable.capsule(&mut worker.model, "boundary", id));
@@ -241,7 +246,13 @@ fn bring_back(
         durable.forget("boundary", id);
     }
     durable.count();
-    Ok(unreachable_records(&records, keys).into_iter().collect())
+    let mut notes: Vec<String> = unreachable_records(&records, keys).into_iter().collect();
+    if others > 0 {
+        notes.push(format!(
+            "the store has capsules and sessions that only another model, or other settings or another device, can use: {others}"
+        ));
+    }
+    Ok(notes)
 }
 
 /// Says what nobody can reach as long as the server asks for these keys.

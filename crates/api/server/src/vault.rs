@@ -117,6 +117,17 @@ pub(crate) struct Listed {
     pub ends: Vec<Option<u32>>,
 }
 
+/// A session that lies in the store alone, as a list tells of it.
+#[derive(Clone)]
+pub(crate) struct Parked {
+    pub key: [u8; 32],
+    pub created: u64,
+    pub parent: Option<String>,
+    pub position: u32,
+    pub messages: usize,
+    pub reply_tokens: Option<usize>,
+}
+
 pub(crate) struct Session {
     pub key: [u8; 32],
     pub created: u64,
@@ -151,6 +162,18 @@ impl Session {
         self.saved.store(saved, Ordering::Release);
     }
 
+    fn parked(&self) -> Parked {
+        let state = self.lock();
+        Parked {
+            key: self.key,
+            created: self.created,
+            parent: self.parent.clone(),
+            position: state.capsule().map_or(0, Capsule::position),
+            messages: state.messages.len(),
+            reply_tokens: state.reply.as_ref().map(|reply| reply.tokens.len()),
+        }
+    }
+
     fn idle(&self) -> Duration {
         lock(&self.used).elapsed()
     }
@@ -178,6 +201,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 pub(crate) struct Vault {
     responses: Mutex<HashMap<String, Arc<StoredResponse>>>,
     sessions: Mutex<HashMap<String, Arc<Session>>>,
+    /// Taken while `sessions` is, never the other way round.
+    parked: Mutex<HashMap<String, Parked>>,
     pub capsules: Names,
     /// For each key: held while one of its capsules changes in memory and in the store.
     turns: Mutex<HashMap<[u8; 32], Arc<tokio::sync::Mutex<()>>>>,
@@ -208,6 +233,7 @@ impl Vault {
         Self {
             responses: Mutex::default(),
             sessions: Mutex::default(),
+            parked: Mutex::default(),
             capsules: Names::new(Arc::clone(&metrics)),
             turns: Mutex::default(),
             expired: Mutex::default(),
@@ -286,7 +312,7 @@ impl Vault {
             return true;
         }
         drop(all);
-        if self.capsules.relieve() || self.park(None) {
+        if self.capsules.relieve(Duration::ZERO) || self.park(None) {
             return true;
         }
         let all = lock(&self.sessions);
@@ -305,7 +331,9 @@ impl Vault {
         let Some(id) = mine.max_by_key(|(_, s)| s.idle()).map(|(id, _)| id.clone()) else {
             return false;
         };
-        all.remove(&id);
+        if let Some(session) = all.remove(&id) {
+            lock(&self.parked).insert(id, session.parked());
+        }
         self.metrics.sessions.set(all.len());
         self.metrics.sessions_parked.add(1);
         true
@@ -320,6 +348,7 @@ impl Vault {
                 return true;
             }
             if session.can_park() {
+                lock(&self.parked).insert(id.clone(), session.parked());
                 self.metrics.sessions_parked.add(1);
                 return false;
             }
@@ -392,8 +421,14 @@ impl Vault {
     pub(crate) fn add_session(&self, id: &str, session: Session) -> Arc<Session> {
         let mut all = lock(&self.sessions);
         let session = Arc::clone(all.entry(id.to_owned()).or_insert_with(|| Arc::new(session)));
+        lock(&self.parked).remove(id);
         self.metrics.sessions.set(all.len());
         session
+    }
+
+    /// Notes a session that lies in the store alone.
+    pub(crate) fn add_parked(&self, id: &str, parked: Parked) {
+        lock(&self.parked).insert(id.to_owned(), parked);
     }
 
     pub(crate) fn session(&self, key: &[u8; 32], id: &str) -> Option<Arc<Session>> {
@@ -411,13 +446,17 @@ impl Vault {
         Some(found)
     }
 
-    /// The sessions of a key, by id.
-    pub(crate) fn sessions(&self, key: Option<&[u8; 32]>) -> Vec<(String, Arc<Session>)> {
-        let all = lock(&self.sessions);
-        let mine = all.iter().filter(|(_, s)| key.is_none_or(|key| s.key == *key));
-        let mut list: Vec<_> = mine.map(|(id, s)| (id.clone(), Arc::clone(s))).collect();
-        list.sort_by(|a, b| (a.1.created, &a.0).cmp(&(b.1.created, &b.0)));
-        list
+    /// The sessions of a key: those in memory, and those that lie in the store alone.
+    #[allow(clippy::type_complexity)]
+    pub(crate) fn sessions(
+        &self,
+        key: &[u8; 32],
+    ) -> (Vec<(String, Arc<Session>)>, Vec<(String, Parked)>) {
+        let (here, away) = (lock(&self.sessions), lock(&self.parked));
+        let mine = here.iter().filter(|(_, s)| s.key == *key);
+        let here = mine.map(|(id, s)| (id.clone(), Arc::clone(s))).collect();
+        let mine = away.iter().filter(|(_, parked)| parked.key == *key);
+        (here, mine.map(|(id, parked)| (id.clone(), parked.clone())).collect())
     }
 
     /// What a change of a key's capsules holds. There are as many as keys.

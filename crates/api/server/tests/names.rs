@@ -470,6 +470,7 @@ fn a_start_loads_no_capsule_and_another_model_takes_no_name_away() {
     let server = start(stored(&place));
     let id = session(&server, "Of the tiny model.");
     let tiny = snapshot(&server, &id, &json!({ "name": "latest" }));
+    let tiny_too = snapshot(&server, &id, &json!({ "pin": true }));
     let said = says(&server, "latest");
     delete(&server, &format!("/v1/sessions/{id}"));
     let mut left = Vec::new();
@@ -488,13 +489,26 @@ fn a_start_loads_no_capsule_and_another_model_takes_no_name_away() {
     let refused = get(at, &format!("/v1/capsules/{}", tiny["id"].as_str().unwrap()));
     let why = refused.json()["error"]["message"].to_string();
     assert!(refused.status == 404 && why.contains("tiny") && why.contains("serve what"), "{why}");
+    assert!(server.notes().iter().any(|n| n.contains("another model")), "{:?}", server.notes());
     let id = session(&server, "Of the other model.");
     let nano = snapshot(&server, &id, &json!({ "name": "latest" }));
     assert_eq!(nano["replaced"], Value::Null);
     assert_eq!(get(at, "/v1/capsules/latest").json()["id"], nano["id"]);
     server.stop().unwrap();
 
+    // Whoever made it can delete it, whatever model is served.
+    let server = support::nano(stored(&place));
+    let (at, other) = (server.address(), tiny_too["id"].as_str().unwrap());
+    assert_eq!(get(at, &format!("/v1/capsules/{other}")).status, 404);
+    delete(&server, &format!("/v1/capsules/{other}"));
+    let sessions = get(at, "/v1/sessions").json()["data"].clone();
+    let sessions = sessions.as_array().unwrap();
+    assert_eq!((sessions.len(), &sessions[0]["id"]), (1, &json!(id)), "listed, and not loaded");
+    assert_eq!(metric(at, "ampoule_sessions"), 0);
+    server.stop().unwrap();
+
     let server = start(stored(&place));
+    assert_eq!(listed(&server).len(), 1);
     assert_eq!(get(server.address(), "/v1/capsules/latest").json()["id"], tiny["id"]);
     let held = || {
         metric(server.address(), "ampoule_capsule_bytes{tier=\"host\"}")
@@ -546,7 +560,12 @@ fn a_capsule_that_is_damaged_in_the_store_is_said_to_be_when_it_is_asked_for() {
     let again = session(&server, "One story, told again.");
     assert_eq!(snapshot(&server, &again, &json!({ "name": "one" }))["stored"], true);
     delete(&server, "/v1/capsules/one");
-    assert_eq!(listed(&server), [(Some("two".into()), true, false)]);
+    // The damaged one has no name any more; it goes with this process, as others do that lost theirs.
+    let two = (Some("two".into()), true, false);
+    assert_eq!(listed(&server), [(None, false, false), two.clone()]);
+    server.stop().unwrap();
+    let server = start(stored(&place));
+    assert_eq!(listed(&server), [two]);
     server.stop().unwrap();
 }
 

@@ -379,6 +379,17 @@ fn with_a_store_idle_sessions_are_parked_and_come_back_as_they_were() {
         metric(at, "ampoule_sessions") <= 2 && metric(at, "ampoule_sessions_parked_total") >= 2
     );
     eventually("all are parked", || metric(at, "ampoule_sessions") == 0);
+    // They are still the caller's sessions.
+    let list = get(at, "/v1/sessions").json()["data"].clone();
+    let list = list.as_array().unwrap();
+    assert_eq!(list.len(), 4);
+    for (path, _) in &known {
+        let id = path.trim_start_matches("/v1/sessions/");
+        let one = list.iter().find(|session| session["id"] == id).unwrap();
+        assert_eq!((&one["reply_tokens"], &one["busy"]), (&json!(10), &json!(false)), "{one}");
+        assert!(one["position"].as_u64() > Some(10), "{one}");
+    }
+    assert_eq!(metric(at, "ampoule_sessions"), 0, "a list fetches none");
     for (path, capsule) in &known {
         // What a session says that never left memory.
         let twin = ok(at, "/v1/sessions", &json!({ "capsule": capsule }))["id"]

@@ -218,7 +218,14 @@ mod tests {
         assert_eq!(ours.ensure_matches(&ours), Ok(()));
         let mut theirs = ours.clone();
         let mut expected = Vec::new();
-        for component in Component::COMPARED.into_iter().rev() {
+        // From the least to the most useful one to name.
+        for component in [
+            Component::Kernels,
+            Component::Layout,
+            Component::Plan,
+            Component::Device,
+            Component::Weights,
+        ] {
             let field = match component {
                 Component::Weights => &mut theirs.weights,
                 Component::Plan => &mut theirs.plan,

@@ -224,6 +224,7 @@ impl Engine {
     ) -> Result<Capsule, E> {
         let wanted = links.iter().map(|l| l.tokens.len()).sum();
         self.check_scope(scope, links.len(), wanted)?;
+        self.check_room(links)?;
         let state = |name: &str| {
             let index = self.layout.tensors.iter().position(|t| t.name == name);
             index.map_or(&[][..], |i| fixed.tensor(i))
@@ -240,6 +241,29 @@ impl Engine {
         let fixed = self.program.freeze_bytes(&regions, &bytes).map_err(EngineError::from)?;
         let fixed = Piece::new(PieceKind::Fixed, node.end(), fixed);
         Ok(Capsule::new(node, fixed, self.id))
+    }
+
+    /// Whether the budget for capsules has room for what [`assemble`](Self::assemble) would copy: asked before anything is read
+    /// or copied.
+    ///
+    /// # Errors
+    /// If it has not; the error says how much all of it takes.
+    pub fn check_room(&self, links: &[NewLink]) -> Result<(), EngineError> {
+        let bytes = |regions: &[Region]| -> usize {
+            regions.iter().map(|region| region.bytes(self.buffers())).sum()
+        };
+        let mut wanted = bytes(&fixed_regions(&self.model));
+        let mut start = 0;
+        for link in links {
+            let end = start + link.tokens.len();
+            let same_rows = |node: &RowNode| node.tokens == link.tokens;
+            let held = self.known.find(link.lineage, start as u32, same_rows);
+            if held.is_none_or(|node| node.rows.as_ref().is_some_and(|rows| rows.is_away())) {
+                wanted += bytes(&row_regions(&self.model, &(start..end)));
+            }
+            start = end;
+        }
+        self.has_room(wanted)
     }
 
     fn check_scope(

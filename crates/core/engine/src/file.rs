@@ -128,7 +128,7 @@ impl Engine {
     }
 
     /// Whether the budget for capsules has room for so many bytes more: asked before anything is copied.
-    fn has_room(&self, wanted: usize) -> Result<(), EngineError> {
+    pub(crate) fn has_room(&self, wanted: usize) -> Result<(), EngineError> {
         let (used, budget) = self.program.frozen_bytes();
         if used.checked_add(wanted).is_none_or(|sum| sum > budget) {
             return Err(BackendError::CapsuleBudget { wanted, used, budget }.into());

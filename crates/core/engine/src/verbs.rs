@@ -40,7 +40,13 @@ impl Engine {
         let both: [&[Region]; 2] = [&fixed, &rows];
         let parts = if rows.is_empty() { &both[..1] } else { &both[..] };
         let frozen = self.program.freeze_parts(slot, parts);
-        let mut frozen = self.survive(slot, frozen)?.into_iter();
+        let frozen = self.survive(slot, frozen)?;
+        if frozen.len() != parts.len() {
+            let problem = format!("{} parts were frozen, not {}", frozen.len(), parts.len());
+            let buffer = "frozen state".to_owned();
+            return Err(BackendError::WrongBuffer { buffer, problem }.into());
+        }
+        let mut frozen = frozen.into_iter();
         let fixed = frozen.next().ok_or(BackendError::ForeignState)?;
         let fixed = Piece::new(PieceKind::Fixed, end, fixed);
         let rows = frozen.next().map(|rows| Piece::new(PieceKind::Rows, end, rows));

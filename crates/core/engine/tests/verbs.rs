@@ -306,7 +306,7 @@ fn a_budget_refuses_and_the_slot_goes_on() {
 }
 
 #[test]
-fn what_the_budget_refuses_is_refused_whole_and_before_a_byte_is_copied() {
+fn what_the_budget_refuses_is_refused_whole_and_no_part_is_made() {
     let mut free = engine();
     let slot = free.create_slot().unwrap();
     append(&mut free, slot, &tokens(10, 1));

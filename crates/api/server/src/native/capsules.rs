@@ -12,7 +12,7 @@ use axum::{Extension, Json};
 use serde_json::{Value, json};
 
 use super::sessions::session;
-use super::shelf::{find, found, own, state, tokens};
+use super::shelf::{find, found, own, tokens};
 use super::{Answer, AppState, Caught, fields, forget, nothing, to_the_end};
 use crate::app::{App, blocking, micros, new_id, now};
 use crate::durable::Durable;
@@ -25,12 +25,13 @@ use crate::start::to_hex;
 /// Bytes of a capsule's name at most.
 const NAME_BYTES: usize = 200;
 
-fn capsule_object(id: &str, named: &NamedCapsule) -> Value {
+fn capsule_object(app: &App, id: &str, named: &NamedCapsule) -> Value {
     let about = &named.about;
     let client = named.origin == Origin::Client;
     json!({
         "id": id, "object": "capsule", "created_at": client.then_some(named.created), "name": named.name,
-        "parent": named.parent, "pinned": named.pinned, "shared": !client, "stored": named.stored.is_some(),
+        "parent": named.parent, "pinned": named.pinned, "shared": !client,
+        "stored": app.vault.durable.is_some() && named.is_kept(),
         "position": about.position, "lineage": about.lineage,
         "bytes": { "fixed": about.fixed_bytes, "own_rows": about.own_row_bytes, "rows": about.row_bytes },
     })
@@ -123,24 +124,11 @@ async fn add_named(app: &Arc<App>, mut named: NamedCapsule) -> Answer {
         if named.is_kept() {
             named.stored = keep(&here, &id, &named).await?;
         }
-        // What loses its name and has no pin leaves the store: its state must be in memory then.
-        let older = named.name.as_ref().and_then(|n| here.vault.capsules.holder(&named.key, n));
-        let left = match older {
-            Some((old, older)) if !older.pinned => state(&here, &old, &older).await.map(Some),
-            _ => Ok(None),
-        };
         let replaced = here.vault.capsules.add(&id, named.clone());
-        let mut object = capsule_object(&id, &named);
+        let mut object = capsule_object(&here, &id, &named);
         object["replaced"] = json!(replaced.as_ref().map(|(old, _)| old));
         if let Some((old, replaced)) = replaced {
-            match left {
-                Ok(Some(capsule)) => drop(leave_store(&here, &named.key, &old, capsule)),
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::warn!(?error, "a capsule that lost its name could not be kept");
-                    here.vault.capsules.remove(&named.key, &old);
-                }
-            }
+            let replaced = leave_store(&here, &old, replaced);
             let let_go = move |durable: &Durable| Ok(let_name_go(durable, &old, &replaced)?);
             if let Err(error) = with_store(&here, let_go).await {
                 // The next start lets it go: the later of two has the name.
@@ -152,12 +140,17 @@ async fn add_named(app: &Arc<App>, mut named: NamedCapsule) -> Answer {
     Ok((StatusCode::CREATED, Json(object.await?)).into_response())
 }
 
-/// Notes that a capsule is in memory and nowhere else.
-fn leave_store(app: &App, key: &[u8; 32], id: &str, capsule: Capsule) -> Option<NamedCapsule> {
-    app.vault.capsules.change(key, id, |named| {
-        named.capsule = Some(capsule);
-        named.stored = None;
-    })
+/// What has neither name nor pin any more need not be in the store, if it is in memory. If it is not, it stays in the store
+/// until the next start.
+fn leave_store(app: &App, id: &str, named: NamedCapsule) -> NamedCapsule {
+    if named.is_kept() || named.capsule.is_none() {
+        return named;
+    }
+    let left = app.vault.capsules.change(&named.key, id, |entry| {
+        entry.capsule.clone_from(&named.capsule);
+        entry.stored = None;
+    });
+    left.unwrap_or(named)
 }
 
 /// A key's own capsule as it is now.
@@ -173,13 +166,13 @@ fn record(named: &NamedCapsule) -> Value {
     })
 }
 
-/// Makes the store know that a capsule has lost its name or its pin.
+/// Makes the store know that a capsule has lost its name or its pin. One with neither that is nowhere else stays there.
 pub(super) fn let_name_go(
     durable: &Durable,
     id: &str,
     named: &NamedCapsule,
 ) -> Result<(), ampoule::Error> {
-    if named.is_kept() {
+    if named.is_kept() || named.stored.is_some() {
         durable.save("capsule", id, None, record(named)).map(drop)
     } else {
         durable.forget("capsule", id);
@@ -217,7 +210,7 @@ async fn keep(app: &Arc<App>, id: &str, named: &NamedCapsule) -> ApiResult<Optio
 
 pub(crate) async fn list_capsules(State(app): AppState, Extension(caller): Caught) -> Answer {
     let all = app.vault.capsules.list(&caller.key);
-    let list: Vec<Value> = all.iter().map(|(id, named)| capsule_object(id, named)).collect();
+    let list: Vec<Value> = all.iter().map(|(id, named)| capsule_object(&app, id, named)).collect();
     Ok(Json(json!({ "object": "list", "data": list })).into_response())
 }
 
@@ -225,19 +218,23 @@ pub(crate) async fn list_capsules(State(app): AppState, Extension(caller): Caugh
 pub(crate) async fn tree(State(app): AppState, Extension(caller): Caught) -> Answer {
     let all = app.vault.capsules.list(&caller.key);
     let answer = blocking(move || {
-        let tokens: Vec<Vec<u32>> = all.iter().map(|(_, named)| tokens(&app, named)).collect();
+        let tokens: Vec<Option<Vec<u32>>> =
+            all.iter().map(|(_, named)| tokens(&app, named)).collect();
+        // What cannot be read is below nothing, and nothing is below it.
         let above = |index: usize| {
-            let shorter = |&other: &usize| {
-                let (a, b) = (&tokens[other], &tokens[index]);
-                other != index && b.starts_with(a) && (a.len() < b.len() || other < index)
+            let below = tokens[index].as_ref()?;
+            let shorter = |other: usize| {
+                let of = tokens[other].as_ref().filter(|_| other != index)?;
+                let above = below.starts_with(of) && (of.len() < below.len() || other < index);
+                above.then_some((of.len(), other))
             };
-            (0..all.len()).filter(shorter).max_by_key(|&other| (tokens[other].len(), other))
+            (0..all.len()).filter_map(shorter).max().map(|(_, other)| other)
         };
         let nodes: Vec<Value> = all
             .iter()
             .enumerate()
             .map(|(index, (id, named))| {
-                let mut node = capsule_object(id, named);
+                let mut node = capsule_object(&app, id, named);
                 node["below"] = json!(above(index).map(|other| all[other].0.clone()));
                 node
             })
@@ -253,7 +250,7 @@ pub(crate) async fn read_capsule(
     Path(id): Path<String>,
 ) -> Answer {
     let (id, named) = find(&app, &caller, &id)?;
-    Ok(Json(capsule_object(&id, &named)).into_response())
+    Ok(Json(capsule_object(&app, &id, &named)).into_response())
 }
 
 pub(crate) async fn delete_capsule(
@@ -283,7 +280,7 @@ pub(crate) async fn pin(
     let (id, named) = find(&app, &caller, &id)?;
     if !named.is_of(&caller.key) {
         // The store has it already.
-        return Ok(Json(capsule_object(&id, &named)).into_response());
+        return Ok(Json(capsule_object(&app, &id, &named)).into_response());
     }
     let here = Arc::clone(&app);
     let object = change(&app, caller.key, async move {
@@ -294,7 +291,7 @@ pub(crate) async fn pin(
             named.pinned = true;
             named.stored = stored;
         });
-        Ok(capsule_object(&id, &pinned.ok_or_else(ApiError::internal)?))
+        Ok(capsule_object(&here, &id, &pinned.ok_or_else(ApiError::internal)?))
     });
     Ok(Json(object.await?).into_response())
 }
@@ -309,16 +306,15 @@ pub(crate) async fn unpin(
     let object = change(&app, caller.key, async move {
         let mut named = current(&here, &caller.key, &id)?;
         named.pinned = false;
-        // Without a name it leaves the store: its state must be in memory then.
-        let left = if named.is_kept() { None } else { Some(state(&here, &id, &named).await?) };
+        if !named.is_kept() && named.capsule.is_some() {
+            // It leaves the store: memory must say so before.
+            here.vault.capsules.change(&caller.key, &id, |entry| entry.pinned = false);
+            named = leave_store(&here, &id, named);
+        }
         let (which, unpinned) = (id.clone(), named.clone());
         with_store(&here, move |durable| Ok(let_name_go(durable, &which, &unpinned)?)).await?;
-        let key = &caller.key;
-        let mut unpinned = here.vault.capsules.change(key, &id, |named| named.pinned = false);
-        if let Some(capsule) = left {
-            unpinned = leave_store(&here, key, &id, capsule);
-        }
-        Ok(capsule_object(&id, &unpinned.ok_or_else(ApiError::internal)?))
+        here.vault.capsules.change(&caller.key, &id, |entry| entry.pinned = false);
+        Ok(capsule_object(&here, &id, &named))
     });
     Ok(Json(object.await?).into_response())
 }

@@ -15,7 +15,7 @@ use crate::durable::{Durable, Record};
 use crate::error::{ApiError, ApiResult};
 use crate::named::{NamedCapsule, Origin};
 use crate::start::{from_hex, to_hex};
-use crate::vault::{LastReply, MessageEnd, Session, SessionState, Vault};
+use crate::vault::{LastReply, MessageEnd, Parked, Session, SessionState, Vault};
 use crate::worker::Worker;
 
 /// How often what was removed from the store is deleted.
@@ -152,14 +152,15 @@ pub(crate) async fn expire(app: Arc<App>) {
     }
 }
 
-/// Capsules and sessions that the store has. The state of a capsule, and sessions that find no room, stay there until somebody
-/// asks for them.
+/// Capsules and sessions that the store has. Their states stay there until somebody asks for them. Says how many there are that
+/// another model made.
 pub(crate) fn bring_back(
-    worker: &mut Worker,
+    worker: &Worker,
     vault: &Vault,
     durable: &Durable,
     records: &[Record],
-) {
+) -> usize {
+    let mut others = 0;
     let of = |kind: &'static str| records.iter().filter(move |r| r.kind == kind);
     let mut capsules: Vec<&Record> = of("capsule").collect();
     // The latest of one name has it.
@@ -189,29 +190,51 @@ pub(crate) fn bring_back(
             stored: Some(stored),
             misfit,
         };
+        if !named.is_kept() {
+            // It had lost its name or its pin, and was kept for the process that ended.
+            durable.forget("capsule", id);
+            continue;
+        }
+        others += usize::from(named.misfit.is_some());
         let Some((old, replaced)) = vault.capsules.add(id, named) else { continue };
         if !replaced.is_kept() {
             vault.capsules.remove(&key, &old);
-        }
-        if let Err(error) = let_name_go(durable, &old, &replaced) {
+            durable.forget("capsule", &old);
+        } else if let Err(error) = let_name_go(durable, &old, &replaced) {
             tracing::warn!(%error, "the record of a capsule was not changed");
         }
     }
     for Record { id, value: record, .. } in of("session") {
-        let Some(key) = record["key"].as_str().and_then(from_hex) else { continue };
-        if vault.full_of_sessions(&key) {
-            continue;
-        }
-        let read = record["position"].as_u64() != Some(0);
-        let load = |worker: &mut Worker| durable.capsule(&mut worker.model, "session", id);
-        let loaded = read.then(|| worker.load(load)).transpose();
-        match loaded {
-            Ok(capsule) => {
-                if let Some(session) = session(record, capsule) {
-                    vault.add_session(id, session);
-                }
-            }
-            Err(error) => tracing::warn!(?error, "a session was not brought back"),
+        match parked(worker, durable, id, record) {
+            Ok(Some(parked)) => vault.add_parked(id, parked),
+            Ok(None) => others += 1,
+            Err(error) => tracing::warn!(%error, "a session was not brought back"),
         }
     }
+    others
+}
+
+/// What a record says of a session; none if it is of another model.
+fn parked(
+    worker: &Worker,
+    durable: &Durable,
+    id: &str,
+    record: &Value,
+) -> Result<Option<Parked>, ampoule::Error> {
+    let Some(key) = record["key"].as_str().and_then(from_hex) else { return Ok(None) };
+    let position = record["position"].as_u64().unwrap_or_default() as u32;
+    if position > 0
+        && let Some(stored) = durable.id_of("session", id)
+        && about(worker, durable, stored)?.1.is_some()
+    {
+        return Ok(None);
+    }
+    Ok(Some(Parked {
+        key,
+        created: record["created"].as_u64().unwrap_or_default(),
+        parent: record["parent"].as_str().map(str::to_owned),
+        position,
+        messages: record["messages"].as_array().map_or(0, Vec::len),
+        reply_tokens: record["reply"]["tokens"].as_array().map(Vec::len),
+    }))
 }

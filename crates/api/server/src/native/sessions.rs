@@ -22,7 +22,7 @@ use crate::error::{ApiError, ApiResult};
 use crate::fields::Fields;
 use crate::prompt::ModelInfo;
 use crate::sse::{self, Events};
-use crate::vault::{LastReply, Mark, MessageEnd, Session, SessionState};
+use crate::vault::{LastReply, Mark, MessageEnd, Parked, Session, SessionState};
 use crate::worker::{End, OnEnd, Start, Step};
 
 /// Marks of a session at most: older ones go.
@@ -101,9 +101,22 @@ pub(super) fn session_object(id: &str, session: &Session) -> Value {
     })
 }
 
+/// One that lies in the store alone: its boundaries are known when it is called.
+fn parked_object(id: &str, parked: &Parked) -> Value {
+    json!({
+        "id": id, "object": "session", "created_at": parked.created, "parent": parked.parent,
+        "position": parked.position, "busy": false, "messages": parked.messages, "boundaries": [],
+        "reply_tokens": parked.reply_tokens,
+    })
+}
+
 pub(crate) async fn list_sessions(State(app): AppState, Extension(caller): Caught) -> Answer {
-    let all = app.vault.sessions(Some(&caller.key));
-    let list: Vec<Value> = all.iter().map(|(id, s)| session_object(id, s)).collect();
+    let (here, parked) = app.vault.sessions(&caller.key);
+    let here = here.iter().map(|(id, s)| (s.created, id, session_object(id, s)));
+    let parked = parked.iter().map(|(id, p)| (p.created, id, parked_object(id, p)));
+    let mut all: Vec<(u64, &String, Value)> = here.chain(parked).collect();
+    all.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)));
+    let list: Vec<Value> = all.into_iter().map(|(_, _, object)| object).collect();
     Ok(Json(json!({ "object": "list", "data": list })).into_response())
 }
 

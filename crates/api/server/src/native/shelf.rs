@@ -54,14 +54,14 @@ pub(crate) fn fill(worker: &Worker, vault: &Vault, durable: &Durable) {
     }
 }
 
-/// The tokens of a capsule; of one that is not in memory they are read in the store.
-pub(super) fn tokens(app: &App, named: &NamedCapsule) -> Vec<u32> {
+/// The tokens of a capsule; of one that is not in memory they are read in the store, if they can be.
+pub(super) fn tokens(app: &App, named: &NamedCapsule) -> Option<Vec<u32>> {
     if let Some(capsule) = &named.capsule {
-        return capsule.tokens();
+        return Some(capsule.tokens());
     }
     let store = app.vault.durable.as_ref().map(|durable| durable.store().store());
-    let stored = store.zip(named.stored).and_then(|(store, id)| store.capsule(id).ok());
-    stored.map(|stored| stored.tokens()).unwrap_or_default()
+    let (store, id) = store.zip(named.stored)?;
+    Some(store.capsule(id).ok()?.tokens())
 }
 
 /// A capsule that a caller may use, by its id or name.
@@ -89,21 +89,25 @@ pub(super) fn find(app: &App, caller: &Caller, which: &str) -> ApiResult<(String
     )))
 }
 
-/// The state of a capsule, brought to memory if it is not there.
-pub(super) async fn state(app: &Arc<App>, id: &str, named: &NamedCapsule) -> ApiResult<Capsule> {
-    if let Some(capsule) = &named.capsule {
-        return Ok(capsule.clone());
+/// The state of a capsule that the caller may use, brought to memory if it is not there.
+async fn state(app: &Arc<App>, id: String) -> ApiResult<Capsule> {
+    let missing = || ApiError::not_found("capsule");
+    if let Some(capsule) = app.vault.capsules.used(&id).ok_or_else(missing)?.capsule {
+        return Ok(capsule);
     }
-    let stored = named.stored.ok_or_else(ApiError::internal)?;
     let vault = Arc::clone(&app.vault);
-    let loaded = app
-        .call(move |worker| {
-            let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-            worker.load(|worker| durable.store().load(&mut worker.model, stored))
-        })
-        .await?;
-    app.vault.capsules.loaded(id, &loaded);
-    Ok(loaded)
+    app.call(move |worker| {
+        // While this waited another may have brought it, or deleted it.
+        let named = vault.capsules.used(&id).ok_or_else(missing)?;
+        if let Some(capsule) = named.capsule {
+            return Ok(capsule);
+        }
+        let (durable, stored) = vault.durable.as_ref().zip(named.stored).ok_or_else(missing)?;
+        let loaded = worker.load(|worker| durable.store().load(&mut worker.model, stored))?;
+        vault.capsules.loaded(&id, &loaded);
+        Ok(loaded)
+    })
+    .await
 }
 
 /// As [`find`], and its state.
@@ -112,8 +116,8 @@ pub(super) async fn found(
     caller: &Caller,
     which: &str,
 ) -> ApiResult<(String, Capsule)> {
-    let (id, named) = find(app, caller, which)?;
-    let capsule = state(app, &id, &named).await?;
+    let (id, _) = find(app, caller, which)?;
+    let capsule = state(app, id.clone()).await?;
     Ok((id, capsule))
 }
 
@@ -139,12 +143,13 @@ pub(crate) fn of_the_store(
     }
 }
 
-/// A capsule of the caller's own, which can be changed.
+/// A capsule of the caller's own, which can be changed, whatever model it is of.
 pub(super) fn own(app: &App, caller: &Caller, which: &str) -> ApiResult<(String, NamedCapsule)> {
-    let (id, named) = find(app, caller, which)?;
-    if named.is_of(&caller.key) {
-        return Ok((id, named));
+    let known = app.vault.capsules.find(&caller.key, which);
+    if let Some(own) = known.filter(|(_, named)| named.is_of(&caller.key)) {
+        return Ok(own);
     }
+    find(app, caller, which)?;
     Err(ApiError::conflict(
         "the command line gave this name in the store: it can be used here, and is changed there, by \
          `ampoule capsule rm` while no server runs",
