@@ -10,7 +10,11 @@ use ampoule::{
 };
 
 fn model() -> Ampoule {
-    let engine = EngineOptions { slots: 2, ..EngineOptions::default() };
+    model_with(EngineOptions::default().capsule_bytes)
+}
+
+fn model_with(capsule_bytes: usize) -> Ampoule {
+    let engine = EngineOptions { slots: 2, capsule_bytes, ..EngineOptions::default() };
     let options = LoadOptions { context: 512, engine, ..LoadOptions::default() };
     Ampoule::load_on(&CpuBackend::new(1), "random:qwen3.5-tiny", &options, &mut |_, _| {}).unwrap()
 }
@@ -504,4 +508,36 @@ fn all_bits(
         cache.restore(model, *key, slot).unwrap();
         assert!(model.engine.state_bytes(slot).unwrap() == *state, "capsule {key}");
     }
+}
+
+#[test]
+fn a_load_over_the_budget_is_refused_whole_and_what_is_held_already_counts_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = store(&folder);
+    let mut roomy = model();
+    let slot = roomy.slot_with(&[5; 20]).unwrap();
+    let first = roomy.engine.snapshot(slot).unwrap();
+    roomy.append(slot, &[9; 30]).unwrap();
+    let second = roomy.engine.snapshot(slot).unwrap();
+    let (fixed, whole) = (second.fixed_bytes(), second.fixed_bytes() + second.row_bytes());
+    let (first, second) = (
+        store.save(&roomy, &first, None, None).unwrap().id,
+        store.save(&roomy, &second, None, None).unwrap().id,
+    );
+    // Every part of it would fit alone.
+    let mut small = model_with(whole - 1);
+    match store.load(&mut small, second) {
+        Err(Error::Engine(EngineError::Backend(ampoule::BackendError::CapsuleBudget {
+            wanted,
+            used,
+            ..
+        }))) => assert_eq!((wanted, used), (whole, 0)),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(small.engine.capsule_bytes().0, 0);
+    // With the rows of the first one held, the second wants its own rows and fixed state alone.
+    let mut enough = model_with(whole + fixed);
+    let held = store.load(&mut enough, first).unwrap();
+    store.load(&mut enough, second).unwrap();
+    drop(held);
 }
