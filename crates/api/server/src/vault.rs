@@ -439,6 +439,10 @@ impl Vault {
 
     pub(crate) fn remove_session(&self, key: &[u8; 32], id: &str) -> Option<Arc<Session>> {
         let mut all = lock(&self.sessions);
+        let mut parked = lock(&self.parked);
+        if parked.get(id).is_some_and(|p| p.key == *key) {
+            parked.remove(id);
+        }
         let found = all.get(id).filter(|s| s.key == *key).cloned()?;
         found.deleted.store(true, Ordering::Release);
         all.remove(id);

@@ -91,16 +91,20 @@ pub(super) async fn save(app: &Arc<App>, id: &str, session: &Session) -> ApiResu
     Ok(())
 }
 
-/// A session that is not in memory.
-pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResult<Arc<Session>> {
+/// What the store has of a session of the caller's that is not in memory.
+pub(super) async fn owned(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResult<Value> {
     if app.vault.durable.is_none() {
         return Err(app.vault.no_session(&caller.key, id, app.config.session_idle));
     }
+    let record = stored(app, id).await?;
+    let mine = record.filter(|r| r["key"].as_str().and_then(from_hex) == Some(caller.key));
+    mine.ok_or_else(|| ApiError::not_found("session"))
+}
+
+/// A session that is not in memory.
+pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResult<Arc<Session>> {
     let missing = || ApiError::not_found("session");
-    let record = stored(app, id).await?.ok_or_else(missing)?;
-    if record["key"].as_str().and_then(from_hex) != Some(caller.key) {
-        return Err(missing());
-    }
+    let record = owned(app, caller, id).await?;
     app.vault.room_for_session(&caller.key, app.config.session_idle)?;
     let (vault, which) = (Arc::clone(&app.vault), id.to_owned());
     let read = record["position"].as_u64() != Some(0);

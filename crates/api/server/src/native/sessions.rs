@@ -183,10 +183,14 @@ pub(crate) async fn delete_session(
     Extension(caller): Caught,
     Path(id): Path<String>,
 ) -> Answer {
-    let found = session(&app, &caller, &id).await?;
-    app.vault.remove_session(&caller.key, &id);
-    if let Some(interrupt) = &found.lock().interrupt {
-        interrupt.store(true, Ordering::Relaxed);
+    match app.vault.remove_session(&caller.key, &id) {
+        Some(found) => {
+            if let Some(interrupt) = &found.lock().interrupt {
+                interrupt.store(true, Ordering::Relaxed);
+            }
+        }
+        // Its state, which may be damaged or another model's, is not needed.
+        None => drop(saved::owned(&app, &caller, &id).await?),
     }
     forget(&app, "session", id.clone()).await?;
     // A call that came beside this one may have fetched it from the store before it was forgotten.
