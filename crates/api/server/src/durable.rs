@@ -4,8 +4,9 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
-use ampoule::store::{CapsuleId, Expected};
+use ampoule::store::{CapsuleId, Expected, SaveError};
 use ampoule::{Ampoule, Capsule, CapsuleStore, DetachedCapsule, StoreError, StoreOptions};
 use serde_json::{Value, json};
 
@@ -39,6 +40,11 @@ fn name(kind: &str, id: &str) -> String {
     let digest = blake3::hash(id.as_bytes()).to_hex();
     let plain = id.len() <= 64 && id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_');
     format!("server {kind} {}", if plain { id } else { &digest[..40] })
+}
+
+fn is_over_quota(error: &ampoule::Error) -> bool {
+    let ampoule::Error::Store(error) = error else { return false };
+    matches!(**error, StoreError::Save(SaveError::Quota { .. }))
 }
 
 impl Durable {
@@ -99,18 +105,46 @@ impl Durable {
         let name = name(kind, id);
         let (mut before, mut written) = (None, None);
         if let Some(capsule) = capsule {
-            let _turn = self.removing.read().unwrap_or_else(PoisonError::into_inner);
-            let saved =
-                self.store.save_detached(capsule, Some((&name, Expected::Anything)), None)?;
-            before = lock(&self.names).insert(name.clone(), saved.id);
-            written = Some(saved.id);
-            self.metrics.disk_bytes.add(i64::try_from(saved.written).unwrap_or_default());
+            let saved = match self.save_capsule(capsule, &name) {
+                Err(error) if is_over_quota(&error) && self.make_space() => {
+                    self.save_capsule(capsule, &name)?
+                }
+                other => other?,
+            };
+            (written, before) = (Some(saved.0), saved.1);
         }
         record["id"] = json!(id);
         let saved = self.store.store().set_memo(&name, record.to_string().as_bytes());
         saved.map_err(StoreError::from)?;
         self.drop_unnamed(before);
         Ok(written)
+    }
+
+    /// Saves a capsule under a name; what it is called, and the one that had the name before.
+    fn save_capsule(
+        &self,
+        capsule: &DetachedCapsule,
+        name: &str,
+    ) -> Result<(CapsuleId, Option<CapsuleId>), ampoule::Error> {
+        let _turn = self.removing.read().unwrap_or_else(PoisonError::into_inner);
+        let saved = self.store.save_detached(capsule, Some((name, Expected::Anything)), None)?;
+        let before = lock(&self.names).insert(name.to_owned(), saved.id);
+        self.metrics.disk_bytes.add(i64::try_from(saved.written).unwrap_or_default());
+        Ok((saved.id, before))
+    }
+
+    /// Deletes at once what nobody needs any more; whether there was anything. On object storage deletions have to wait.
+    fn make_space(&self) -> bool {
+        match self.store.store().gc(Some(Duration::ZERO)) {
+            Ok(report) => {
+                self.count();
+                report.deleted.bytes > 0
+            }
+            Err(error) => {
+                tracing::warn!(%error, "the store is full, and its garbage was not deleted");
+                false
+            }
+        }
     }
 
     /// Removes a capsule that no name points to any more.

@@ -146,8 +146,8 @@ impl ApiError {
     fn unreadable() -> Self {
         Self {
             code: Some("capsule_unreadable"),
-            message: "the store's copy of this state is damaged, and nothing else is: `ampoule capsule fsck` says what is wrong \
-                      with it"
+            message: "the store's copy of this state is damaged: `ampoule capsule fsck` says what is wrong with it, and which others \
+                      have the same rows"
                 .to_owned(),
             ..Self::internal()
         }
@@ -212,12 +212,8 @@ impl From<ampoule::Error> for ApiError {
             ampoule::Error::NothingAllowed { .. } => {
                 Self::param("response_format", error.to_string())
             }
-            ampoule::Error::Store(store)
-                if matches!(**store, StoreError::Save(SaveError::Quota { .. })) =>
-            {
-                Self::store_full()
-            }
             ampoule::Error::Store(store) => match &**store {
+                StoreError::Save(SaveError::Quota { .. }) => Self::store_full(),
                 StoreError::Load(LoadError::Damaged { .. }) => {
                     let _ = internal(&error);
                     Self::unreadable()

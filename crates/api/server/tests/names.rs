@@ -376,6 +376,18 @@ fn a_store_that_is_full_says_so_and_loses_nothing() {
     server.stop().unwrap();
     let server = start(small());
     assert_eq!((capsules(&server), position(&server)), (here, saved));
+    // What is deleted makes room at once.
+    for n in 0..names / 2 {
+        delete(&server, &format!("/v1/capsules/name%20{n}"));
+    }
+    let at = server.address();
+    ok(at, &format!("{path}/append"), &json!({ "text": " And more words." }));
+    assert_eq!(post(at, &format!("{path}/snapshot"), &json!({ "name": "again" })).status, 201);
+    let (here, grown) = (capsules(&server), position(&server));
+    assert_eq!(here.len(), names - names / 2 + 1);
+    server.stop().unwrap();
+    let server = start(small());
+    assert_eq!((capsules(&server), position(&server)), (here, grown));
     server.stop().unwrap();
 }
 
