@@ -12,7 +12,8 @@
 //! | `forgotten buffers` | capsules that lack one State buffer, for each of them: the suite must notice |
 
 use std::any::Any;
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -187,8 +188,9 @@ const ERROR_F32: f64 = 1e-3;
 /// # Errors
 /// The first difference, or what failed.
 pub fn from_gguf(backend: &dyn Backend, trials: usize) -> Result<String, String> {
-    let file = Temporary::new(&llama::gguf(11)).map_err(words)?;
-    let path = file.0.to_string_lossy();
+    let mut file = tempfile::Builder::new().suffix(".gguf").tempfile().map_err(words)?;
+    file.write_all(&llama::gguf(11)).map_err(words)?;
+    let path = file.path().to_string_lossy();
     let logits = |backend: &dyn Backend| -> Result<Vec<f32>, Error> {
         let mut model = load(backend, &path, 512, None)?;
         let tokens = ampoule::sample_tokens(&model, 150, 5)?;
@@ -213,32 +215,6 @@ pub fn from_gguf(backend: &dyn Backend, trials: usize) -> Result<String, String>
     let options = VerifyOptions { trials, ..VerifyOptions::default() };
     let levels = verify(backend, &path, &options, None)?;
     Ok(format!("logits within {error:.1e} of the reference's, {levels}"))
-}
-
-/// A file that goes with the value.
-struct Temporary(PathBuf);
-
-impl Temporary {
-    fn new(bytes: &[u8]) -> std::io::Result<Self> {
-        static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let name = format!("ampoule-conformance-{}-{number}.gguf", std::process::id());
-        let path = std::env::temp_dir().join(name);
-        std::fs::write(&path, bytes)?;
-        Ok(Self(path))
-    }
-}
-
-impl AsRef<Path> for Temporary {
-    fn as_ref(&self) -> &Path {
-        &self.0
-    }
-}
-
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
 }
 
 /// Every split point of one text, not a sample of them.

@@ -453,7 +453,7 @@ impl Run<'_> {
         let Kept { capsule, file, bytes, log } = kept;
         let lineage = capsule.lineage();
         let held = (self.below(2) == 0).then_some(capsule);
-        let capsule = self.model.engine.assemble(&scope, &links, &fixed, &mut |index| {
+        let capsule = self.model.engine.assemble(&scope, &links, || Ok(fixed), &mut |index| {
             Ok::<_, EngineError>(rows[index].clone())
         })?;
         drop(held);

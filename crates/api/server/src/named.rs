@@ -155,10 +155,10 @@ impl Names {
     pub(crate) fn find(&self, key: &[u8; 32], which: &str) -> Option<(String, NamedCapsule)> {
         let all = lock(&self.all);
         // Of other keys' capsules not even the names are looked at.
-        let mine = || all.iter().filter(|(_, e)| e.named.is_for(key));
         let by_id = all.get_key_value(which).filter(|(_, e)| e.named.is_for(key));
         let (id, entry) = by_id.or_else(|| {
-            let so_called = mine().filter(|(_, e)| e.named.name.as_deref() == Some(which));
+            let mine = all.iter().filter(|(_, e)| e.named.is_for(key));
+            let so_called = mine.filter(|(_, e)| e.named.name.as_deref() == Some(which));
             let place = |n: &NamedCapsule| (n.misfit.is_none(), n.is_of(key), n.order);
             so_called.max_by_key(|(_, e)| place(&e.named))
         })?;

@@ -209,22 +209,24 @@ impl Engine {
         StatePart { piece, frozen, tensors, sizes, copies }
     }
 
-    /// Puts a capsule together. `rows` is asked for the rows of a link, by index, only where the engine does not hold
-    /// them any more.
+    /// Puts a capsule together. `fixed` is asked for its fixed state once all of it is known to fit and to have room, and `rows`
+    /// for the rows of a link, by index, only where the engine does not hold them any more.
     ///
     /// # Errors
     /// If the chain does not fit the model, plan, layout, kernels, device or tenant (the error names which), its parts do
-    /// not agree, the budget is used up, the device fails, or `rows` fails.
+    /// not agree, there is no room for all of it (nothing has been read or copied then), the device fails, or `fixed` or
+    /// `rows` fails.
     pub fn assemble<P: TensorBytes, E: From<EngineError>>(
         &mut self,
         scope: &ChainScope,
         links: &[NewLink],
-        fixed: &P,
+        fixed: impl FnOnce() -> Result<P, E>,
         rows: &mut dyn FnMut(usize) -> Result<P, E>,
     ) -> Result<Capsule, E> {
         let wanted = links.iter().map(|l| l.tokens.len()).sum();
         self.check_scope(scope, links.len(), wanted)?;
         self.check_room(links)?;
+        let fixed = fixed()?;
         let state = |name: &str| {
             let index = self.layout.tensors.iter().position(|t| t.name == name);
             index.map_or(&[][..], |i| fixed.tensor(i))
@@ -243,12 +245,8 @@ impl Engine {
         Ok(Capsule::new(node, fixed, self.id))
     }
 
-    /// Whether the budget for capsules has room for what [`assemble`](Self::assemble) would copy: asked before anything is read
-    /// or copied.
-    ///
-    /// # Errors
-    /// If it has not; the error says how much all of it takes.
-    pub fn check_room(&self, links: &[NewLink]) -> Result<(), EngineError> {
+    /// Whether the budget for capsules has room for all that such a chain would copy.
+    fn check_room(&self, links: &[NewLink]) -> Result<(), EngineError> {
         let bytes = |regions: &[Region]| -> usize {
             regions.iter().map(|region| region.bytes(self.buffers())).sum()
         };

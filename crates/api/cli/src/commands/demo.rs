@@ -352,20 +352,13 @@ impl Tour {
     /// Continues a saved state in a process of its own.
     fn elsewhere(&self, file: &Path) -> anyhow::Result<Value> {
         let program = std::env::current_exe().context("this program's own file cannot be found")?;
-        let global = &self.global;
-        let device = match self.model.engine.device().backend {
-            "cuda" => "cuda",
-            "reference" => "reference",
-            _ => "cpu",
-        };
+        let engine = &self.model.engine;
+        let (device, context) = (engine.device().backend.parse()?, engine.context());
+        let global = GlobalArgs { device, context, slots: 1, ..self.global.clone() };
         let mut command = Command::new(program);
         command.args(["generate", "--json", "--model"]).arg(&self.path).arg("--restore").arg(file);
-        command.args(["--max-tokens", if self.fast { "16" } else { "32" }, "--device", device]);
-        command.args(["--threads", &global.threads.to_string(), "--slots", "1"]);
-        command.args(["--context", &self.model.engine.context().to_string()]);
-        if let Some(dtype) = global.kv_dtype {
-            command.args(["--kv-dtype", &dtype.to_string()]);
-        }
+        command.args(["--max-tokens", if self.fast { "16" } else { "32" }]);
+        command.args(global.arguments());
         let output =
             command.stdin(Stdio::null()).output().context("a second process cannot be started")?;
         let said = String::from_utf8_lossy(&output.stderr);
