@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ampoule::backend::{
-    Counters, Frozen, LoadOptions as Memory, Program, Progress, Region, SlotId,
+    Counters, Frozen, LoadOptions as Memory, Part, Program, Progress, Region, SlotId,
 };
 use ampoule::{
     Ampoule, Backend, BackendError, BufferId, DType, DeviceInfo, EngineError, EngineOptions, Error,
@@ -366,10 +366,11 @@ impl Program for ForgetfulProgram {
     fn freeze_parts(
         &mut self,
         slot: SlotId,
-        parts: &[&[Region]],
+        parts: &[Part<'_>],
     ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         let mut out: Vec<Arc<dyn Frozen>> = Vec::new();
-        for regions in parts {
+        for part in parts {
+            let regions = part.regions;
             let kept: Vec<Region> =
                 regions.iter().filter(|r| Some(r.buffer) != self.lost).cloned().collect();
             let inner = self.inner.freeze(slot, &kept)?;

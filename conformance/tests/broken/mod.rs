@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use ampoule_backend::{
-    Backend, BackendError, Counters, DeviceInfo, Frozen, LoadOptions, Program, Progress, Region,
-    SlotId, WeightSource,
+    Backend, BackendError, Counters, DeviceInfo, Frozen, LoadOptions, Part, Program, Progress,
+    Region, SlotId, WeightSource,
 };
 use ampoule_plan::{BufferId, DType, Growth, Sealed};
 use ampoule_reference::{ReferenceBackend, load_elements, store_elements};
@@ -256,7 +256,7 @@ impl Program for BrokenProgram {
     fn freeze_parts(
         &mut self,
         slot: SlotId,
-        parts: &[&[Region]],
+        parts: &[Part<'_>],
     ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         self.program.freeze_parts(slot, parts)
     }

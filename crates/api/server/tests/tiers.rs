@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use ampoule::backend::{
-    Backend, BackendError, Counters, DeviceInfo, Frozen, LoadOptions, Program, Progress, Region,
-    Residence, SlotId,
+    Backend, BackendError, Counters, DeviceInfo, Frozen, LoadOptions, Part, Program, Progress,
+    Region, Residence, SlotId,
 };
 use ampoule::backends::CpuBackend;
 use ampoule::plan::{BufferId, Sealed, WeightSource};
@@ -126,7 +126,7 @@ impl Program for Apart {
     fn freeze_parts(
         &mut self,
         slot: SlotId,
-        parts: &[&[Region]],
+        parts: &[Part<'_>],
     ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         let parts = self.inner.freeze_parts(slot, parts)?;
         parts.into_iter().map(|inner| self.on_device(inner)).collect()

@@ -34,6 +34,16 @@ struct Attention {
     int pad;
 };
 
+// What of it may lie in State, where it is for this replay.
+struct Reached {
+    View query, key, value, out;
+    const u32* cursor;
+    const u32* count;
+    __device__ __forceinline__ Reached(const Attention& p, const u64* home)
+        : query(placed(p.query, home)), key(placed(p.key, home)), value(placed(p.value, home)), out(placed(p.out, home)), cursor(placed(p.cursor, home)),
+          count(placed(p.count, home)) {}
+};
+
 template <int KV> struct Eight {
     uint4 raw;
     __device__ __forceinline__ void load(const View& v, i64 row, i64 col, int n, int vec) {
@@ -78,7 +88,8 @@ template <> struct Eight<F32> {
     }
 };
 
-template <int KV, int G> __device__ __forceinline__ void split_body(const Attention& p) {
+template <int KV, int G> __device__ __forceinline__ void split_body(const Attention& p, const u64* home) {
+    const Reached in(p, home);
     __shared__ float score[G][SPLIT];
     __shared__ float reduce[WARPS][G][256];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -88,8 +99,8 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
     const i64 start = (i64)split * SPLIT;
     pdl_wait();
     pdl_launch();
-    if ((u32)t >= valid_rows(p.count, p.rows)) return;
-    i64 limit = (i64)*p.cursor + t + 1;
+    if ((u32)t >= valid_rows(in.count, p.rows)) return;
+    i64 limit = (i64)*in.cursor + t + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
     if (start >= limit) return;
     const int n = limit - start < SPLIT ? (int)(limit - start) : SPLIT;
@@ -104,18 +115,18 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
 #pragma unroll
     for (int u = 0; u < KEYS_A_WARP; ++u) {
         const int j = key_of(u);
-        k[u].load(p.key, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
+        k[u].load(in.key, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
     }
 #pragma unroll
     for (int u = 0; u < KEYS_A_WARP; ++u) {
         const int j = key_of(u);
-        v[u].load(p.value, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
+        v[u].load(in.value, start + (j < n ? j : 0), kv0 + d0, j < n ? own : 0, p.vec);
     }
     float q[G][8];
 #pragma unroll
     for (int g = 0; g < G; ++g) {
         const i64 head = (i64)(h0 + g) * p.head_dim;
-        const float4 a = load4(p.query, t, head + d0, head + p.head_dim), b = load4(p.query, t, head + d0 + 4, head + p.head_dim);
+        const float4 a = load4(in.query, t, head + d0, head + p.head_dim), b = load4(in.query, t, head + d0 + 4, head + p.head_dim);
         q[g][0] = a.x, q[g][1] = a.y, q[g][2] = a.z, q[g][3] = a.w;
         q[g][4] = b.x, q[g][5] = b.y, q[g][6] = b.z, q[g][7] = b.w;
     }
@@ -196,7 +207,9 @@ template <int KV, int G> __device__ __forceinline__ void split_body(const Attent
     }
 }
 #define SPLITS(name, KV, G)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(BLOCK, KV == F32 ? 1 : 2) name(const __grid_constant__ Attention p) { split_body<KV, G>(p); }
+    extern "C" __global__ void __launch_bounds__(BLOCK, KV == F32 ? 1 : 2) name(const __grid_constant__ Attention p, const u64* home) {\
+        split_body<KV, G>(p, home);                                                                                  \
+    }
 SPLITS(attention_split_f32_1, F32, 1)
 SPLITS(attention_split_f32_2, F32, 2)
 SPLITS(attention_split_f32_4, F32, 4)
@@ -210,7 +223,8 @@ SPLITS(attention_split_f16_4, F16, 4)
 // 16-bit caches with aligned rows, D 64, 128 or 256. One block a multiprocessor (where D is 256) takes every gridDim.x-th
 // split; `stages` splits of keys and values are on their way or in use.
 template <int N> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
-template <int KV, int D, int G> __device__ __forceinline__ void stream_body(const Attention& p) {
+template <int KV, int D, int G> __device__ __forceinline__ void stream_body(const Attention& p, const u64* home) {
+    const Reached in(p, home);
     const int LANES = D / 8, KEYS = 32 / LANES, ROUNDS = KEYS_A_WARP / KEYS;  // lanes a key; keys at a time; times
     extern __shared__ float4 stream_shared[];
     u16* ring = (u16*)stream_shared;  // [stages][2][SPLIT][D]: keys, values
@@ -223,8 +237,8 @@ template <int KV, int D, int G> __device__ __forceinline__ void stream_body(cons
     i64 position = 0, limit = 0;
     int live = 0, issued = 0;
     auto reach = [&]() {
-        position = (i64)*p.cursor;
-        limit = (u32)t < valid_rows(p.count, p.rows) ? position + t + 1 : 0;
+        position = (i64)*in.cursor;
+        limit = (u32)t < valid_rows(in.count, p.rows) ? position + t + 1 : 0;
         if (limit > p.cache_rows) limit = p.cache_rows;
         live = (int)((limit + SPLIT - 1) / SPLIT);
     };
@@ -236,7 +250,7 @@ template <int KV, int D, int G> __device__ __forceinline__ void stream_body(cons
             const i64 start = (i64)split * SPLIT;
 #pragma unroll
             for (int which = 0; which < 2; ++which) {
-                const View& v = which ? p.value : p.key;
+                const View& v = which ? in.value : in.key;
                 const u16* from = (const u16*)v.p + kv0;
 #pragma unroll
                 for (int i = 0; i < SPLIT * (D / 8) / BLOCK; ++i) {
@@ -264,8 +278,8 @@ template <int KV, int D, int G> __device__ __forceinline__ void stream_body(cons
 
     const int sub = lane / LANES, d0 = lane % LANES * 8;
     float q[G][8];
-    if (p.query.dtype == F32) {
-        const float* from = (const float*)p.query.p + t * p.query.ld + (i64)h0 * D + d0;
+    if (in.query.dtype == F32) {
+        const float* from = (const float*)in.query.p + t * in.query.ld + (i64)h0 * D + d0;
         float4 raw[G][2];
 #pragma unroll
         for (int g = 0; g < G; ++g)
@@ -277,7 +291,7 @@ template <int KV, int D, int G> __device__ __forceinline__ void stream_body(cons
             for (int i = 0; i < 2; ++i)
                 q[g][4 * i] = raw[g][i].x, q[g][4 * i + 1] = raw[g][i].y, q[g][4 * i + 2] = raw[g][i].z, q[g][4 * i + 3] = raw[g][i].w;
     } else {
-        const u16* from = (const u16*)p.query.p + t * p.query.ld + (i64)h0 * D + d0;
+        const u16* from = (const u16*)in.query.p + t * in.query.ld + (i64)h0 * D + d0;
         uint4 raw[G];
 #pragma unroll
         for (int g = 0; g < G; ++g) raw[g] = *(const uint4*)(from + g * D);
@@ -286,8 +300,8 @@ template <int KV, int D, int G> __device__ __forceinline__ void stream_body(cons
             const u32 r[4] = {raw[g].x, raw[g].y, raw[g].z, raw[g].w};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                q[g][2 * i] = cooked(r[i] & 0xffffu, p.query.dtype);
-                q[g][2 * i + 1] = cooked(r[i] >> 16, p.query.dtype);
+                q[g][2 * i] = cooked(r[i] & 0xffffu, in.query.dtype);
+                q[g][2 * i + 1] = cooked(r[i] >> 16, in.query.dtype);
             }
         }
     }
@@ -398,7 +412,9 @@ template <int KV, int D, int G> __device__ __forceinline__ void stream_body(cons
     wait_copies<0>();
 }
 #define STREAMS(name, KV, D, G) \
-    extern "C" __global__ void __launch_bounds__(BLOCK, 1) name(const __grid_constant__ Attention p) { stream_body<KV, D, G>(p); }
+    extern "C" __global__ void __launch_bounds__(BLOCK, 1) name(const __grid_constant__ Attention p, const u64* home) {\
+        stream_body<KV, D, G>(p, home);                                                                              \
+    }
 STREAMS(attention_stream_bf16_64_1, BF16, 64, 1)
 STREAMS(attention_stream_bf16_64_2, BF16, 64, 2)
 STREAMS(attention_stream_bf16_64_4, BF16, 64, 4)
@@ -422,16 +438,17 @@ STREAMS(attention_stream_f16_256_4, F16, 256, 4)
 // groups are added in rising order.
 #define COMBINED 64
 #define GROUPS (BLOCK / (COMBINED / 4))
-extern "C" __global__ void __launch_bounds__(BLOCK) attention_combine(const __grid_constant__ Attention p) {
+extern "C" __global__ void __launch_bounds__(BLOCK) attention_combine(const __grid_constant__ Attention p, const u64* home) {
     __shared__ float weight[MOST_SPLITS];
     __shared__ float part[BLOCK / 32];
     __shared__ __align__(16) float sums[GROUPS][COMBINED];
+    const Reached in(p, home);
     pdl_wait();
     pdl_launch();
     const i64 t = blockIdx.z;
     const int h = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    if ((u32)t >= valid_rows(p.count, p.rows)) return;
-    i64 limit = (i64)*p.cursor + t + 1;
+    if ((u32)t >= valid_rows(in.count, p.rows)) return;
+    i64 limit = (i64)*in.cursor + t + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
     const int n = (int)((limit + SPLIT - 1) / SPLIT);
     const i64 slot = (t * p.heads + h) * p.splits;
@@ -476,9 +493,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_combine(const __gr
 #pragma unroll
         for (int i = 0; i < GROUPS; ++i) all += sums[i][threadIdx.x];
         const i64 column = (i64)h * p.head_dim + mine;
-        float v = rounded(all / total, p.out.dtype);
-        store1(p.out, t, column, v);
-        if (p.gate.p) store1(p.gated, t, column, v * sigmoid(load1(p.gate, t, column)));
+        float v = rounded(all / total, in.out.dtype);
+        store1(in.out, t, column, v);
+        if (p.gate.p) store1(placed(p.gated, home), t, column, v * sigmoid(load1(placed(p.gate, home), t, column)));
     }
 }
 #undef GROUPS
@@ -486,25 +503,26 @@ extern "C" __global__ void __launch_bounds__(BLOCK) attention_combine(const __gr
 // Prefill without tensor cores: any types, D <= 256. A block of 128 threads takes 16 rows of one head.
 #define ROWS 16
 #define KEYS 32
-extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_constant__ Attention p) {
+extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_constant__ Attention p, const u64* home) {
     extern __shared__ float4 rows_shared[];
     const int D = p.head_dim, ld = D + 1;
     float* qs = (float*)rows_shared;      // [ROWS][ld]
     float* ks = qs + ROWS * ld;      // [KEYS][ld]: keys, then values
     float* ss = ks + KEYS * ld;      // [ROWS][KEYS + 1]
+    const Reached in(p, home);
     pdl_wait();
     pdl_launch();
     const int h = blockIdx.x, kh = h / (p.heads / p.kv_heads);
     const i64 t0 = (i64)blockIdx.y * ROWS, q0 = (i64)h * D, kv0 = (i64)kh * D;
-    const i64 valid = valid_rows(p.count, p.rows);
+    const i64 valid = valid_rows(in.count, p.rows);
     if (t0 >= valid) return;
-    const i64 position = *p.cursor;
+    const i64 position = *in.cursor;
     const i64 last = t0 + ROWS < valid ? t0 + ROWS : valid;
     i64 limit = position + last;
     if (limit > p.cache_rows) limit = p.cache_rows;
     for (int i = threadIdx.x; i < ROWS * D; i += 128) {
         int r = i / D, d = i % D;
-        qs[r * ld + d] = t0 + r < valid ? load1(p.query, t0 + r, q0 + d) : 0.f;
+        qs[r * ld + d] = t0 + r < valid ? load1(in.query, t0 + r, q0 + d) : 0.f;
     }
     const int r = threadIdx.x >> 3, sub = threadIdx.x & 7;
     float acc[32];
@@ -515,7 +533,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_co
         __syncthreads();
         for (int i = threadIdx.x; i < KEYS * D; i += 128) {
             int j = i / D, d = i % D;
-            ks[j * ld + d] = j0 + j < limit ? load1(p.key, j0 + j, kv0 + d) : 0.f;
+            ks[j * ld + d] = j0 + j < limit ? load1(in.key, j0 + j, kv0 + d) : 0.f;
         }
         __syncthreads();
         float s[4], top = m;
@@ -547,7 +565,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_co
         __syncthreads();
         for (int i = threadIdx.x; i < KEYS * D; i += 128) {
             int j = i / D, d = i % D;
-            ks[j * ld + d] = j0 + j < limit ? load1(p.value, j0 + j, kv0 + d) : 0.f;
+            ks[j * ld + d] = j0 + j < limit ? load1(in.value, j0 + j, kv0 + d) : 0.f;
         }
         __syncthreads();
 #pragma unroll
@@ -564,7 +582,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_rows(const __grid_co
 #pragma unroll
         for (int i = 0; i < 32; ++i) {
             const int d = sub + 8 * i;
-            if (d < D) store1(p.out, t0 + r, q0 + d, acc[i] / l);
+            if (d < D) store1(in.out, t0 + r, q0 + d, acc[i] / l);
         }
     }
 }
@@ -651,7 +669,8 @@ __device__ __forceinline__ void merge(float* o, const float4 whole, const float*
     for (int e = 0; e < 4; ++e) o[e] = y[e >> 1] == 0.f ? w[e] * x[e >> 1] : fmaf(o[e], y[e >> 1], w[e] * x[e >> 1]);
 }
 
-template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(const Attention& p, bool parted) {
+template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(const Attention& p, const u64* home, bool parted) {
+    const Reached in(p, home);
     const int BM = 64, LD = D + 8;  // rows are 16 bytes apart in the banks
     extern __shared__ float4 shared[];
     // Two tiles of keys and values at a time where registers leave room for two blocks a multiprocessor anyway: the next one is
@@ -667,9 +686,9 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     // A row of a tile is a token's query of one head; with `shared_heads` heads in a tile, row r is token r / shared_heads.
     const int shared_heads = p.pack, h0 = blockIdx.x * shared_heads, kh = h0 / (p.heads / p.kv_heads);
     const int t0 = (int)(gridDim.y - 1 - blockIdx.y) * BM;  // longest rows first
-    const int valid = (int)valid_rows(p.count, p.rows) * shared_heads;
+    const int valid = (int)valid_rows(in.count, p.rows) * shared_heads;
     if (t0 >= valid) return;
-    const i64 position = *p.cursor;
+    const i64 position = *in.cursor;
     const int last = t0 + BM < valid ? t0 + BM : valid;
     i64 limit = position + (last - 1) / shared_heads + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
@@ -678,8 +697,8 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     if (first >= limit) return;
     const i64 beyond = parted && first + PART < limit ? first + PART : limit;
     const bool busy = t0 + warp * 16 < valid;  // warps without rows only load
-    const u16* key = (const u16*)p.key.p + (i64)kh * D;
-    const u16* value = (const u16*)p.value.p + (i64)kh * D;
+    const u16* key = (const u16*)in.key.p + (i64)kh * D;
+    const u16* value = (const u16*)in.value.p + (i64)kh * D;
     // A thread copies 16 bytes of every STEP-th row; the rows past the last one are zeros.
     const int STEP = 128 / (D / 8), row_of = threadIdx.x / (D / 8), column_of = threadIdx.x % (D / 8) * 8;
     auto stage = [&](u16* into, const u16* from, i64 ld, i64 j0) {
@@ -689,13 +708,13 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
 #pragma unroll
         for (int n = 0; n < BN / STEP; ++n, at += STEP * ld) copy_async(into + n * STEP * LD, n * STEP < left ? at : from, n * STEP < left);
     };
-    stage(ks, key, p.key.ld, first);
-    if (STAGES == 2) stage(vs, value, p.value.ld, first);
+    stage(ks, key, in.key.ld, first);
+    if (STAGES == 2) stage(vs, value, in.value.ld, first);
     commit_async();
     for (int i = threadIdx.x; i < BM * (D / 4); i += 128) {
         int r = i / (D / 4), d = i % (D / 4) * 4;
         const int t = (t0 + r) / shared_heads, h = h0 + (t0 + r) % shared_heads;
-        float4 q = t0 + r < valid ? load4(p.query, t, (i64)h * D + d, (i64)(h + 1) * D) : make_float4(0.f, 0.f, 0.f, 0.f);
+        float4 q = t0 + r < valid ? load4(in.query, t, (i64)h * D + d, (i64)(h + 1) * D) : make_float4(0.f, 0.f, 0.f, 0.f);
         uint2 w;
         w.x = pack<KV>(q.x, q.y);
         w.y = pack<KV>(q.z, q.w);
@@ -717,11 +736,11 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
     for (i64 j0 = first; j0 < beyond; j0 += BN) {
         if (STAGES == 2) {
             if (j0 + BN < beyond) {
-                stage(ks + (BN * LD - here), key, p.key.ld, j0 + BN);
-                stage(vs + (BN * LD - here), value, p.value.ld, j0 + BN);
+                stage(ks + (BN * LD - here), key, in.key.ld, j0 + BN);
+                stage(vs + (BN * LD - here), value, in.value.ld, j0 + BN);
             }
         } else {
-            stage(vs, value, p.value.ld, j0);
+            stage(vs, value, in.value.ld, j0);
         }
         commit_async();
         wait_async<1>();
@@ -743,7 +762,7 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
         }
         if (STAGES == 1) {
             __syncthreads();
-            if (j0 + BN < beyond) stage(ks, key, p.key.ld, j0 + BN);
+            if (j0 + BN < beyond) stage(ks, key, in.key.ld, j0 + BN);
             commit_async();
         }
         // Whether some row does not see all of the tile, or not all of it is there.
@@ -850,14 +869,14 @@ template <int KV, int D, int BN> __device__ __forceinline__ void tiles_body(cons
 #pragma unroll
         for (int i = 0; i < D / 8; ++i) {
             const i64 c = (i64)h * D + i * 8 + (lane & 3) * 2;
-            store1(p.out, t, c, o[i][2 * e] * inverse);
-            store1(p.out, t, c + 1, o[i][2 * e + 1] * inverse);
+            store1(in.out, t, c, o[i][2 * e] * inverse);
+            store1(in.out, t, c + 1, o[i][2 * e + 1] * inverse);
         }
     }
 }
 #define TILES(name, KV, D, BN)                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 2) name(const __grid_constant__ Attention p) {\
-        tiles_body<KV, D, BN>(p, p.parts != 0);                                           \
+    extern "C" __global__ void __launch_bounds__(128, 2) name(const __grid_constant__ Attention p, const u64* home) {\
+        tiles_body<KV, D, BN>(p, home, p.parts != 0);                                  \
     }
 TILES(attention_tiles_bf16_64, BF16, 64, 64)
 TILES(attention_tiles_bf16_128, BF16, 128, 64)
@@ -868,15 +887,16 @@ TILES(attention_tiles_f16_256, F16, 256, 32)
 
 // Adds the parts that attention_tiles left, in rising order. Grid: that of attention_tiles, with D / 8 in place of parts: a
 // block takes eight columns.
-extern "C" __global__ void __launch_bounds__(128) attention_parts(const __grid_constant__ Attention p) {
+extern "C" __global__ void __launch_bounds__(128) attention_parts(const __grid_constant__ Attention p, const u64* home) {
+    const Reached in(p, home);
     pdl_wait();
     pdl_launch();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int shared_heads = p.pack, t0 = (int)(gridDim.y - 1 - blockIdx.y) * 64;
-    const int valid = (int)valid_rows(p.count, p.rows) * shared_heads;
+    const int valid = (int)valid_rows(in.count, p.rows) * shared_heads;
     if (t0 + warp * 16 >= valid) return;
     const int last = t0 + 64 < valid ? t0 + 64 : valid;
-    i64 limit = (i64)*p.cursor + (last - 1) / shared_heads + 1;
+    i64 limit = (i64)*in.cursor + (last - 1) / shared_heads + 1;
     if (limit > p.cache_rows) limit = p.cache_rows;
     const int parts = (int)((limit + PART - 1) / PART), groups = p.head_dim / 8;
     float whole_m[2], whole_l[2], o[4];
@@ -912,7 +932,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_parts(const __grid_c
         const int t = row / shared_heads, h = blockIdx.x * shared_heads + row % shared_heads;
         const float inverse = 1.f / whole_l[e];
         const i64 c = (i64)h * p.head_dim + blockIdx.z * 8 + (lane & 3) * 2;
-        store1(p.out, t, c, o[2 * e] * inverse);
-        store1(p.out, t, c + 1, o[2 * e + 1] * inverse);
+        store1(in.out, t, c, o[2 * e] * inverse);
+        store1(in.out, t, c + 1, o[2 * e + 1] * inverse);
     }
 }

@@ -10,6 +10,7 @@
 #define CHAIN 4
 #define CHAIN_WARPS 16
 #define CHAIN_BLOCK (CHAIN_WARPS * 32)
+#define CHAIN_REGISTERS 112  // of a thread: 2048 of each quarter of a multiprocessor are left, room for two blocks of copy_beside
 #define PIECE 4096
 #define MOST_DEPTH 8
 struct Chain {
@@ -69,6 +70,7 @@ template <int T> __device__ __forceinline__ float4 quad_shared(const void* row, 
 // their order, which is that of BLOCK threads.
 template <int W, int T>
 __device__ __forceinline__ void stage_chain(const Gemv& g, u16* xs, float* part) {
+    const void* x = g.x.p;
     const int padded = (g.k + 255) & ~255;
     const View packed = {xs, 0, W, 1};
     const float4 zero = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -81,7 +83,7 @@ __device__ __forceinline__ void stage_chain(const Gemv& g, u16* xs, float* part)
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
                 const int c = from + i * CHAIN_BLOCK * 4;
-                q[i] = c < g.k ? __ldcg((const uint2*)((const u16*)g.x.p + c)) : make_uint2(0, 0);
+                q[i] = c < g.k ? __ldcg((const uint2*)((const u16*)x + c)) : make_uint2(0, 0);
             }
 #pragma unroll
             for (int i = 0; i < AT_ONCE; ++i) {
@@ -97,7 +99,7 @@ __device__ __forceinline__ void stage_chain(const Gemv& g, u16* xs, float* part)
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
             const int c = from + threadIdx.x * 4 + i * BLOCK * 4;
-            q[i] = c < g.k ? quad_shared<T>(g.x.p, c) : zero;
+            q[i] = c < g.k ? quad_shared<T>(x, c) : zero;
             w[i] = c < g.k ? *(const float4*)(g.norm_weight + c) : zero;
         }
     };
@@ -106,13 +108,13 @@ __device__ __forceinline__ void stage_chain(const Gemv& g, u16* xs, float* part)
         float s = 0.f;
         if (g.k <= WARP_ROWS) {
             if (threadIdx.x < 32)
-                for (int c = threadIdx.x * 4; c < g.k; c += 128) s = add_squares(s, quad_shared<T>(g.x.p, c));
+                for (int c = threadIdx.x * 4; c < g.k; c += 128) s = add_squares(s, quad_shared<T>(x, c));
         } else if (once) {
 #pragma unroll
             for (int i = 0; i < HELD; ++i)
                 if ((int)threadIdx.x * 4 + i * BLOCK * 4 < g.k) s = add_squares(s, q[i]);
         } else {
-            for (int c = threadIdx.x * 4; c < g.k; c += BLOCK * 4) s = add_squares(s, quad_shared<T>(g.x.p, c));
+            for (int c = threadIdx.x * 4; c < g.k; c += BLOCK * 4) s = add_squares(s, quad_shared<T>(x, c));
         }
         s = warp_sum(s);
         if ((threadIdx.x & 31) == 0) part[threadIdx.x >> 5] = s;
@@ -143,8 +145,9 @@ __device__ __forceinline__ void stage_chain(const Gemv& g, u16* xs, float* part)
 #endif
 
 template <int W>
-__device__ __forceinline__ void chain_body(const Chain& chain) {
+__device__ __forceinline__ void chain_body(const Chain& chain, const u64* home_at) {
 #if __CUDA_ARCH__ >= 900
+    const u64 home = *home_at;
     extern __shared__ float4 shared[];
     __shared__ float part[BLOCK / 32];
     __shared__ u64 full[CHAIN_WARPS][MOST_DEPTH];
@@ -231,7 +234,7 @@ __device__ __forceinline__ void chain_body(const Chain& chain) {
                 old = load_shared(p.out, n);
             } else if (p.mode == CONV) {
                 if (lane < p.taps) tap = p.conv_weight[(i64)n * p.taps + lane];
-                if (lane + 1 < p.taps) old = __ldcg(p.conv_state + (i64)lane * p.rows + n);
+                if (lane + 1 < p.taps) old = __ldcg(placed(p.conv_state, home) + (i64)lane * p.rows + n);
             }
 #pragma unroll 1
             for (int half = 0; half < halves; ++half) {
@@ -274,12 +277,16 @@ __device__ __forceinline__ void chain_body(const Chain& chain) {
                     }
                 }
                 const float v = warp_sum(acc) + b;
-                finish<1>(p, n, lane, half, v, old, tap, first);
+                finish<1, false>(p, home, n, lane, half, v, old, tap, first);
             }
         }
         fill(depth);
     }
 #endif
 }
-extern "C" __global__ void __launch_bounds__(CHAIN_BLOCK, 1) chain_bf16(const __grid_constant__ Chain chain) { chain_body<BF16>(chain); }
-extern "C" __global__ void __launch_bounds__(CHAIN_BLOCK, 1) chain_f16(const __grid_constant__ Chain chain) { chain_body<F16>(chain); }
+extern "C" __global__ void __maxnreg__(CHAIN_REGISTERS) chain_bf16(const __grid_constant__ Chain chain, const u64* home_at) {
+    chain_body<BF16>(chain, home_at);
+}
+extern "C" __global__ void __maxnreg__(CHAIN_REGISTERS) chain_f16(const __grid_constant__ Chain chain, const u64* home_at) {
+    chain_body<F16>(chain, home_at);
+}

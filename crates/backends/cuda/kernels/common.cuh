@@ -29,6 +29,25 @@ struct Words {
     i64 ld;
 };
 
+// One set of graphs serves all slots: where there are several, what a plan has in State is given as its offset in a slot, with
+// the highest bit set, and `home` holds where the slot of this replay begins, less that bit. It changes between replays only.
+// A kernel whose time is latency reads it where it needs it, and not at all for addresses; one that lasts reads it at once.
+// Added to the pointer itself: of an address made from a number the compiler would not know that it is no shared memory's, and
+// loads would wait for stores to that (the sampler took 16 us longer).
+template <typename T> __device__ __forceinline__ T* placed(T* p, u64 home) { return (i64)p < 0 ? (T*)((const u8*)p + home) : p; }
+template <typename T> __device__ __forceinline__ T* placed(T* p, const u64* home) {
+    if ((i64)p < 0) p = (T*)((const u8*)p + *home);
+    return p;
+}
+template <typename Home> __device__ __forceinline__ View placed(View v, Home home) {
+    v.p = placed(v.p, home);
+    return v;
+}
+template <typename Home> __device__ __forceinline__ Words placed(Words w, Home home) {
+    w.p = placed(w.p, home);
+    return w;
+}
+
 __device__ __forceinline__ float bf16_to_f32(u16 v) { return __uint_as_float((u32)v << 16); }
 __device__ __forceinline__ u16 f32_to_bf16(float v) {
     u16 r;

@@ -8,7 +8,9 @@
 // kv_append    reads and writes 2 x T x W
 // last_row, copy, fill, observe, begin_reply, advance: bytes only
 
-extern "C" __global__ void __launch_bounds__(BLOCK) embed(View table, Words tokens, View out, int vocabulary, int width) {
+extern "C" __global__ void __launch_bounds__(BLOCK) embed(View table, Words tokens, View out, int vocabulary, int width, const u64* home) {
+    tokens = placed(tokens, home);
+    out = placed(out, home);
     pdl_wait();
     pdl_launch();
     i64 t = blockIdx.x;
@@ -30,7 +32,9 @@ __device__ __forceinline__ float4 scale4(float4 q, float s, const float* weight,
 
 // One block per (row, group): N > WARP_ROWS.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-rms_norm_block(View x, const float* weight, View out, int n, float eps, int centered) {
+rms_norm_block(View x, const float* weight, View out, int n, float eps, int centered, const u64* home) {
+    x = placed(x, home);
+    out = placed(out, home);
     __shared__ float part[8];
     pdl_wait();
     pdl_launch();
@@ -79,7 +83,9 @@ rms_norm_block(View x, const float* weight, View out, int n, float eps, int cent
 
 // One warp per (row, group): N <= WARP_ROWS.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-rms_norm_warp(View x, const float* weight, View out, int n, int groups, i64 total, float eps, int centered) {
+rms_norm_warp(View x, const float* weight, View out, int n, int groups, i64 total, float eps, int centered, const u64* home) {
+    x = placed(x, home);
+    out = placed(out, home);
     pdl_wait();
     pdl_launch();
     i64 g = (i64)blockIdx.x * (BLOCK / 32) + (threadIdx.x >> 5);
@@ -93,7 +99,10 @@ rms_norm_warp(View x, const float* weight, View out, int n, int groups, i64 tota
 
 // One block per (row, group).
 extern "C" __global__ void __launch_bounds__(BLOCK)
-gated_rms_norm_block(View x, View gate, const float* weight, View out, int n, float eps) {
+gated_rms_norm_block(View x, View gate, const float* weight, View out, int n, float eps, const u64* home) {
+    x = placed(x, home);
+    gate = placed(gate, home);
+    out = placed(out, home);
     __shared__ float part[8];
     pdl_wait();
     pdl_launch();
@@ -108,7 +117,10 @@ gated_rms_norm_block(View x, View gate, const float* weight, View out, int n, fl
 
 // One warp per (row, group): N <= WARP_ROWS.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-gated_rms_norm_warp(View x, View gate, const float* weight, View out, int n, int groups, i64 total, float eps) {
+gated_rms_norm_warp(View x, View gate, const float* weight, View out, int n, int groups, i64 total, float eps, const u64* home) {
+    x = placed(x, home);
+    gate = placed(gate, home);
+    out = placed(out, home);
     pdl_wait();
     pdl_launch();
     i64 g = (i64)blockIdx.x * (BLOCK / 32) + (threadIdx.x >> 5);
@@ -123,7 +135,10 @@ gated_rms_norm_warp(View x, View gate, const float* weight, View out, int n, int
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) sigmoid_gate(View x, View gate, View out, int n) {
+extern "C" __global__ void __launch_bounds__(BLOCK) sigmoid_gate(View x, View gate, View out, int n, const u64* home) {
+    x = placed(x, home);
+    gate = placed(gate, home);
+    out = placed(out, home);
     pdl_wait();
     pdl_launch();
     i64 t = blockIdx.x;
@@ -133,7 +148,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK) sigmoid_gate(View x, View ga
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) swiglu(View gate, View up, View out, int n) {
+extern "C" __global__ void __launch_bounds__(BLOCK) swiglu(View gate, View up, View out, int n, const u64* home) {
+    gate = placed(gate, home);
+    up = placed(up, home);
+    out = placed(out, home);
     pdl_wait();
     pdl_launch();
     i64 t = blockIdx.x;
@@ -154,7 +172,9 @@ __device__ __forceinline__ void turn(float& a, float& b, float position, float f
 
 // One thread per pair; style 0: halves, 1: interleaved.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-rope(View x, const u32* cursor, const float* frequencies, int heads, int head_dim, int pairs, int style) {
+rope(View x, const u32* cursor, const float* frequencies, int heads, int head_dim, int pairs, int style, const u64* home) {
+    x = placed(x, home);
+    cursor = placed(cursor, home);
     pdl_wait();
     pdl_launch();
     i64 t = blockIdx.x;
@@ -172,7 +192,13 @@ rope(View x, const u32* cursor, const float* frequencies, int heads, int head_di
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-kv_append(View key, View value, const u32* cursor, const u32* count, View key_cache, View value_cache, int rows, int width, i64 rows_of_cache) {
+kv_append(View key, View value, const u32* cursor, const u32* count, View key_cache, View value_cache, int rows, int width, i64 rows_of_cache, const u64* home) {
+    key = placed(key, home);
+    value = placed(value, home);
+    cursor = placed(cursor, home);
+    count = placed(count, home);
+    key_cache = placed(key_cache, home);
+    value_cache = placed(value_cache, home);
     pdl_wait();
     pdl_launch();
     u32 t = blockIdx.x;
@@ -185,7 +211,10 @@ kv_append(View key, View value, const u32* cursor, const u32* count, View key_ca
     }
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) last_row(View x, const u32* count, View out, int rows, int n) {
+extern "C" __global__ void __launch_bounds__(BLOCK) last_row(View x, const u32* count, View out, int rows, int n, const u64* home) {
+    x = placed(x, home);
+    count = placed(count, home);
+    out = placed(out, home);
     pdl_wait();
     pdl_launch();
     u32 valid = valid_rows(count, rows);
@@ -194,7 +223,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK) last_row(View x, const u32* 
         store4(out, 0, c, n, load4(x, t, c, n));
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) observe(Words tokens, const u32* count, u32* counts, int rows, int vocabulary) {
+extern "C" __global__ void __launch_bounds__(BLOCK) observe(Words tokens, const u32* count, u32* counts, int rows, int vocabulary, const u64* home) {
+    tokens = placed(tokens, home);
+    count = placed(count, home);
+    counts = placed(counts, home);
     pdl_wait();
     pdl_launch();
     u32 t = blockIdx.x * BLOCK + threadIdx.x;
@@ -203,7 +235,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK) observe(Words tokens, const 
     if (token >= 0 && token < vocabulary) atomicOr(counts + token, 0x80000000u);
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) begin_reply(u32* counts, int vocabulary) {
+extern "C" __global__ void __launch_bounds__(BLOCK) begin_reply(u32* counts, int vocabulary, const u64* home) {
+    counts = placed(counts, home);
     pdl_wait();
     pdl_launch();
     for (int i = blockIdx.x * BLOCK + threadIdx.x; i < vocabulary; i += gridDim.x * BLOCK) {
@@ -212,13 +245,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK) begin_reply(u32* counts, int
     }
 }
 
-extern "C" __global__ void advance(u32* cursor, const u32* count) {
+extern "C" __global__ void advance(u32* cursor, const u32* count, const u64* home) {
+    cursor = placed(cursor, home);
+    count = placed(count, home);
     pdl_wait();
     pdl_launch();
     *cursor += count ? *count : 1u;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK) fill(Words out, i64 rows, i64 cols, u32 bits) {
+extern "C" __global__ void __launch_bounds__(BLOCK) fill(Words out, i64 rows, i64 cols, u32 bits, const u64* home) {
+    out = placed(out, home);
     pdl_wait();
     pdl_launch();
     i64 total = rows * cols;
@@ -228,7 +264,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK) fill(Words out, i64 rows, i6
 
 // Rows of `bytes` bytes; strides in bytes. `unit` divides pointers, strides and bytes: 16, 4, 2 or 1.
 extern "C" __global__ void __launch_bounds__(BLOCK)
-copy_rows(const u8* source, u8* out, i64 rows, i64 bytes, i64 source_stride, i64 out_stride, int unit) {
+copy_rows(const u8* source, u8* out, i64 rows, i64 bytes, i64 source_stride, i64 out_stride, int unit, const u64* home) {
+    source = placed(source, home);
+    out = placed(out, home);
     pdl_wait();
     pdl_launch();
     i64 per_row = bytes / unit, total = rows * per_row;
@@ -244,7 +282,8 @@ copy_rows(const u8* source, u8* out, i64 rows, i64 bytes, i64 source_stride, i64
 }
 
 // Adds a bias row to every row.
-extern "C" __global__ void __launch_bounds__(BLOCK) add_bias(View out, const float* bias, int n) {
+extern "C" __global__ void __launch_bounds__(BLOCK) add_bias(View out, const float* bias, int n, const u64* home) {
+    out = placed(out, home);
     pdl_wait();
     pdl_launch();
     i64 t = blockIdx.x;
@@ -265,7 +304,12 @@ struct HeadNorm {
 };
 extern "C" __global__ void __launch_bounds__(BLOCK)
 norm_rope_append(HeadNorm query, HeadNorm key, View value, const u32* cursor, const u32* count, const float* frequencies,
-                 View key_cache, View value_cache, int rows, int head_dim, int pairs, int style, i64 rows_of_cache) {
+                 View key_cache, View value_cache, int rows, int head_dim, int pairs, int style, i64 rows_of_cache, const u64* home) {
+    value = placed(value, home);
+    cursor = placed(cursor, home);
+    count = placed(count, home);
+    key_cache = placed(key_cache, home);
+    value_cache = placed(value_cache, home);
     __shared__ float scratch[BLOCK / 32][512];
     pdl_wait();
     pdl_launch();
@@ -286,7 +330,9 @@ norm_rope_append(HeadNorm query, HeadNorm key, View value, const u32* cursor, co
         return;
     }
     bool is_key = h >= query.heads;
-    const HeadNorm& p = is_key ? key : query;
+    HeadNorm p = is_key ? key : query;
+    p.x = placed(p.x, home);
+    p.out = placed(p.out, home);
     i64 first = (i64)(is_key ? h - query.heads : h) * head_dim;
     i64 end = first + head_dim;
     float* row = scratch[threadIdx.x >> 5];

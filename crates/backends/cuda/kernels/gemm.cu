@@ -71,8 +71,8 @@ __device__ __forceinline__ void gemm_body(const View& x, const void* w, const fl
 }
 #define GEMM(name, W)                                                                                              \
     extern "C" __global__ void __launch_bounds__(BLOCK)                                                            \
-    name(View x, const void* w, const float* bias, View out, int rows, int n, int k, int add) {                    \
-        gemm_body<W>(x, w, bias, out, rows, n, k, add);                                                            \
+    name(View x, const void* w, const float* bias, View out, int rows, int n, int k, int add, const u64* home) { \
+        gemm_body<W>(placed(x, home), w, bias, placed(out, home), rows, n, k, add);                                        \
     }
 GEMM(gemm_f32, F32)
 GEMM(gemm_bf16, BF16)

@@ -50,11 +50,12 @@ template <int T> __device__ __forceinline__ float4 quad(const void* row, int c) 
 
 // Row m of x, normed if the plan says so, to shared memory. T: type of x, whose rows are aligned.
 template <int T, int E>
-__device__ __forceinline__ void stage(const Gemv& g, int m, int padded, float* xs, float* part) {
-    const u8* row = (const u8*)g.x.p + (i64)m * g.x.ld * (T == F32 ? 4 : 2);
+__device__ __forceinline__ void stage(const Gemv& g, const u64* home, int m, int padded, float* xs, float* part) {
+    const View x = placed(g.x, *home);
+    const u8* row = (const u8*)x.p + (i64)m * x.ld * (T == F32 ? 4 : 2);
     const bool once = g.k <= HELD * BLOCK * 4;
     float scale = 1.f;
-    if (g.norm_weight && !once) scale = rms_scale(block_squares(g.x, m, 0, g.k, part), g.k, g.eps);
+    if (g.norm_weight && !once) scale = rms_scale(block_squares(x, m, 0, g.k, part), g.k, g.eps);
     for (int from = 0; from < padded; from += HELD * BLOCK * 4) {  // all threads alike: there are barriers inside
         const int base = from + threadIdx.x * 4;
         float4 q[HELD];
@@ -78,7 +79,7 @@ __device__ __forceinline__ void stage(const Gemv& g, int m, int padded, float* x
 #pragma unroll
                     for (int i = 0; i < BLOCK / 32; ++i) s += part[i];
                 } else {
-                    s = block_squares(g.x, m, 0, g.k, part);
+                    s = block_squares(x, m, 0, g.k, part);
                 }
                 scale = rms_scale(s, g.k, g.eps);
             }
@@ -97,7 +98,7 @@ __device__ __forceinline__ void stage(const Gemv& g, int m, int padded, float* x
                 q[i].z = rounded(q[i].z * scale * (w[i].z + add), g.normed.dtype);
                 q[i].w = rounded(q[i].w * scale * (w[i].w + add), g.normed.dtype);
                 if (c >= g.k) q[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-                else if (blockIdx.x == 0) store4(g.normed, m, c, g.k, q[i]);
+                else if (blockIdx.x == 0) store4(placed(g.normed, *home), m, c, g.k, q[i]);
             }
         }
 #pragma unroll
@@ -109,25 +110,26 @@ __device__ __forceinline__ void stage(const Gemv& g, int m, int padded, float* x
 }
 // The same for rows that are not aligned.
 template <int E>
-__device__ __forceinline__ void stage_any(const Gemv& g, int m, int padded, float* xs, float* part) {
+__device__ __forceinline__ void stage_any(const Gemv& g, const u64* home, int m, int padded, float* xs, float* part) {
+    const View x = placed(g.x, *home);
     float scale = 1.f;
-    if (g.norm_weight) scale = rms_scale(block_squares(g.x, m, 0, g.k, part), g.k, g.eps);
+    if (g.norm_weight) scale = rms_scale(block_squares(x, m, 0, g.k, part), g.k, g.eps);
     for (int c = threadIdx.x * 4; c < padded; c += BLOCK * 4) {
-        float4 q = load4(g.x, m, c, g.k);
+        float4 q = load4(x, m, c, g.k);
         if (g.norm_weight) {
             float base = g.centered ? 1.f : 0.f;
             q.x = c < g.k ? rounded(q.x * scale * (g.norm_weight[c] + base), g.normed.dtype) : 0.f;
             q.y = c + 1 < g.k ? rounded(q.y * scale * (g.norm_weight[c + 1] + base), g.normed.dtype) : 0.f;
             q.z = c + 2 < g.k ? rounded(q.z * scale * (g.norm_weight[c + 2] + base), g.normed.dtype) : 0.f;
             q.w = c + 3 < g.k ? rounded(q.w * scale * (g.norm_weight[c + 3] + base), g.normed.dtype) : 0.f;
-            if (blockIdx.x == 0) store4(g.normed, m, c, g.k, q);
+            if (blockIdx.x == 0) store4(placed(g.normed, *home), m, c, g.k, q);
         }
         *(float4*)(xs + m * padded + place<E>(c)) = q;
     }
 }
 
 template <int W, int M>
-__device__ __forceinline__ void gemv_body(const Gemv& g) {
+__device__ __forceinline__ void gemv_body(const Gemv& g, const u64* home) {
     const int E = Weights<W>::E;
     const int CHUNK = 32 * E, STEP = CHUNK * UNROLL;
     typedef typename Weights<W>::T T;
@@ -171,10 +173,10 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
     const bool aligned = g.x.vec && ((u64)g.norm_weight & 15) == 0 && (g.k & 3) == 0;
 #pragma unroll 1  // for the compiler's sake: with 8 rows it takes a minute otherwise
     for (int m = 0; m < M; ++m) {
-        if (!aligned) stage_any<E>(g, m, padded, xs, part[m]);
-        else if (g.x.dtype == F32) stage<F32, E>(g, m, padded, xs, part[m]);
-        else if (g.x.dtype == BF16) stage<BF16, E>(g, m, padded, xs, part[m]);
-        else stage<F16, E>(g, m, padded, xs, part[m]);
+        if (!aligned) stage_any<E>(g, home, m, padded, xs, part[m]);
+        else if (g.x.dtype == F32) stage<F32, E>(g, home, m, padded, xs, part[m]);
+        else if (g.x.dtype == BF16) stage<BF16, E>(g, home, m, padded, xs, part[m]);
+        else stage<F16, E>(g, home, m, padded, xs, part[m]);
     }
     __syncthreads();
 
@@ -190,10 +192,10 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
         // and the state's row j.
         float old = 0.f, tap = 0.f;
         if (p.mode == ADD) {
-            if (lane < M) old = load1(p.out, lane, n);
+            if (lane < M) old = load1(placed(p.out, *home), lane, n);
         } else if (p.mode == CONV) {
             if (lane < p.taps) tap = p.conv_weight[(i64)n * p.taps + lane];
-            if (lane + 1 < p.taps) old = p.conv_state[(i64)lane * p.rows + n];
+            if (lane + 1 < p.taps) old = placed(p.conv_state, *home)[(i64)lane * p.rows + n];
         }
         for (int half = 0; half < halves; ++half) {
             const float* bias = half ? p.bias2 : p.bias;
@@ -222,11 +224,11 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
                             const float* xm = xs + m * padded + chunk + lane * 4;
 #pragma unroll
                             for (int q = 0; q < E / 4; ++q) {
-                                float4 x = *(const float4*)(xm + q * 128);
-                                acc[m] = fmaf(w[4 * q], x.x, acc[m]);
-                                acc[m] = fmaf(w[4 * q + 1], x.y, acc[m]);
-                                acc[m] = fmaf(w[4 * q + 2], x.z, acc[m]);
-                                acc[m] = fmaf(w[4 * q + 3], x.w, acc[m]);
+                                const float4 four = *(const float4*)(xm + q * 128);
+                                acc[m] = fmaf(w[4 * q], four.x, acc[m]);
+                                acc[m] = fmaf(w[4 * q + 1], four.y, acc[m]);
+                                acc[m] = fmaf(w[4 * q + 2], four.z, acc[m]);
+                                acc[m] = fmaf(w[4 * q + 3], four.w, acc[m]);
                             }
                         }
                     }
@@ -240,7 +242,7 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
                 const float sum = warp_sum(acc[m]) + b;
                 if (M == 1 || lane == m) v = sum;
             }
-            finish<M>(p, n, lane, half, v, old, tap, first);
+            finish<M, true>(p, *home, n, lane, half, v, old, tap, first);
         }
         unit = unit2;
         s = s2;
@@ -248,8 +250,8 @@ __device__ __forceinline__ void gemv_body(const Gemv& g) {
 }
 
 #define GEMV(name, W, M, PER_SM)                                                                  \
-    extern "C" __global__ void __launch_bounds__(BLOCK, PER_SM) name(const __grid_constant__ Gemv g) { \
-        gemv_body<W, M>(g);                                                                       \
+    extern "C" __global__ void __launch_bounds__(BLOCK, PER_SM) name(const __grid_constant__ Gemv g, const u64* home) { \
+        gemv_body<W, M>(g, home);                                                              \
     }
 GEMV(gemv_f32_1, F32, 1, 4)
 GEMV(gemv_f32_2, F32, 2, 2)

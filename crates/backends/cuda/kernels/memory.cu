@@ -2,6 +2,8 @@
 //
 // copy_regions: floor 2 bytes moved per byte copied. The table is a kernel parameter; blocks take tiles of 512 or 2048
 // vectors of 16 bytes in turn, so a table of one large and many small regions loads every multiprocessor alike.
+// copy_beside: the same beside replays, by two blocks a multiprocessor that lie beside a block of a chain: they take no shared
+// memory, and the registers that CHAIN_REGISTERS leaves.
 // random_fill: bit for bit ampoule_plan::RandomFill. dequantise: GGML blocks to bf16.
 
 struct Piece {
@@ -11,24 +13,24 @@ struct Piece {
 };
 template <int N> struct Pieces {
     int count;
-    int moved;         // vectors that a thread has on their way: 8, or 2 where beginning and end weigh more
+    int moved;         // vectors that a thread has on their way: MANY, or 2 where beginning and end weigh more
     i64 first[N + 1];  // vectors before each piece; both ends have the same address modulo 16
     Piece piece[N];
 };
 
-// Vectors v, v + BLOCK, ... before `end`, which are all whole, as long as MOVED of them are left; v goes on behind them.
-template <int MOVED> __device__ __forceinline__ void move_whole(const uint4* from, uint4* to, i64& v, i64 end) {
-    for (; v + (MOVED - 1) * BLOCK < end; v += MOVED * BLOCK) {
+// Vectors v, v + T, ... before `end`, which are all whole, as long as MOVED of them are left; v goes on behind them. T threads.
+template <int MOVED, int T> __device__ __forceinline__ void move_whole(const uint4* from, uint4* to, i64& v, i64 end) {
+    for (; v + (MOVED - 1) * T < end; v += MOVED * T) {
         uint4 moved[MOVED];
 #pragma unroll
-        for (int m = 0; m < MOVED; ++m) moved[m] = from[v + m * BLOCK];
+        for (int m = 0; m < MOVED; ++m) moved[m] = from[v + m * T];
 #pragma unroll
-        for (int m = 0; m < MOVED; ++m) to[v + m * BLOCK] = moved[m];
+        for (int m = 0; m < MOVED; ++m) to[v + m * T] = moved[m];
     }
 }
-template <int N> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
+template <int N, int T, int MANY> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
     const i64 total = t.first[t.count];
-    const int size = t.moved * BLOCK;  // of a tile: neighbours move neighbouring ones
+    const int size = t.moved * T;  // of a tile: neighbours move neighbouring ones
     int low = 0;
     for (i64 tile = (i64)blockIdx.x * size; tile < total; tile += (i64)gridDim.x * size) {
     i64 at = tile;
@@ -57,10 +59,10 @@ template <int N> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
         uint4* to = (uint4*)(p.to - skew);
         if (skew == 0 || v > 0) {
             const i64 sure = v_end < whole ? v_end : whole;
-            if (t.moved == 8) move_whole<8>(from, to, v, sure);
-            else move_whole<2>(from, to, v, sure);
+            if (t.moved == MANY) move_whole<MANY, T>(from, to, v, sure);
+            else move_whole<2, T>(from, to, v, sure);
         }
-        for (; v < v_end; v += BLOCK) {
+        for (; v < v_end; v += T) {
             if (v < whole && (v > 0 || skew == 0)) {
                 to[v] = from[v];
             } else {
@@ -75,10 +77,17 @@ template <int N> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
     }
 }
 extern "C" __global__ void __launch_bounds__(BLOCK) copy_regions_96(const __grid_constant__ Pieces<96> t) {
-    copy_body<96>(t);
+    copy_body<96, BLOCK, 8>(t);
 }
 extern "C" __global__ void __launch_bounds__(BLOCK) copy_regions_960(const __grid_constant__ Pieces<960> t) {
-    copy_body<960>(t);
+    copy_body<960, BLOCK, 8>(t);
+}
+#define BESIDE 64
+extern "C" __global__ void __launch_bounds__(BESIDE, 16) copy_beside_96(const __grid_constant__ Pieces<96> t) {
+    copy_body<96, BESIDE, 12>(t);
+}
+extern "C" __global__ void __launch_bounds__(BESIDE, 16) copy_beside_960(const __grid_constant__ Pieces<960> t) {
+    copy_body<960, BESIDE, 12>(t);
 }
 
 __device__ __forceinline__ float random_value(u64 seed, float centre, float half_width, u64 index) {

@@ -61,8 +61,11 @@ __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch
 
 // What becomes of the sum `v` of row `n`: of token row `lane`, or every lane's with one row. `old`, `tap`: what the epilogue
 // reads, loaded before the sum. `first`: the first sum of a pair.
-template <int M>
-__device__ __forceinline__ void finish(const Segment& p, int n, int lane, int half, float v, float old, float tap, float& first) {
+// Logits and a convolution's state lie in State; other results only where ANY says that they may (a chain asks for no more: it
+// ends some 750 rows a warp and token).
+template <int M, bool ANY, typename Home>
+__device__ __forceinline__ void finish(const Segment& p, Home home, int n, int lane, int half, float v, float old, float tap, float& first) {
+    auto result = [&](const View& v) { return ANY ? placed(v, home) : v; };
     if (p.mode == CONV) {
         // The plan has one row.
         v = rounded(v, p.out.dtype);
@@ -70,23 +73,24 @@ __device__ __forceinline__ void finish(const Segment& p, int n, int lane, int ha
         for (int j = 0; j + 1 < p.taps; ++j)
             sum = fmaf(__shfl_sync(FULL, tap, j), __shfl_sync(FULL, old, j), sum);
         sum = fmaf(__shfl_sync(FULL, tap, p.taps - 1), v, sum);
-        if (lane > 0 && lane + 1 < p.taps) p.conv_state[(i64)(lane - 1) * p.rows + n] = old;
+        float* state = placed(p.conv_state, home);
+        if (lane > 0 && lane + 1 < p.taps) state[(i64)(lane - 1) * p.rows + n] = old;
         if (lane == 0) {
-            store1(p.out, 0, n, v);
-            if (p.taps > 1) p.conv_state[(i64)(p.taps - 2) * p.rows + n] = v;
+            store1(result(p.out), 0, n, v);
+            if (p.taps > 1) state[(i64)(p.taps - 2) * p.rows + n] = v;
             if (p.conv_bias) sum += p.conv_bias[n];
-            store1(p.out2, 0, n, silu(sum));
+            store1(result(p.out2), 0, n, silu(sum));
         }
     } else if (lane < M) {
         if (p.mode == ADD) {
-            store1(p.out, lane, n, old + v);
+            store1(result(p.out), lane, n, old + v);
         } else if (p.mode == STORE) {
-            store1(p.out, lane, n, v);
+            store1(placed(p.out, home), lane, n, v);
         } else {
-            const View& o = half ? p.out2 : p.out;
+            const View o = result(half ? p.out2 : p.out);
             v = rounded(v, o.dtype);
             store1(o, lane, n, v);
-            if (half) store1(p.out3, lane, n, silu(first) * v);
+            if (half) store1(result(p.out3), lane, n, silu(first) * v);
             else first = v;
         }
     }

@@ -12,7 +12,9 @@
 // which is the definition with S^T q taken before the update.
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
-causal_conv(View x, const float* weight, const float* bias, const u32* count, float* state, View out, int rows, int channels, int taps, int span) {
+causal_conv(View x, const float* weight, const float* bias, const u32* count, float* state, View out, int rows, int channels, int taps, int span,
+            const u64* home) {
+    x = placed(x, home), out = placed(out, home), state = placed(state, home), count = placed(count, home);
     pdl_wait();
     pdl_launch();
     int c = blockIdx.x * BLOCK + threadIdx.x;
@@ -76,6 +78,15 @@ struct Delta {
     int early;  // 1: nothing before it in the plan writes the state, a_log or dt_bias: they are read before the wait
 };
 
+// What else of it may lie in State, where it is for this replay.
+struct Reached {
+    View qkv, decay, beta, out, gate, normed;
+    const u32* count;
+    __device__ __forceinline__ Reached(const Delta& p, const u64* home)
+        : qkv(placed(p.qkv, home)), decay(placed(p.decay, home)), beta(placed(p.beta, home)), out(placed(p.out, home)), gate(placed(p.gate, home)),
+          normed(placed(p.normed, home)), count(placed(p.count, home)) {}
+};
+
 __device__ __forceinline__ float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 
 // What a lane holds of the state: of CHUNKS chunks of 32 key rows, four rows of each, of two columns.
@@ -85,11 +96,11 @@ template <int CHUNKS> struct Held {
     int group, pair, col;
     bool own0, own1;  // whether there are such columns
 
-    __device__ __forceinline__ explicit Held(const Delta& p) {
+    __device__ __forceinline__ Held(const Delta& p, const u64* home) {
         group = threadIdx.x & (GROUPS - 1), pair = threadIdx.x / GROUPS;
         col = blockIdx.y * p.columns + pair * 2;
         own0 = pair * 2 < p.columns && col < p.value_dim, own1 = pair * 2 + 1 < p.columns && col + 1 < p.value_dim;
-        state = p.state + (i64)blockIdx.x * p.key_dim * p.value_dim;
+        state = placed(p.state, home) + (i64)blockIdx.x * p.key_dim * p.value_dim;
     }
     template <typename Two, typename One> __device__ __forceinline__ void each(const Delta& p, Two two, One one) {
         float* at = state + (i64)(group * 4) * p.value_dim + col;
@@ -163,14 +174,15 @@ template <int CHUNKS> struct Normed {
 
 // One token, with norm and gate of the head's output.
 template <int CHUNKS>
-__device__ __forceinline__ void delta_step(const Delta& p) {
+__device__ __forceinline__ void delta_step(const Delta& p, const u64* home) {
     const int KD = CHUNKS * 32;
     __shared__ __align__(16) float ks[KD], qs[KD];
     __shared__ __align__(16) float head_out[256];
     __shared__ float gs, bs, kq;
     __shared__ bool last;
     const int lane = threadIdx.x & 31, h = blockIdx.x, kh = h / (p.value_heads / p.key_heads);
-    Held<CHUNKS> held(p);
+    Held<CHUNKS> held(p, home);
+    const Reached in(p, home);
     if (p.early) held.read(p);
     pdl_wait();
     // Not before: a chain's rings would take the memory's time from what follows here.
@@ -179,24 +191,24 @@ __device__ __forceinline__ void delta_step(const Delta& p) {
     u32 gate = 0;
     float norm_weight = 0.f;
     if (alone && (int)threadIdx.x < p.value_dim) {
-        gate = raw1(p.gate, 0, (i64)h * p.value_dim + threadIdx.x);
+        gate = raw1(in.gate, 0, (i64)h * p.value_dim + threadIdx.x);
         norm_weight = p.norm_weight[threadIdx.x];
     }
     if (!p.early) held.read(p);
-    if (valid_rows(p.count, p.rows) == 0) return;
+    if (valid_rows(in.count, p.rows) == 0) return;
     const i64 v0 = 2 * (i64)p.key_heads * p.key_dim + (i64)h * p.value_dim + held.col;
-    const u32 raw_v0 = held.own0 ? raw1(p.qkv, 0, v0) : 0u, raw_v1 = held.own1 ? raw1(p.qkv, 0, v0 + 1) : 0u;
+    const u32 raw_v0 = held.own0 ? raw1(in.qkv, 0, v0) : 0u, raw_v1 = held.own1 ? raw1(in.qkv, 0, v0 + 1) : 0u;
     if (threadIdx.x < 32) {
         u32 raw_q[CHUNKS], raw_k[CHUNKS];
 #pragma unroll
         for (int c = 0; c < CHUNKS; ++c) {
             const int r = c * 32 + lane;
-            raw_q[c] = r < p.key_dim ? raw1(p.qkv, 0, (i64)kh * p.key_dim + r) : 0u;
-            raw_k[c] = r < p.key_dim ? raw1(p.qkv, 0, (i64)(p.key_heads + kh) * p.key_dim + r) : 0u;
+            raw_q[c] = r < p.key_dim ? raw1(in.qkv, 0, (i64)kh * p.key_dim + r) : 0u;
+            raw_k[c] = r < p.key_dim ? raw1(in.qkv, 0, (i64)(p.key_heads + kh) * p.key_dim + r) : 0u;
         }
-        const u32 raw_decay = raw1(p.decay, 0, h), raw_beta = raw1(p.beta, 0, h);
+        const u32 raw_decay = raw1(in.decay, 0, h), raw_beta = raw1(in.beta, 0, h);
         Normed<CHUNKS> token;
-        token.squares(raw_q, raw_k, p.qkv.dtype);
+        token.squares(raw_q, raw_k, in.qkv.dtype);
 #pragma unroll
         for (int d = 16; d > 0; d >>= 1) {
             token.qq += __shfl_xor_sync(FULL, token.qq, d);
@@ -211,8 +223,8 @@ __device__ __forceinline__ void delta_step(const Delta& p) {
         token.kq = warp_sum(token.kq);
         if (lane == 0) {
             kq = token.kq;
-            gs = held.decay(cooked(raw_decay, p.decay.dtype));
-            bs = sigmoid(cooked(raw_beta, p.beta.dtype));
+            gs = held.decay(cooked(raw_decay, in.decay.dtype));
+            bs = sigmoid(cooked(raw_beta, in.beta.dtype));
         }
     }
     __syncthreads();
@@ -235,7 +247,7 @@ __device__ __forceinline__ void delta_step(const Delta& p) {
         c0 += __shfl_xor_sync(FULL, c0, d);
         c1 += __shfl_xor_sync(FULL, c1, d);
     }
-    const float d0 = (cooked(raw_v0, p.qkv.dtype) - g * a0) * bs, d1 = (cooked(raw_v1, p.qkv.dtype) - g * a1) * bs;
+    const float d0 = (cooked(raw_v0, in.qkv.dtype) - g * a0) * bs, d1 = (cooked(raw_v1, in.qkv.dtype) - g * a1) * bs;
 #pragma unroll
     for (int r = 0; r < CHUNKS * 4; ++r) {
         held.s0[r] = fmaf(k.x[r], d0, g * held.s0[r]);
@@ -244,11 +256,11 @@ __device__ __forceinline__ void delta_step(const Delta& p) {
     if (held.group == 0) {
         const i64 o = (i64)h * p.value_dim + held.col;
         const float o0 = fmaf(kq, d0, g * c0), o1 = fmaf(kq, d1, g * c1);
-        if (held.own0) store1(p.out, 0, o, o0);
-        if (held.own1) store1(p.out, 0, o + 1, o1);
+        if (held.own0) store1(in.out, 0, o, o0);
+        if (held.own1) store1(in.out, 0, o + 1, o1);
         if (alone) {
-            if (held.own0) head_out[held.pair * 2] = rounded(o0, p.out.dtype);
-            if (held.own1) head_out[held.pair * 2 + 1] = rounded(o1, p.out.dtype);
+            if (held.own0) head_out[held.pair * 2] = rounded(o0, in.out.dtype);
+            if (held.own1) head_out[held.pair * 2 + 1] = rounded(o1, in.out.dtype);
         }
     }
     // The block, or the last block of a head to get here, norms and gates it, in the order of the separate kernel; the state is
@@ -260,7 +272,7 @@ __device__ __forceinline__ void delta_step(const Delta& p) {
         // A head has at most 128 columns here, and every one of them is some thread's.
         if (c < ((p.value_dim + 31) & ~31)) {
             const float scale = rms_scale(warp_squares(local, 0, 0, p.value_dim), p.value_dim, p.eps);
-            if (c < p.value_dim) store1(p.normed, 0, (i64)h * p.value_dim + c, head_out[c] * scale * norm_weight * silu(cooked(gate, p.gate.dtype)));
+            if (c < p.value_dim) store1(in.normed, 0, (i64)h * p.value_dim + c, head_out[c] * scale * norm_weight * silu(cooked(gate, in.gate.dtype)));
         }
     } else {
         __threadfence();
@@ -274,24 +286,24 @@ __device__ __forceinline__ void delta_step(const Delta& p) {
     __threadfence();
     const i64 first = (i64)h * p.value_dim;
     for (int c = threadIdx.x; c < p.value_dim; c += blockDim.x) {
-        if (p.out.dtype == F32) {
-            head_out[c] = ((volatile const float*)p.out.p)[first + c];
+        if (in.out.dtype == F32) {
+            head_out[c] = ((volatile const float*)in.out.p)[first + c];
         } else {
-            const u16 raw = ((volatile const u16*)p.out.p)[first + c];
-            head_out[c] = p.out.dtype == BF16 ? bf16_to_f32(raw) : f16_to_f32(raw);
+            const u16 raw = ((volatile const u16*)in.out.p)[first + c];
+            head_out[c] = in.out.dtype == BF16 ? bf16_to_f32(raw) : f16_to_f32(raw);
         }
     }
     __syncthreads();
     const float scale = rms_scale(warp_squares(local, 0, 0, p.value_dim), p.value_dim, p.eps);
     for (int c = threadIdx.x; c < p.value_dim; c += blockDim.x)
-        store1(p.normed, 0, first + c, head_out[c] * scale * p.norm_weight[c] * silu(load1(p.gate, 0, first + c)));
+        store1(in.normed, 0, first + c, head_out[c] * scale * p.norm_weight[c] * silu(load1(in.gate, 0, first + c)));
 }
 
 // Many tokens: the same arithmetic, laid out for the chain over tokens, which is the whole time of this kernel. What a token
 // needs of keys, queries and rates is in shared memory or registers before its turn; of its own sums only S^T k stands
 // between it and the next token. S^T q goes to shared memory in GROUPS pieces, which are added once a tile.
 template <int CHUNKS, int TOKENS>
-__device__ __forceinline__ void delta_tokens(const Delta& p) {
+__device__ __forceinline__ void delta_tokens(const Delta& p, const u64* home) {
     const int KD = CHUNKS * 32, PAIRS = 16, EACH = TOKENS / 4;
     __shared__ __align__(16) float ks[TOKENS][KD], qs[TOKENS][KD];
     __shared__ __align__(16) float2 cs[TOKENS][PAIRS][GROUPS];
@@ -301,12 +313,13 @@ __device__ __forceinline__ void delta_tokens(const Delta& p) {
     const int h = blockIdx.x, kh = h / (p.value_heads / p.key_heads), first_column = blockIdx.y * p.columns;
     const i64 q0 = (i64)kh * p.key_dim, k0 = (i64)(p.key_heads + kh) * p.key_dim;
     const i64 v0 = 2 * (i64)p.key_heads * p.key_dim + (i64)h * p.value_dim + first_column;
-    Held<CHUNKS> held(p);
+    Held<CHUNKS> held(p, home);
+    const Reached in(p, home);
     if (p.early) held.read(p);
     pdl_wait();
     pdl_launch();
     if (!p.early) held.read(p);
-    const int valid = (int)valid_rows(p.count, p.rows);
+    const int valid = (int)valid_rows(in.count, p.rows);
     const float root = sqrtf((float)p.key_dim);
 
     // A warp prepares tokens warp, warp + warps, ... of a tile; lane n has the rates of its n-th. Narrow heads have fewer warps
@@ -318,8 +331,8 @@ __device__ __forceinline__ void delta_tokens(const Delta& p) {
 #pragma unroll
         for (int n = 0; n < EACH; ++n) {
             const int t = base + warp + n * warps < valid ? base + warp + n * warps : valid - 1;
-            const i64 row = t * p.qkv.ld + lane;
-            auto at = [&](i64 column) { return four_bytes ? ((const u32*)p.qkv.p)[row + column] : (u32)((const u16*)p.qkv.p)[row + column]; };
+            const i64 row = t * in.qkv.ld + lane;
+            auto at = [&](i64 column) { return four_bytes ? ((const u32*)in.qkv.p)[row + column] : (u32)((const u16*)in.qkv.p)[row + column]; };
 #pragma unroll
             for (int c = 0; c < CHUNKS; ++c) {
                 const bool live = c * 32 + lane < p.key_dim;
@@ -329,19 +342,19 @@ __device__ __forceinline__ void delta_tokens(const Delta& p) {
             raw_v[n] = lane < p.columns && first_column + lane < p.value_dim ? at(v0) : 0u;
         }
         if (lane < EACH && base + own < valid) {
-            raw_decay = raw1(p.decay, base + own, h);
-            raw_beta = raw1(p.beta, base + own, h);
+            raw_decay = raw1(in.decay, base + own, h);
+            raw_beta = raw1(in.beta, base + own, h);
         }
     };
     auto fetch = [&](int base) {
         // One question for all loads, not one for each.
-        if (p.qkv.dtype == F32) fetch_as(true, base);
+        if (in.qkv.dtype == F32) fetch_as(true, base);
         else fetch_as(false, base);
     };
     auto prepare = [&]() {
         Normed<CHUNKS> token[EACH];
 #pragma unroll
-        for (int n = 0; n < EACH; ++n) token[n].squares(raw_q[n], raw_k[n], p.qkv.dtype);
+        for (int n = 0; n < EACH; ++n) token[n].squares(raw_q[n], raw_k[n], in.qkv.dtype);
 #pragma unroll
         for (int d = 16; d > 0; d >>= 1)
 #pragma unroll
@@ -358,7 +371,7 @@ __device__ __forceinline__ void delta_tokens(const Delta& p) {
                 qs[i][c * 32 + lane] = token[n].q[c];
                 ks[i][c * 32 + lane] = token[n].k[c];
             }
-            ((float*)vs[i])[lane] = cooked(raw_v[n], p.qkv.dtype);
+            ((float*)vs[i])[lane] = cooked(raw_v[n], in.qkv.dtype);
         }
 #pragma unroll
         for (int d = 16; d > 0; d >>= 1)
@@ -370,8 +383,8 @@ __device__ __forceinline__ void delta_tokens(const Delta& p) {
             for (int n = 1; n < EACH; ++n)
                 if (lane == n) own_kq = token[n].kq;
             kq[own] = own_kq;
-            gs[own] = held.decay(cooked(raw_decay, p.decay.dtype));
-            bs[own] = sigmoid(cooked(raw_beta, p.beta.dtype));
+            gs[own] = held.decay(cooked(raw_decay, in.decay.dtype));
+            bs[own] = sigmoid(cooked(raw_beta, in.beta.dtype));
         }
     };
     if (valid > 0) fetch(0);
@@ -425,8 +438,8 @@ __device__ __forceinline__ void delta_tokens(const Delta& p) {
             const float c1 = ((c01.y + c45.y) + (c23.y + c67.y)) + ((c01.w + c45.w) + (c23.w + c67.w));
             const float2 d = ds[i][pair];
             const i64 o = (i64)h * p.value_dim + column;
-            store1(p.out, base + i, o, fmaf(kq[i], d.x, gs[i] * c0));
-            if (pair * 2 + 1 < p.columns && column + 1 < p.value_dim) store1(p.out, base + i, o + 1, fmaf(kq[i], d.y, gs[i] * c1));
+            store1(in.out, base + i, o, fmaf(kq[i], d.x, gs[i] * c0));
+            if (pair * 2 + 1 < p.columns && column + 1 < p.value_dim) store1(in.out, base + i, o + 1, fmaf(kq[i], d.y, gs[i] * c1));
         }
         __syncthreads();
     }
@@ -434,8 +447,8 @@ __device__ __forceinline__ void delta_tokens(const Delta& p) {
 }
 
 #define DELTA_STEP(name, CHUNKS, THREADS)                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 1 : 4) name(const __grid_constant__ Delta p) { \
-        delta_step<CHUNKS>(p);                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 512 ? 1 : 4) name(const __grid_constant__ Delta p, const u64* home) { \
+        delta_step<CHUNKS>(p, home);                                                                         \
     }
 // One block a head, of at most 128 columns; where key rows take more registers, blocks of 32 columns.
 DELTA_STEP(gated_delta_step_wide_1, 1, 512)
@@ -444,8 +457,8 @@ DELTA_STEP(gated_delta_step_wide_4, 4, 512)
 DELTA_STEP(gated_delta_step_8, 8, 128)
 
 #define DELTA_TOKENS(name, CHUNKS, TOKENS)                                                       \
-    extern "C" __global__ void __launch_bounds__(128, 2) name(const __grid_constant__ Delta p) { \
-        delta_tokens<CHUNKS, TOKENS>(p);                                                         \
+    extern "C" __global__ void __launch_bounds__(128, 2) name(const __grid_constant__ Delta p, const u64* home) { \
+        delta_tokens<CHUNKS, TOKENS>(p, home);                                               \
     }
 DELTA_TOKENS(gated_delta_tokens_1, 1, 16)
 DELTA_TOKENS(gated_delta_tokens_2, 2, 16)

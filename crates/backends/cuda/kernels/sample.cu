@@ -148,7 +148,11 @@ __device__ __forceinline__ float gumbel(u32 x) {
     return -logf(e);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) sample(const __grid_constant__ Sample p) {
+extern "C" __global__ void __launch_bounds__(THREADS) sample(const __grid_constant__ Sample args, const u64* home) {
+    Sample p = args;
+    p.logits = placed(p.logits, home), p.params = placed(p.params, home), p.seed = placed(p.seed, home);
+    p.bias_tokens = placed(p.bias_tokens, home), p.bias_values = placed(p.bias_values, home), p.cursor = placed(p.cursor, home);
+    p.forced = placed(p.forced, home), p.counts = placed(p.counts, home), p.adjusted = placed(p.adjusted, home), p.token = placed(p.token, home);
     extern __shared__ float4 shared[];
     float* a = (float*)shared;  // [slice]
     __shared__ u64 bins[BINS];

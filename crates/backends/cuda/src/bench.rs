@@ -4,6 +4,7 @@ use ampoule_backend::BackendError;
 use cudarc::driver::sys;
 
 use crate::CudaBackend;
+pub use crate::driver::DriverCalls;
 use crate::driver::{DeviceMemory, Event, Launch, PinnedMemory, Stream, check, launch};
 use crate::launch::args;
 
@@ -122,6 +123,12 @@ pub fn bandwidth(backend: &CudaBackend) -> Result<GpuBandwidth, BackendError> {
         to_host_gb_s: link as f64 / to_host_ms / 1e6,
         from_host_gb_s: link as f64 / from_host_ms / 1e6,
     })
+}
+
+/// What this process has asked the driver for so far.
+#[must_use]
+pub fn driver_calls() -> DriverCalls {
+    crate::driver::calls()
 }
 
 /// Bytes of device memory that are free.

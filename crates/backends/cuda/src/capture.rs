@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ampoule_backend::BackendError;
 use cudarc::driver::sys;
 
-use crate::driver::{Stream, check};
+use crate::driver::{Call, Stream, check, counted};
 
 /// A capture in progress. Dropping it, also in a panic, ends the capture and throws its graph away.
 pub(crate) struct CaptureGuard<'a> {
@@ -18,6 +18,7 @@ impl<'a> CaptureGuard<'a> {
     /// Begins to capture the stream. Other threads may go on with other streams.
     pub(crate) fn begin(stream: &'a Arc<Stream>) -> Result<Self, BackendError> {
         stream.context().enter()?;
+        counted(Call::Capture);
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream is alive and is not the default stream.
         check(unsafe { sys::cuStreamBeginCapture_v2(stream.raw(), mode) }, "beginning a capture")?;
@@ -90,6 +91,7 @@ impl<O: Send + Sync> Graph<O> {
     /// Enqueues one replay.
     pub(crate) fn launch(&self) -> Result<(), BackendError> {
         self.stream.context().enter()?;
+        counted(Call::Graph);
         // SAFETY: the graph is instantiated and owns what it touches; the stream is alive.
         check(
             unsafe { sys::cuGraphLaunch(self.executable, self.stream.raw()) },

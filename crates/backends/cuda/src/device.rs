@@ -50,10 +50,11 @@ pub struct CudaOptions {
     pub chain_depth: u32,
     /// How many it has on their way in the middle of a product. `AMPOULE_CUDA_CHAIN_NEAR`.
     pub chain_near: u32,
+    /// Blocks a multiprocessor that copy a snapshot's rows beside replays; 0: replays wait for the rows, too.
+    /// `AMPOULE_CUDA_BESIDE`.
+    pub beside: u32,
     /// Prints what each plan became, to standard error. `AMPOULE_CUDA_TRACE=1`.
     pub trace: bool,
-    /// Slots whose graphs are captured at load; those of the others are captured when the slot is first created.
-    pub slots_at_load: usize,
 }
 
 impl Default for CudaOptions {
@@ -67,8 +68,8 @@ impl Default for CudaOptions {
             chain: true,
             chain_depth: 3,
             chain_near: 1,
+            beside: 2,
             trace: false,
-            slots_at_load: 8,
         }
     }
 }
@@ -91,8 +92,8 @@ impl CudaOptions {
             chain: on("AMPOULE_CUDA_CHAIN"),
             chain_depth: number("AMPOULE_CUDA_CHAIN_DEPTH", defaults.chain_depth),
             chain_near: number("AMPOULE_CUDA_CHAIN_NEAR", defaults.chain_near).max(1),
+            beside: number("AMPOULE_CUDA_BESIDE", defaults.beside),
             trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),
-            slots_at_load: defaults.slots_at_load,
         }
     }
 }

@@ -4,9 +4,57 @@
 use std::ffi::{CStr, CString, c_void};
 use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ampoule_backend::BackendError;
 use cudarc::driver::sys::{self, CUdeviceptr, CUfunction, CUresult, CUstream};
+
+/// How often this process has asked the driver for what costs time, counted where it is called: whatever a program says of
+/// itself, this is what it did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DriverCalls {
+    /// Graphs launched.
+    pub graphs: u64,
+    /// Kernels launched by themselves, or captured.
+    pub kernels: u64,
+    /// Copies and fills.
+    pub copies: u64,
+    /// Allocations, of device memory and of page-locked host memory.
+    pub allocations: u64,
+    /// Captures begun.
+    pub captures: u64,
+    /// Waits of the host for a stream or an event.
+    pub waits: u64,
+}
+
+#[derive(Clone, Copy)]
+pub(crate) enum Call {
+    Graph,
+    Kernel,
+    Copy,
+    Allocation,
+    Capture,
+    Wait,
+}
+
+static CALLS: [AtomicU64; 6] = [const { AtomicU64::new(0) }; 6];
+
+pub(crate) fn counted(call: Call) {
+    CALLS[call as usize].fetch_add(1, Ordering::Relaxed);
+}
+
+/// Counted so far.
+pub(crate) fn calls() -> DriverCalls {
+    let of = |call: Call| CALLS[call as usize].load(Ordering::Relaxed);
+    DriverCalls {
+        graphs: of(Call::Graph),
+        kernels: of(Call::Kernel),
+        copies: of(Call::Copy),
+        allocations: of(Call::Allocation),
+        captures: of(Call::Capture),
+        waits: of(Call::Wait),
+    }
+}
 
 /// Turns a driver status into an error that says what was being done.
 pub(crate) fn check(status: CUresult, what: &str) -> Result<(), BackendError> {
@@ -104,13 +152,28 @@ unsafe impl Send for Stream {}
 unsafe impl Sync for Stream {}
 
 impl Stream {
-    /// Makes a stream.
+    /// Makes a stream of the least priority.
     pub(crate) fn new(context: &Arc<Context>) -> Result<Arc<Self>, BackendError> {
+        Self::with_priority(context, false)
+    }
+
+    /// Makes a stream whose kernels begin before those of others that wait for room.
+    pub(crate) fn urgent(context: &Arc<Context>) -> Result<Arc<Self>, BackendError> {
+        Self::with_priority(context, true)
+    }
+
+    fn with_priority(context: &Arc<Context>, urgent: bool) -> Result<Arc<Self>, BackendError> {
         context.enter()?;
+        let (mut least, mut greatest) = (0, 0);
+        // SAFETY: both are written; the context is current.
+        let status = unsafe { sys::cuCtxGetStreamPriorityRange(&raw mut least, &raw mut greatest) };
+        check(status, "asking for the streams' priorities")?;
+        let priority = if urgent { greatest } else { least };
         let mut raw = ptr::null_mut();
         let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
         // SAFETY: the context is current; `raw` is written.
-        check(unsafe { sys::cuStreamCreate(&raw mut raw, flags) }, "making a stream")?;
+        let status = unsafe { sys::cuStreamCreateWithPriority(&raw mut raw, flags, priority) };
+        check(status, "making a stream")?;
         Ok(Arc::new(Self { raw, context: Arc::clone(context) }))
     }
 
@@ -127,6 +190,7 @@ impl Stream {
     /// Waits for all work so far.
     pub(crate) fn synchronize(&self) -> Result<(), BackendError> {
         self.context.enter()?;
+        counted(Call::Wait);
         // SAFETY: the stream is alive.
         check(unsafe { sys::cuStreamSynchronize(self.raw) }, "waiting for the device")
     }
@@ -160,6 +224,7 @@ impl Stream {
         bytes: usize,
     ) -> Result<(), BackendError> {
         self.context.enter()?;
+        counted(Call::Copy);
         // SAFETY: by the caller's promise.
         let status = unsafe { sys::cuMemcpyHtoDAsync_v2(to, from.cast(), bytes, self.raw) };
         check(status, "copying to the device")
@@ -176,9 +241,27 @@ impl Stream {
         bytes: usize,
     ) -> Result<(), BackendError> {
         self.context.enter()?;
+        counted(Call::Copy);
         // SAFETY: by the caller's promise.
         let status = unsafe { sys::cuMemcpyDtoHAsync_v2(to.cast(), from, bytes, self.raw) };
         check(status, "copying from the device")
+    }
+
+    /// Copies on the device.
+    ///
+    /// # Safety
+    /// Both ranges must lie in allocations that outlive the copy.
+    pub(crate) unsafe fn copy(
+        &self,
+        to: CUdeviceptr,
+        from: CUdeviceptr,
+        bytes: usize,
+    ) -> Result<(), BackendError> {
+        self.context.enter()?;
+        counted(Call::Copy);
+        // SAFETY: by the caller's promise.
+        let status = unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.raw) };
+        check(status, "copying on the device")
     }
 
     /// Fills device memory with a 32-bit pattern.
@@ -192,6 +275,7 @@ impl Stream {
         words: usize,
     ) -> Result<(), BackendError> {
         self.context.enter()?;
+        counted(Call::Copy);
         // SAFETY: by the caller's promise.
         let status = unsafe { sys::cuMemsetD32Async(at, pattern, words, self.raw) };
         check(status, "filling device memory")
@@ -242,8 +326,19 @@ impl Event {
     /// Waits until what was marked is done.
     pub(crate) fn synchronize(&self) -> Result<(), BackendError> {
         self.context.enter()?;
+        counted(Call::Wait);
         // SAFETY: the event is alive.
         check(unsafe { sys::cuEventSynchronize(self.raw) }, "waiting for an event")
+    }
+
+    /// Whether what was marked is done; an error if it failed.
+    pub(crate) fn done(&self) -> Result<bool, BackendError> {
+        self.context.enter()?;
+        // SAFETY: the event is alive.
+        match unsafe { sys::cuEventQuery(self.raw) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            status => check(status, "work on the device").map(|()| true),
+        }
     }
 
     /// Milliseconds between two recorded events with timing, both done.
@@ -280,6 +375,7 @@ impl DeviceMemory {
         what: &str,
     ) -> Result<Self, BackendError> {
         context.enter()?;
+        counted(Call::Allocation);
         let mut at = 0;
         // SAFETY: `at` is written; the context is current.
         let status = unsafe { sys::cuMemAlloc_v2(&raw mut at, bytes.max(256)) };
@@ -338,6 +434,7 @@ impl PinnedMemory {
     /// The same, but what it holds is not defined: it must be written before it is read.
     pub(crate) fn unwritten(context: &Arc<Context>, bytes: usize) -> Result<Self, BackendError> {
         context.enter()?;
+        counted(Call::Allocation);
         let mut at = ptr::null_mut();
         // SAFETY: `at` is written; the context is current. 2 is CU_MEMHOSTALLOC_DEVICEMAP.
         let status = unsafe { sys::cuMemHostAlloc(&raw mut at, bytes, 2) };
@@ -488,6 +585,7 @@ pub(crate) unsafe fn launch(
         numAttrs: count,
     };
     stream.context.enter()?;
+    counted(Call::Kernel);
     // SAFETY: the configuration is complete; the arguments are the caller's promise.
     let status = unsafe {
         sys::cuLaunchKernelEx(&raw const config, function, args.as_mut_ptr(), ptr::null_mut())

@@ -39,6 +39,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+impl Drop for CapsuleStore {
+    fn drop(&mut self) {
+        // Copies may still run over the reservation, and over slots.
+        let _ = self.copies.synchronize();
+    }
+}
+
 impl CapsuleStore {
     /// The store over the resident's reservation.
     pub(crate) fn new(resident: &Arc<Resident>, budget: usize) -> Result<Arc<Self>, BackendError> {
@@ -94,13 +101,14 @@ impl CapsuleStore {
         drop(ranges);
         Ok(CudaFrozen {
             store: Arc::clone(self),
-            apart: apart(regions),
+            apart: apart(std::iter::once(regions)),
             regions: regions.to_vec(),
             pieces,
             at,
             length,
             bytes,
             ready: None,
+            beside: false,
         })
     }
 }
@@ -127,7 +135,9 @@ pub(crate) struct CudaFrozen {
     length: usize,
     bytes: usize,
     /// Recorded after the copy that filled it.
-    pub(crate) ready: Option<Event>,
+    ready: Option<Arc<Event>>,
+    /// Whether that copy was not on the program's stream.
+    beside: bool,
 }
 
 impl CudaFrozen {
@@ -146,30 +156,55 @@ impl CudaFrozen {
         self.store.resident.capsules.at() + self.at.unwrap_or(0) as u64
     }
 
-    /// The copies that put all of it into the slot at `slot`; none if regions overlap, and the later must win.
-    pub(crate) fn whole(&self, slot: u64) -> Option<Vec<Transfer>> {
+    /// Whether no two of its regions overlap.
+    pub(crate) const fn is_apart(&self) -> bool {
+        self.apart
+    }
+
+    /// The copies that put all of it into the slot at `slot`; of regions that overlap the later would have to win.
+    pub(crate) fn whole(&self, slot: u64) -> impl Iterator<Item = Transfer> {
         let base = self.base();
-        let transfer = |held: &Held| Transfer {
+        self.pieces.iter().map(move |held| Transfer {
             from: base + held.offset as u64,
             to: slot + held.in_slot as u64,
             bytes: held.bytes,
-        };
-        self.apart.then(|| self.pieces.iter().map(transfer).collect())
+        })
     }
 
-    /// Marks the copies enqueued so far as those that fill it.
+    /// Marks the copies enqueued so far on the program's stream as those that fill it.
     pub(crate) fn filled(&mut self) -> Result<(), BackendError> {
         let event = Event::new(&self.store.resident.device.context, false)?;
         event.record(&self.store.resident.stream)?;
-        self.ready = Some(event);
+        self.filled_at(Arc::new(event), false);
         Ok(())
+    }
+
+    /// What the event marks fills it; `beside`: on the stream of copies.
+    pub(crate) fn filled_at(&mut self, event: Arc<Event>, beside: bool) {
+        self.ready = Some(event);
+        self.beside = beside;
+    }
+
+    /// Lets `stream` wait until the state is there.
+    pub(crate) fn awaited(&self, stream: &Stream) -> Result<(), BackendError> {
+        self.ready.as_ref().map_or(Ok(()), |ready| stream.wait(ready))
+    }
+
+    /// Lets the program's stream wait for a copy that still runs beside it.
+    pub(crate) fn settle(&self) -> Result<(), BackendError> {
+        match &self.ready {
+            Some(ready) if self.beside && !ready.done()? => self.store.resident.stream.wait(ready),
+            _ => Ok(()),
+        }
     }
 }
 
 impl Drop for CudaFrozen {
     fn drop(&mut self) {
-        // Copies from and to the range that are still pending come before whatever fills it next: both are enqueued on
-        // the program's stream. Reads hold a reference until they are done.
+        // Copies from and to the range that are still pending come before whatever fills it next: that is enqueued on the
+        // program's stream, which waits for the copy that fills the range now, or on the stream of copies, which waits for the
+        // program's. Reads hold a reference until they are done.
+        let _ = self.settle();
         let mut ranges = lock(&self.store.ranges);
         if let Some(at) = self.at {
             ranges.pool.release(at, self.length);
@@ -197,9 +232,7 @@ impl Frozen for CudaFrozen {
         if bytes != into.len() {
             return Err(wrong(format!("region {index} has {bytes} bytes, not {}", into.len())));
         }
-        if let Some(ready) = &self.ready {
-            self.store.copies.wait(ready)?;
-        }
+        self.awaited(&self.store.copies)?;
         let mut downloads = lock(&self.store.downloads);
         if downloads.is_none() {
             *downloads = Some(Downloader::new(&self.store.resident.device.context, DOWNLOAD)?);
@@ -229,12 +262,22 @@ pub(crate) struct Transfer {
 
 /// Enqueues copies as one kernel, or as few as their number allows. Ranges written must not overlap.
 pub(crate) fn copy(resident: &Resident, transfers: &[Transfer]) -> Result<(), BackendError> {
+    copy_on(resident, &resident.stream, 0, transfers)
+}
+
+/// The same on another stream. `beside`: with so many small blocks a multiprocessor that replays find room; 0: with all.
+pub(crate) fn copy_on(
+    resident: &Resident,
+    stream: &Stream,
+    beside: u32,
+    transfers: &[Transfer],
+) -> Result<(), BackendError> {
     let transfers: Vec<Transfer> = transfers.iter().copied().filter(|t| t.bytes > 0).collect();
     for part in transfers.chunks(960) {
         if part.len() <= 96 {
-            launch_copy::<97, 96>(resident, "copy_regions_96", part)?;
+            launch_copy::<97, 96>(resident, stream, beside, part)?;
         } else {
-            launch_copy::<961, 960>(resident, "copy_regions_960", part)?;
+            launch_copy::<961, 960>(resident, stream, beside, part)?;
         }
     }
     Ok(())
@@ -249,12 +292,16 @@ struct Table<const ENDS: usize, const N: usize> {
     piece: [Piece; N],
 }
 
+/// Threads of a block that copies beside replays: `BESIDE` in `memory.cu`.
+const BESIDE: u32 = 64;
+
 /// 64 MiB: from so many on, blocks move larger tiles.
 const MANY_VECTORS: i64 = 4 << 20;
 
 fn launch_copy<const ENDS: usize, const N: usize>(
     resident: &Resident,
-    name: &str,
+    stream: &Stream,
+    beside: u32,
     transfers: &[Transfer],
 ) -> Result<(), BackendError> {
     let mut table = Table::<ENDS, N> {
@@ -272,10 +319,13 @@ fn launch_copy<const ENDS: usize, const N: usize>(
     }
     let launcher = Launcher::plain(resident);
     // Blocks of 256 threads; at most 32 a multiprocessor, and more than it holds at a time: the last ones to end are short.
-    table.moved = if vectors < MANY_VECTORS { 2 } else { 8 };
-    let most = resident.device.limits.multiprocessors * 32;
-    let blocks = (vectors / (256 * i64::from(table.moved)) + 1).clamp(1, i64::from(most)) as u32;
-    launcher.go(name, Launch::new([blocks, 1, 1], 256), args![table])
+    let (threads, each, many) = if beside > 0 { (BESIDE, beside, 12) } else { (256, 32, 8) };
+    table.moved = if beside > 0 || vectors >= MANY_VECTORS { many } else { 2 };
+    let most = resident.device.limits.multiprocessors * each;
+    let tiles = vectors / (i64::from(threads) * i64::from(table.moved)) + 1;
+    let blocks = tiles.clamp(1, i64::from(most)) as u32;
+    let name = format!("copy_{}_{N}", if beside > 0 { "beside" } else { "regions" });
+    launcher.go_on(stream, &name, Launch::new([blocks, 1, 1], threads), args![table])
 }
 
 /// Rows of one buffer to be thawed: part, region, and rows counted from the region's first.
@@ -308,11 +358,15 @@ pub(crate) fn resolve(parts: &[&[Region]]) -> Vec<Wanted> {
     wanted
 }
 
-/// Whether no two regions share a row.
-fn apart(regions: &[Region]) -> bool {
-    let whole = |w: &Wanted| w.rows == regions[w.region].rows;
-    let resolved = resolve(&[regions]);
-    resolved.len() == regions.len() && resolved.iter().all(whole)
+/// Whether no two regions of all parts share a row.
+pub(crate) fn apart<'a>(parts: impl Iterator<Item = &'a [Region]>) -> bool {
+    let bounds = |region: &Region| (region.buffer, region.rows.start, region.rows.end);
+    let mut all: Vec<_> = parts.flatten().map(bounds).collect();
+    // A plan's regions come in the order of its buffers.
+    if !all.is_sorted() {
+        all.sort_unstable();
+    }
+    all.windows(2).all(|pair| pair[0].0 != pair[1].0 || pair[0].2 <= pair[1].1)
 }
 
 fn uncovered(rows: &Range<usize>, taken: &[Range<usize>]) -> Vec<Range<usize>> {
@@ -357,10 +411,14 @@ mod tests {
 
     #[test]
     fn regions_that_share_a_row_are_not_apart() {
-        assert!(apart(&[region(0, 0..10), region(1, 0..10), region(0, 10..12)]));
-        assert!(!apart(&[region(0, 0..10), region(0, 5..15)]));
-        assert!(!apart(&[region(0, 0..10), region(0, 3..4)]));
-        assert!(!apart(&[region(0, 3..4), region(1, 0..1), region(0, 0..10)]));
+        let one = |regions: &[Region]| apart(std::iter::once(regions));
+        assert!(one(&[region(0, 0..10), region(1, 0..10), region(0, 10..12)]));
+        assert!(!one(&[region(0, 0..10), region(0, 5..15)]));
+        assert!(!one(&[region(0, 0..10), region(0, 3..4)]));
+        assert!(!one(&[region(0, 3..4), region(1, 0..1), region(0, 0..10)]));
+        let (rows, more) = ([region(0, 0..10), region(1, 0..10)], [region(1, 10..12)]);
+        assert!(apart([&more[..], &rows[..]].into_iter()));
+        assert!(!apart([&more[..], &rows[..], &[region(1, 11..12)][..]].into_iter()));
     }
 
     #[test]

@@ -114,6 +114,8 @@ const NAMES: &[(&str, &[&str])] = &[
         &[
             "copy_regions_96",
             "copy_regions_960",
+            "copy_beside_96",
+            "copy_beside_960",
             "random_fill",
             "periodic_fill",
             "count_differences",
@@ -174,6 +176,9 @@ impl Kernels {
                 if DYNAMIC.iter().any(|d| name.starts_with(d)) {
                     shared_limit = raise_shared_limit(function, name, shared_per_block)?;
                 }
+                if name.starts_with("copy_beside") {
+                    leave_shared_memory(function, name)?;
+                }
                 by_name.insert(*name, Kernel { function, shared_limit });
             }
             modules.push(module);
@@ -188,6 +193,15 @@ impl Kernels {
             .copied()
             .ok_or_else(|| device_error(format!("there is no kernel '{name}'")))
     }
+}
+
+/// Lets a kernel without shared memory run where others have it: a multiprocessor divides its cache anew only when it is idle,
+/// so that what is launched beside the kernel would have to wait for its end.
+fn leave_shared_memory(function: CUfunction, name: &str) -> Result<(), BackendError> {
+    let (which, most) = (Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100);
+    // SAFETY: the function is loaded.
+    let status = unsafe { sys::cuFuncSetAttribute(function, which, most) };
+    check(status, &format!("choosing the shared memory of '{name}'"))
 }
 
 fn raise_shared_limit(

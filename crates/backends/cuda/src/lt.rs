@@ -312,7 +312,7 @@ struct Chooser<'a> {
 impl Chooser<'_> {
     /// To how many bytes the matrices are aligned, as the library asks: weights, x, out twice.
     fn alignments(&self, x: &View, w: &View, out: &View) -> [u32; 4] {
-        [w, x, out, out].map(|v| 1_u32 << self.resident.view_address(v, 0).trailing_zeros().min(8))
+        [w, x, out, out].map(|v| 1_u32 << self.resident.view_address(v).trailing_zeros().min(8))
     }
 
     /// The fastest algorithm that qualifies; also the reference, if there is none of this weight's shape yet.
@@ -328,7 +328,7 @@ impl Chooser<'_> {
         if let Some(None) = reference {
             return Ok(None);
         }
-        let at = |v: &View| self.resident.view_address(v, 0);
+        let at = |v: &View| self.resident.view_address(v);
         let (x_at, w_at, out_at) = (at(x), at(w), at(out));
         let aligned = self.alignments(x, w, out);
         let mut candidates = self.candidates(shape, aligned)?;

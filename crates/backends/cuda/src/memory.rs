@@ -101,6 +101,8 @@ pub(crate) struct Resident {
     pub(crate) attention_partial: DeviceMemory,
     pub(crate) product: DeviceMemory,
     pub(crate) sample_work: DeviceMemory,
+    /// `home` of the kernels: one for each slot, then the one of the slot that replays run on.
+    homes: DeviceMemory,
     pub(crate) mirror: crate::driver::PinnedMemory,
     /// Where kernels see the mirror.
     pub(crate) mirror_at: u64,
@@ -126,6 +128,8 @@ pub(crate) const DELTA_HEADS: usize = 1024;
 pub(crate) const CHAIN_TURN: usize = DELTA_DONE + 4 * DELTA_HEADS;
 /// Bytes of all; zero at load.
 const SAMPLE_WORK_BYTES: usize = CHAIN_TURN + 128;
+/// What kernels take for an address in a slot has this bit, and the offset in the slot: `at` in `common.cuh`.
+pub(crate) const IN_SLOT: u64 = 1 << 63;
 /// Entries of the ring of mirrored tokens: `MIRRORS` in `sample.cu`.
 pub(crate) const MIRRORS: usize = 64;
 
@@ -178,16 +182,23 @@ impl Resident {
         let attention_partial = take(sizes.attention_partial, "attention")?;
         let product = take(sizes.product, "matrix products")?;
         let sample_work = take(SAMPLE_WORK_BYTES, "sampling")?;
-        let stream = Stream::new(context)?;
+        let homes = take((options.slots + 1) * 8, "the slots' places")?;
+        let stream = Stream::urgent(context)?;
         let mirror = crate::driver::PinnedMemory::new(context, MIRRORS * 8)?;
         // SAFETY: both ranges are the whole allocations just made.
         unsafe {
             stream.fill(sample_work.at(), 0, SAMPLE_WORK_BYTES / 4)?;
             stream.fill(transient.at(), 0, transient.bytes() / 4)?;
+            stream.fill(homes.at(), 0, homes.bytes() / 4)?;
         }
-        for slot in &slots {
-            // SAFETY: the whole allocation.
-            unsafe { stream.fill(slot.at(), 0, slot.bytes() / 4)? };
+        for (index, slot) in slots.iter().enumerate() {
+            let home = slot.at().wrapping_sub(IN_SLOT);
+            // SAFETY: the whole allocation; two words of the slot's own.
+            unsafe {
+                stream.fill(slot.at(), 0, slot.bytes() / 4)?;
+                stream.fill(homes.at() + 8 * index as u64, home as u32, 1)?;
+                stream.fill(homes.at() + 8 * index as u64 + 4, (home >> 32) as u32, 1)?;
+            }
         }
         Ok(Self {
             device: Arc::clone(device),
@@ -202,6 +213,7 @@ impl Resident {
             attention_partial,
             product,
             sample_work,
+            homes,
             mirror_at: mirror.device_address()?,
             mirror,
             allocations,
@@ -219,25 +231,45 @@ impl Resident {
         base + place.offset as u64
     }
 
-    /// The device address of a view's first element.
-    pub(crate) fn view_address(&self, view: &View, slot: usize) -> u64 {
+    /// Where kernels find a view's first element, for whatever slot: of State, as [`IN_SLOT`] and the offset in a slot.
+    pub(crate) fn view_address(&self, view: &View) -> u64 {
         let buffer = self.model.buffer(view.buffer);
         let first = view.rows.start * buffer.cols() + view.cols.start;
-        let dtype = self.layout.place(view.buffer).dtype;
-        self.address(view.buffer, slot) + bytes_of(dtype, first) as u64
+        let place = self.layout.place(view.buffer);
+        let arena = match place.arena {
+            Arena::Weights => self.weights.at(),
+            Arena::Transient => self.transient.at(),
+            // One slot is always in the same place.
+            Arena::Slot if self.slots.len() == 1 && std::env::var("X_TAG").is_err() => {
+                self.slots[0].at()
+            }
+            Arena::Slot => IN_SLOT,
+        };
+        arena + place.offset as u64 + bytes_of(place.dtype, first) as u64
     }
 
     /// A view of floats as kernels take it.
-    pub(crate) fn matrix(&self, view: &View, slot: usize) -> MatrixView {
+    pub(crate) fn matrix(&self, view: &View) -> MatrixView {
         let dtype = self.layout.place(view.buffer).dtype;
         let ld = self.model.buffer(view.buffer).cols();
-        MatrixView::new(self.view_address(view, slot), ld, dtype)
+        MatrixView::new(self.view_address(view), ld, dtype)
     }
 
     /// A view of 32-bit words as kernels take it.
-    pub(crate) fn words(&self, view: &View, slot: usize) -> WordView {
+    pub(crate) fn words(&self, view: &View) -> WordView {
         let ld = self.model.buffer(view.buffer).cols();
-        WordView { at: self.view_address(view, slot), ld: ld as i64 }
+        WordView { at: self.view_address(view), ld: ld as i64 }
+    }
+
+    /// Where kernels read the place of the slot that a replay runs on.
+    pub(crate) fn home(&self) -> u64 {
+        self.homes.at() + 8 * self.slots.len() as u64
+    }
+
+    /// Replays enqueued from now on run on this slot.
+    pub(crate) fn enter(&self, slot: usize) -> Result<(), BackendError> {
+        // SAFETY: one entry of the table to another.
+        unsafe { self.stream.copy(self.home(), self.homes.at() + 8 * slot as u64, 8) }
     }
 }
 

@@ -120,9 +120,7 @@ impl PinnedFrozen {
         let sizes: Vec<usize> = frozen.regions.iter().map(|region| region.bytes(table)).collect();
         let ranges = store.pinned.allocate(&store.resident.device.context, &sizes)?;
         let mut this = Self { store: Arc::clone(store), regions: frozen.regions.clone(), ranges };
-        if let Some(ready) = &frozen.ready {
-            store.copies.wait(ready)?;
-        }
+        frozen.awaited(&store.copies)?;
         let mut enqueued = Ok(());
         for (index, range) in this.ranges.iter().enumerate() {
             // SAFETY: the source lies in the reservation, which the frozen state keeps; the target is this range alone, which

@@ -7,15 +7,15 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use ampoule_backend::{
-    BackendError, Counters, Frozen, LoadOptions, Program, Progress, Region, Residence, SlotId,
-    StepTime, WeightSource, check_regions,
+    BackendError, Counters, Frozen, LoadOptions, Part, Program, Progress, Region, Residence,
+    SlotId, StepTime, WeightSource, check_regions,
 };
-use ampoule_plan::{Access, Buffer, BufferId, CostPoint, Op, Role, Sealed, StateKind};
+use ampoule_plan::{Access, Buffer, BufferId, CostPoint, Growth, Op, Role, Sealed, StateKind};
 
 use crate::capture::{CaptureGuard, Graph};
 use crate::device::{CudaOptions, Device};
 use crate::driver::{Event, device_error};
-use crate::frozen::{CapsuleStore, CudaFrozen, Transfer, copy, resolve};
+use crate::frozen::{CapsuleStore, CudaFrozen, Transfer, apart, copy, copy_on, resolve};
 use crate::fuse::{self, Step};
 use crate::launch::{Launcher, attention_workspace};
 use crate::lt::{self, Products};
@@ -43,12 +43,6 @@ struct Owned {
     products: Arc<Products>,
 }
 
-struct Slot {
-    used: bool,
-    /// One per plan, once captured.
-    graphs: Vec<Graph<Owned>>,
-}
-
 impl Drop for CudaProgram {
     fn drop(&mut self) {
         // Copies from pinned memory may still be pending.
@@ -69,11 +63,23 @@ struct PlanFacts {
     samples: u64,
     /// Whether a launch of it does several products, with blocks that wait for each other.
     chained: bool,
+    /// Whether it does anything to a cursor but move it on, or to rows but append: rows below the cursor may change.
+    rewinds: bool,
+}
+
+#[derive(Clone, Default)]
+struct Slot {
+    used: bool,
+    /// After the last copy of its rows beside replays.
+    copied: Option<Arc<Event>>,
 }
 
 pub(crate) struct CudaProgram {
-    // Graphs go before what they run over.
+    // Graphs go before what they run over. One per plan, for all slots.
+    graphs: Vec<Graph<Owned>>,
     slots: Vec<Slot>,
+    /// The slot that replays run on.
+    entered: Option<usize>,
     resident: Arc<Resident>,
     products: Arc<Products>,
     store: Arc<CapsuleStore>,
@@ -124,6 +130,7 @@ pub(crate) fn load(
             steps: fuse::steps(&model.model().buffers, plan, options.fusion),
             outputs: outputs_of(model, &plan.ops),
             chained: false,
+            rewinds: rewinds(model, &plan.ops),
             samples: plan.ops.iter().filter(|op| matches!(op, Op::Sample(_))).count() as u64,
         })
         .collect();
@@ -134,9 +141,10 @@ pub(crate) fn load(
     let products = Arc::new(products);
     let context = &device.context;
     let store = CapsuleStore::new(&resident, load.capsule_bytes)?;
-    let slots = (0..load.slots).map(|_| Slot { used: false, graphs: Vec::new() }).collect();
     let mut program = CudaProgram {
-        slots,
+        graphs: Vec::new(),
+        slots: vec![Slot::default(); load.slots],
+        entered: None,
         uploads: UploadRing::new(context, UPLOAD_SEGMENT)?,
         downloads: Downloader::new(context, DOWNLOAD)?,
         counters: Counters { allocations: resident.allocations, ..Counters::default() },
@@ -151,8 +159,8 @@ pub(crate) fn load(
         mirrored: HashMap::new(),
         sampled: 0,
     };
-    for slot in 0..load.slots.min(options.slots_at_load) {
-        program.capture(slot)?;
+    if load.slots > 0 {
+        program.capture()?;
     }
     program.resident.stream.synchronize()?;
     Ok(Box::new(program))
@@ -175,6 +183,20 @@ fn outputs_of(model: &Sealed, ops: &[Op]) -> Vec<(BufferId, bool)> {
     writers.into_iter().map(|(id, w)| (id, samples == 1 && w == [true])).collect()
 }
 
+/// See [`PlanFacts::rewinds`].
+fn rewinds(model: &Sealed, ops: &[Op]) -> bool {
+    ops.iter().any(|op| {
+        op.operands().into_iter().any(|operand| {
+            let Role::State { kind, growth, .. } = &model.buffer(operand.view.buffer).role else {
+                return false;
+            };
+            let moves = *kind == StateKind::Cursor && !matches!(op, Op::Advance(_));
+            let writes = !matches!(operand.access, Access::Read | Access::ReadRows);
+            writes && (moves || *growth == Growth::Rows && !matches!(op, Op::KvAppend(_)))
+        })
+    })
+}
+
 impl CudaProgram {
     fn model(&self) -> &Arc<Sealed> {
         &self.resident.model
@@ -195,12 +217,11 @@ impl CudaProgram {
         })
     }
 
-    /// Captures every plan for a slot.
-    fn capture(&mut self, slot: usize) -> Result<(), BackendError> {
+    /// Captures every plan.
+    fn capture(&mut self) -> Result<(), BackendError> {
         let model = Arc::clone(self.model());
-        let mut graphs = Vec::with_capacity(model.model().plans.len());
         for (index, plan) in model.model().plans.iter().enumerate() {
-            let launcher = Launcher::new(&self.resident, slot, index, self.options, &self.products);
+            let launcher = Launcher::new(&self.resident, index, self.options, &self.products);
             let guard = CaptureGuard::begin(&self.resident.stream)?;
             let launches = launcher.launches(plan, &self.facts[index].steps);
             self.facts[index].chained = launches.iter().any(|l| l.len() > 1);
@@ -220,10 +241,27 @@ impl CudaProgram {
                     plan.key
                 );
             }
-            graphs.push(graph);
+            self.graphs.push(graph);
             self.counters.captures += 1;
         }
-        self.slots[slot].graphs = graphs;
+        Ok(())
+    }
+
+    /// Lets what is enqueued from now on wait for copies of the slot's rows that still run beside it.
+    fn settle(&mut self, slot: usize) -> Result<(), BackendError> {
+        match self.slots[slot].copied.take() {
+            Some(copied) => self.resident.stream.wait(&copied),
+            None => Ok(()),
+        }
+    }
+
+    /// Replays enqueued from now on run on this slot.
+    fn enter(&mut self, slot: usize) -> Result<(), BackendError> {
+        if self.entered != Some(slot) {
+            self.entered = None;
+            self.resident.enter(slot)?;
+            self.entered = Some(slot);
+        }
         Ok(())
     }
 
@@ -236,7 +274,9 @@ impl CudaProgram {
         launches: &[Range<usize>],
     ) -> Result<f64, BackendError> {
         let model = Arc::clone(self.model());
-        let launcher = Launcher::new(&self.resident, slot, plan, self.options, &self.products);
+        self.settle(slot)?;
+        self.enter(slot)?;
+        let launcher = Launcher::new(&self.resident, plan, self.options, &self.products);
         let guard = CaptureGuard::begin(&self.resident.stream)?;
         for steps in launches {
             launcher.steps(&model.model().plans[plan], &self.facts[plan].steps[steps.clone()])?;
@@ -390,12 +430,9 @@ impl Program for CudaProgram {
     }
 
     fn create_slot(&mut self) -> Result<SlotId, BackendError> {
-        let Some(index) = self.slots.iter().position(|s| !s.used) else {
+        let Some(index) = self.slots.iter().position(|slot| !slot.used) else {
             return Err(BackendError::NoFreeSlot { slots: self.slots.len() });
         };
-        if self.slots[index].graphs.is_empty() {
-            self.capture(index)?;
-        }
         self.slots[index].used = true;
         Ok(SlotId(index as u32))
     }
@@ -433,12 +470,15 @@ impl Program for CudaProgram {
     fn run(&mut self, slot: SlotId, plan: usize) -> Result<(), BackendError> {
         let index = self.slot(slot)?;
         let plans = self.facts.len();
-        let Some(graph) = self.slots[index].graphs.get(plan) else {
+        if plan >= plans {
             return Err(BackendError::NoSuchPlan { plan, plans });
-        };
+        }
+        let ready = if self.facts[plan].rewinds { self.settle(index) } else { Ok(()) };
+        ready.and_then(|()| self.enter(index)).map_err(|error| self.blamed(error))?;
         let facts = &self.facts[plan];
         self.last = Some((plan, slot));
-        self.launch_in_turn(graph, facts.chained).map_err(|error| self.blamed(error))?;
+        self.launch_in_turn(&self.graphs[plan], facts.chained)
+            .map_err(|error| self.blamed(error))?;
         self.counters.launches += 1;
         self.sampled += facts.samples;
         for &(output, mirrored) in &facts.outputs {
@@ -505,12 +545,12 @@ impl Program for CudaProgram {
     fn freeze_parts(
         &mut self,
         slot: SlotId,
-        parts: &[&[Region]],
+        parts: &[Part<'_>],
     ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         let index = self.slot(slot)?;
         let mut wanted = 0;
-        for regions in parts {
-            wanted += check_regions(self.model(), regions)?;
+        for part in parts {
+            wanted += check_regions(self.model(), part.regions)?;
         }
         let (used, budget) = self.store.usage();
         let refused = BackendError::CapsuleBudget { wanted, used, budget };
@@ -519,8 +559,8 @@ impl Program for CudaProgram {
         }
         let table = &self.resident.model.model().buffers;
         let mut reserved = Vec::with_capacity(parts.len());
-        let mut transfers = Vec::new();
-        for regions in parts {
+        let (mut now, mut beside) = (Vec::new(), Vec::new());
+        for Part { regions, settled } in parts {
             let sources = self.region_addresses(index, regions);
             let frozen = match self.store.reserve(regions, &sources) {
                 Ok(frozen) => frozen,
@@ -528,41 +568,63 @@ impl Program for CudaProgram {
                 Err(BackendError::CapsuleBudget { .. }) => return Err(refused),
                 Err(error) => return Err(error),
             };
+            let transfers =
+                if *settled && self.options.beside > 0 { &mut beside } else { &mut now };
             transfers.extend(regions.iter().zip(sources).enumerate().map(|(i, (r, from))| {
                 Transfer { from, to: frozen.address(i), bytes: r.bytes(table) }
             }));
             reserved.push(frozen);
         }
-        copy(&self.resident, &transfers)?;
-        let mut out: Vec<Arc<dyn Frozen>> = Vec::with_capacity(reserved.len());
-        for mut frozen in reserved {
-            frozen.filled()?;
-            out.push(Arc::new(frozen));
+        copy(&self.resident, &now)?;
+        let context = &self.resident.device.context;
+        let copied = Arc::new(Event::new(context, false)?);
+        copied.record(&self.resident.stream)?;
+        let mut aside = Arc::clone(&copied);
+        if !beside.is_empty() {
+            // Behind all replays so far, and before what rewinds the slot.
+            let copies = &self.store.copies;
+            copies.wait(&copied)?;
+            copy_on(&self.resident, copies, self.options.beside, &beside)?;
+            aside = Arc::new(Event::new(context, false)?);
+            aside.record(copies)?;
+            self.slots[index].copied = Some(Arc::clone(&aside));
         }
-        Ok(out)
+        let finished = reserved.into_iter().zip(parts).map(|(mut frozen, part)| {
+            let aside = part.settled.then_some(&aside).filter(|a| !Arc::ptr_eq(a, &copied));
+            frozen.filled_at(Arc::clone(aside.unwrap_or(&copied)), aside.is_some());
+            Arc::new(frozen) as Arc<dyn Frozen>
+        });
+        Ok(finished.collect())
     }
 
     fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError> {
         let index = self.slot(slot)?;
-        let own = |part: &Arc<dyn Frozen>| {
+        let own = |part: &'_ Arc<dyn Frozen>| -> bool {
             part.as_any().downcast_ref::<CudaFrozen>().is_some_and(|f| f.is_of(&self.store))
         };
         if !parts.iter().all(own) {
             return Err(BackendError::ForeignState);
         }
-        if let [part] = parts
-            && let Some(frozen) = part.as_any().downcast_ref::<CudaFrozen>()
-            && let Some(transfers) = frozen.whole(self.resident.slots[index].at())
-        {
+        let frozen: Vec<&CudaFrozen> =
+            parts.iter().filter_map(|p| p.as_any().downcast_ref()).collect();
+        self.settle(index)?;
+        for part in &frozen {
+            part.settle()?;
+        }
+        let whole = match frozen[..] {
+            [one] => one.is_apart(),
+            _ => apart(frozen.iter().map(|f| f.regions())),
+        };
+        if whole {
+            let slot = self.resident.slots[index].at();
+            let transfers: Vec<Transfer> = frozen.iter().flat_map(|f| f.whole(slot)).collect();
             return copy(&self.resident, &transfers);
         }
         let regions: Vec<&[Region]> = parts.iter().map(|p| p.regions()).collect();
         let table = &self.resident.model.model().buffers;
         let mut transfers = Vec::new();
         for wanted in resolve(&regions) {
-            let Some(frozen) = parts[wanted.part].as_any().downcast_ref::<CudaFrozen>() else {
-                return Err(BackendError::ForeignState);
-            };
+            let frozen = frozen[wanted.part];
             let row = table[wanted.buffer].row_bytes();
             let first = regions[wanted.part][wanted.region].rows.start;
             transfers.push(Transfer {
@@ -646,7 +708,8 @@ impl Program for CudaProgram {
     }
 
     fn synchronize(&mut self) -> Result<(), BackendError> {
-        self.wait()
+        self.wait()?;
+        self.store.copies.synchronize()
     }
 
     fn counters(&self) -> Counters {
@@ -675,7 +738,7 @@ impl Program for CudaProgram {
             return Err(BackendError::NoSuchPlan { plan, plans });
         };
         let steps = &self.facts[plan].steps;
-        let launcher = Launcher::new(&self.resident, index, plan, self.options, &self.products);
+        let launcher = Launcher::new(&self.resident, plan, self.options, &self.products);
         let launches = launcher.launches(&model.model().plans[plan], steps);
         // Launches of one kind: the same ops over weights of the same shapes.
         let kind = |launch: &Range<usize>| -> Vec<(&'static str, usize)> {

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use ampoule_plan::{BufferId, Plan, Role, Sealed};
 
 use crate::{
-    BackendError, Counters, Frozen, HostBudget, HostFrozen, LoadOptions, Program, Progress, Region,
-    SlotId, WeightSource, check_regions,
+    BackendError, Counters, Frozen, HostBudget, HostFrozen, LoadOptions, Part, Program, Progress,
+    Region, SlotId, WeightSource, check_regions,
 };
 
 /// Owned bytes, aligned as a backend's kernels want them.
@@ -297,11 +297,12 @@ impl<K: HostKernels> Program for HostProgram<K> {
     fn freeze_parts(
         &mut self,
         slot: SlotId,
-        parts: &[&[Region]],
+        parts: &[Part<'_>],
     ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         let slot = self.slot(slot)?;
         let model = Arc::clone(&self.model);
-        let reserved = HostFrozen::<K::Bytes>::reserve(&self.budget, &model, parts)?;
+        let parts: Vec<&[Region]> = parts.iter().map(|part| part.regions).collect();
+        let reserved = HostFrozen::<K::Bytes>::reserve(&self.budget, &model, &parts)?;
         let filled = reserved.into_iter().zip(parts).map(|(mut frozen, regions)| {
             frozen.fill(|index, to| {
                 let region = &regions[index];

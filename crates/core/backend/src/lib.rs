@@ -100,6 +100,16 @@ pub struct Counters {
     pub synchronizations: u64,
 }
 
+/// Regions that become frozen state together.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// The regions.
+    pub regions: &'a [Region],
+    /// Whether all of them are rows below the cursor: replays leave those as they are until the slot is reset or thawed, so
+    /// they may be copied while replays go on.
+    pub settled: bool,
+}
+
 /// One model resident on one device.
 ///
 /// Calls of one program are ordered: each sees the effects of those before it.
@@ -155,14 +165,14 @@ pub trait Program: Send {
     ) -> Result<(), BackendError>;
 
     /// Copies regions of a slot's State aside, as of all replays so far: each part becomes frozen state of its own, and there
-    /// are as many in the answer, in their order.
+    /// are as many in the answer, in their order. May return before the copies are done; whoever uses them waits.
     ///
     /// # Errors
     /// If a region is not State or the parts together are over the budget for frozen state; nothing is copied then.
     fn freeze_parts(
         &mut self,
         slot: SlotId,
-        parts: &[&[Region]],
+        parts: &[Part<'_>],
     ) -> Result<Vec<Arc<dyn Frozen>>, BackendError>;
 
     /// [`freeze_parts`](Self::freeze_parts) of one part.
@@ -174,7 +184,7 @@ pub trait Program: Send {
         slot: SlotId,
         regions: &[Region],
     ) -> Result<Arc<dyn Frozen>, BackendError> {
-        let mut parts = self.freeze_parts(slot, &[regions])?;
+        let mut parts = self.freeze_parts(slot, &[Part { regions, settled: false }])?;
         parts.pop().ok_or(BackendError::ForeignState)
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ampoule_backend::{BackendError, Region, SlotId, fixed_regions, row_regions};
+use ampoule_backend::{BackendError, Part, SlotId, fixed_regions, row_regions};
 
 use crate::engine::{Engine, Slot};
 use crate::lineage::{Capsule, RowNode, missing};
@@ -34,13 +34,15 @@ impl Engine {
             return Ok(Capsule::new(chain, fixed, self.id));
         }
         let (start, end) = (entry.chain.as_ref().map_or(0, |n| n.end()), entry.position());
-        let id = self.next_lineage(entry, start)?;
         let fixed = fixed_regions(&self.model);
         let rows = row_regions(&self.model, &(start as usize..end as usize));
-        let both: [&[Region]; 2] = [&fixed, &rows];
+        let both =
+            [Part { regions: &fixed, settled: false }, Part { regions: &rows, settled: true }];
         let parts = if rows.is_empty() { &both[..1] } else { &both[..] };
         let frozen = self.program.freeze_parts(slot, parts);
         let frozen = self.survive(slot, frozen)?;
+        // A hash over all the tokens: a device copies meanwhile.
+        let id = self.next_lineage(self.slot(slot)?, start)?;
         if frozen.len() != parts.len() {
             let problem = format!("{} parts were frozen, not {}", frozen.len(), parts.len());
             let buffer = "frozen state".to_owned();

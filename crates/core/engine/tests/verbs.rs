@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 
 use ampoule_backend::{
-    Backend, BackendError, Counters, DeviceInfo, Frozen, LoadOptions, Program, Progress, Region,
-    SlotId, WeightSource,
+    Backend, BackendError, Counters, DeviceInfo, Frozen, LoadOptions, Part, Program, Progress,
+    Region, SlotId, WeightSource,
 };
 use ampoule_engine::{Capsule, Engine, EngineError, EngineOptions, Identity, SamplingParams};
 use ampoule_models::decoder::{BuildOptions, Precision};
@@ -497,7 +497,7 @@ impl Program for FaultyProgram {
     fn freeze_parts(
         &mut self,
         slot: SlotId,
-        parts: &[&[Region]],
+        parts: &[Part<'_>],
     ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         self.tick()?;
         let parts = self.inner.freeze_parts(slot, parts)?;

@@ -14,6 +14,8 @@ use crate::output::{self, Progress, Table, figure, ms};
 
 /// Tokens decoded before a rollback unless --suffix says otherwise.
 pub(super) const TOKENS: usize = 8;
+/// Tokens over which what a snapshot costs decoding is added up.
+const STALLED: usize = 8;
 
 #[derive(Default)]
 struct Reps {
@@ -25,6 +27,8 @@ struct Reps {
     import: Vec<f64>,
     copy: Vec<f64>,
     copy_fixed: Vec<f64>,
+    stall: Vec<f64>,
+    stall_of_all: Vec<f64>,
 }
 
 pub(super) fn run(
@@ -53,6 +57,7 @@ pub(super) fn run(
             drop((capsule, file));
             (capsule, file) = take(model, slot, &tokens, &mut reps)?;
             around(model, slot, (&capsule, &file), ahead, &mut copier, &mut reps)?;
+            stall(model, slot, &tokens, &mut reps)?;
             if !device {
                 reps.copy.push(copier.copy(all));
                 reps.copy_fixed.push(copier.copy(fixed));
@@ -92,6 +97,24 @@ pub(super) fn run(
                 number("over_copy", None),
             ]);
             point[*name] = value;
+        }
+        let stalls = [
+            ("stall_of_the_next_token", Times::from(reps.stall)),
+            ("stall_of_eight_tokens", Times::from(reps.stall_of_all)),
+        ];
+        for (name, times) in stalls {
+            let none = || "-".to_owned();
+            let (verb, bytes) = (name.replace('_', " "), output::bytes(all as u64));
+            table.row([
+                verb,
+                prefix.to_string(),
+                bytes,
+                figure(times.median_ms),
+                none(),
+                none(),
+                none(),
+            ]);
+            point[name] = json!({ "bytes": all, "ms": times });
         }
         let medians = [&verbs[0].1, &verbs[2].1, &verbs[3].1, &copy].map(|t| t.median_ms);
         for (line, median) in lines.iter_mut().zip(medians) {
@@ -143,6 +166,32 @@ fn take(
         Ok(file)
     })?;
     Ok((capsule, file))
+}
+
+/// What a first snapshot of a session costs who waits for its tokens: the next one, and the next eight together, beyond the time
+/// that tokens take otherwise.
+fn stall(model: &mut Ampoule, slot: SlotId, tokens: &[u32], reps: &mut Reps) -> anyhow::Result<()> {
+    model.engine.reset(slot)?;
+    model.append(slot, tokens)?;
+    let mut plain = Vec::new();
+    for token in 0..=STALLED {
+        let start = Instant::now();
+        model.engine.step(slot)?;
+        if token > 0 {
+            plain.push(ms(start.elapsed()));
+        }
+    }
+    let plain = Times::from(plain).median_ms;
+    let start = Instant::now();
+    let capsule = model.engine.snapshot(slot)?;
+    model.engine.step(slot)?;
+    reps.stall.push(ms(start.elapsed()) - plain);
+    for _ in 1..STALLED {
+        model.engine.step(slot)?;
+    }
+    reps.stall_of_all.push(ms(start.elapsed()) - plain * STALLED as f64);
+    drop(capsule);
+    Ok(())
 }
 
 /// Restores into other rows with nothing of the capsule in a cache, goes ahead and back, and imports the file.

@@ -9,7 +9,7 @@ use super::arguments::{CHAIN, Chain, Gemv, MatrixView, Mode, Segment, dtype_code
 use super::{BLOCK, DECODE_ROWS, Launcher, args};
 use crate::fuse::{GemvGroup, Step, Then};
 use crate::lt::ProductShape;
-use crate::memory::{CHAIN_TURN, resident_dtype};
+use crate::memory::{CHAIN_TURN, IN_SLOT, resident_dtype};
 
 /// Shared memory for x that leaves room for two blocks on a multiprocessor.
 const GEMV_SHARED: usize = 100 << 10;
@@ -18,6 +18,12 @@ const GEMV_SHARED: usize = 100 << 10;
 pub(crate) fn gemv_fits(rows: usize, k: usize, dtype: DType) -> bool {
     let lane = if dtype == DType::F32 { 4 } else { 8 };
     rows <= DECODE_ROWS && k.is_multiple_of(lane) && shared_bytes(1, k, dtype) <= GEMV_SHARED
+}
+
+/// Whether a product goes by the matrix-vector kernel: in decode, and where one row is to go to State (the logits).
+fn by_rows(phase: Phase, x: &View, weight: DType, to_state: bool) -> bool {
+    (phase == Phase::Decode || x.height() == 1 && to_state)
+        && gemv_fits(x.height(), x.width(), weight)
 }
 
 fn shared_bytes(rows: usize, k: usize, dtype: DType) -> usize {
@@ -38,7 +44,9 @@ pub(crate) fn product_shape(
     };
     let dtype = |v: &View| resident_dtype(table[v.buffer].dtype);
     let (xt, wt, ot) = (dtype(x), dtype(weight), dtype(out));
-    if phase == Phase::Decode && gemv_fits(x.height(), x.width(), wt) {
+    // cuBLASLt knows addresses only, and State is where the slot of the replay is.
+    let in_slot = |v: &View| matches!(table[v.buffer].role, Role::State { .. });
+    if by_rows(phase, x, wt, in_slot(out)) || in_slot(x) || in_slot(out) {
         return None;
     }
     let sixteen =
@@ -116,7 +124,8 @@ impl Launcher<'_> {
         add: bool,
     ) -> Result<(), BackendError> {
         let dtype = self.resident.layout.place(weight.buffer).dtype;
-        if self.phase == Phase::Decode && gemv_fits(x.height(), x.width(), dtype) {
+        let to_state = matches!(self.resident.model.buffer(out.buffer).role, Role::State { .. });
+        if by_rows(self.phase, x, dtype, to_state) {
             return self.gemv(&self.single(x, weight, bias, out, add));
         }
         if let Some(product) = self.products.and_then(|p| p.find(self.plan, index)) {
@@ -234,7 +243,17 @@ impl Launcher<'_> {
         let normed = gemv.norm_weight != 0;
         let aligned = |at: u64| at.is_multiple_of(16);
         let segments = &gemv.segment[..gemv.segments as usize];
+        // A chain asks where the slot is for logits and for the state of convolutions alone.
+        let in_slot = |view: &MatrixView| view.at & IN_SLOT != 0;
+        let elsewhere = |s: &Segment| {
+            (s.mode == Mode::Store as i32 || !in_slot(&s.out))
+                && !in_slot(&s.out2)
+                && !in_slot(&s.out3)
+        };
         ready.rows == 1
+            && !in_slot(&gemv.x)
+            && !in_slot(&gemv.normed)
+            && segments.iter().all(elsewhere)
             && ready.weights_only
             && matches!(dtype, DType::BF16 | DType::F16)
             && before.first().is_none_or(|first| first.dtype == *dtype)

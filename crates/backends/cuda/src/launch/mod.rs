@@ -14,7 +14,7 @@ use ampoule_backend::BackendError;
 use ampoule_plan::{Access, Op, Phase, Plan, Role, View};
 
 use crate::device::CudaOptions;
-use crate::driver::{self, Launch};
+use crate::driver::{self, Launch, Stream};
 use crate::fuse::Step;
 use crate::lt::Products;
 use crate::memory::Resident;
@@ -33,10 +33,9 @@ pub(crate) use args;
 pub(crate) const DECODE_ROWS: usize = 8;
 const BLOCK: u32 = 256;
 
-/// Enqueues the kernels of one plan for one slot.
+/// Enqueues the kernels of one plan, for whatever slot is entered when they run.
 pub(crate) struct Launcher<'a> {
     pub(crate) resident: &'a Resident,
-    slot: usize,
     plan: usize,
     phase: Phase,
     context: usize,
@@ -51,7 +50,6 @@ impl<'a> Launcher<'a> {
     pub(crate) fn plain(resident: &'a Resident) -> Self {
         Self {
             resident,
-            slot: 0,
             plan: 0,
             phase: Phase::Reset,
             context: 0,
@@ -64,7 +62,6 @@ impl<'a> Launcher<'a> {
     /// For a plan's steps.
     pub(crate) fn new(
         resident: &'a Resident,
-        slot: usize,
         plan: usize,
         options: CudaOptions,
         products: &'a Products,
@@ -72,7 +69,6 @@ impl<'a> Launcher<'a> {
         let key = resident.model.model().plans[plan].key;
         Self {
             resident,
-            slot,
             plan,
             phase: key.phase,
             context: key.context,
@@ -156,9 +152,21 @@ impl<'a> Launcher<'a> {
         }
     }
 
-    /// Enqueues a kernel with arguments of its parameters' types.
+    /// Enqueues a kernel with arguments of its parameters' types. Kernels of plans have one more parameter, which they all get
+    /// here: where to read the place of the slot. The driver takes as many as a kernel has.
     pub(crate) fn go(
         &self,
+        name: &str,
+        how: Launch,
+        arguments: &mut [*mut c_void],
+    ) -> Result<(), BackendError> {
+        self.go_on(&self.resident.stream, name, how, arguments)
+    }
+
+    /// The same on another stream.
+    pub(crate) fn go_on(
+        &self,
+        stream: &Stream,
         name: &str,
         how: Launch,
         arguments: &mut [*mut c_void],
@@ -170,10 +178,13 @@ impl<'a> Launcher<'a> {
                 how.shared, kernel.shared_limit
             )));
         }
+        let home = self.resident.home();
+        let mut arguments = arguments.to_vec();
+        arguments.push((&raw const home).cast_mut().cast());
         // SAFETY: the callers in this module pass each kernel's parameters in order, as its source declares them; all
         // addresses come from the resident arenas, which the captured graph keeps alive, and the plan's check holds
         // every view inside its buffer.
-        unsafe { driver::launch(&self.resident.stream, kernel.function, name, how, arguments) }
+        unsafe { driver::launch(stream, kernel.function, name, how, &mut arguments) }
     }
 
     /// A launch that may begin early, where the device can.
@@ -204,15 +215,15 @@ impl<'a> Launcher<'a> {
     }
 
     fn matrix(&self, view: &View) -> MatrixView {
-        self.resident.matrix(view, self.slot)
+        self.resident.matrix(view)
     }
 
     fn words(&self, view: &View) -> WordView {
-        self.resident.words(view, self.slot)
+        self.resident.words(view)
     }
 
     fn address(&self, view: &View) -> u64 {
-        self.resident.view_address(view, self.slot)
+        self.resident.view_address(view)
     }
 
     fn optional(&self, view: Option<&View>) -> u64 {
