@@ -45,6 +45,8 @@ pub struct DecodeTimes {
     pub steps: Vec<StepTime>,
     /// Milliseconds of the whole step.
     pub step_ms: f64,
+    /// Milliseconds a step where so many of them are one launch.
+    pub together: Vec<(usize, f64)>,
 }
 
 impl FromStr for Device {
@@ -270,6 +272,11 @@ impl Ampoule {
             backend.load(Arc::clone(&built.sealed), &built.weights, load, &mut |_, _| {})?;
         let slot = program.create_slot()?;
         let steps = program.time_steps(slot, plan, position as u32)?;
+        let mut together = Vec::new();
+        for replays in [1, 2, 4, 8] {
+            let each = program.time_together(slot, plan, position as u32, replays)?;
+            together.push((replays, each));
+        }
         let mut times = Vec::new();
         for _ in 0..9 {
             // Four in a row: the launch of one hides behind the one before.
@@ -282,7 +289,8 @@ impl Ampoule {
             times.push(begun.elapsed().as_secs_f64() * 1e3 / 4.0);
         }
         times.sort_by(f64::total_cmp);
-        Ok(DecodeTimes { sealed: built.sealed, plan, steps, step_ms: times[times.len() / 2] })
+        let step_ms = times[times.len() / 2];
+        Ok(DecodeTimes { sealed: built.sealed, plan, steps, step_ms, together })
     }
 
     /// Why [`Device::Auto`] took the CPU and not a GPU; `None` where it took a GPU, or another device was asked for.

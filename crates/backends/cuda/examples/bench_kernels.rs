@@ -131,20 +131,22 @@ fn gemv(backend: &CudaBackend, label: &str) -> Result<(), Failure> {
         (4096, 12_288),
         (248_320, 4096),
     ] {
-        let bytes = n * k * 2;
-        let count = (3_usize << 30).div_ceil(bytes).clamp(2, 64);
-        let mut b = Bench::new(1);
-        let x = b.add(Role::Input, DType::BF16, &[1, k]);
-        let out = b.add(Role::Output, DType::BF16, &[1, n]);
-        for _ in 0..count {
-            let weight = b.add(Role::Weight, DType::BF16, &[n, k]);
-            b.ops.push(Linear { x: x.clone(), weight, bias: None, out: out.clone() }.into());
+        for rows in [1, 2, 4, 8] {
+            let bytes = n * k * 2;
+            let count = (3_usize << 30).div_ceil(bytes).clamp(2, 64);
+            let mut b = Bench::new(1);
+            let x = b.add(Role::Input, DType::BF16, &[rows, k]);
+            let out = b.add(Role::Output, DType::BF16, &[rows, n]);
+            for _ in 0..count {
+                let weight = b.add(Role::Weight, DType::BF16, &[n, k]);
+                b.ops.push(Linear { x: x.clone(), weight, bias: None, out: out.clone() }.into());
+            }
+            let (mut program, slot) = b.load(backend, 0)?;
+            let us = time(program.as_mut(), 4, |p| p.run(slot, 1))? / count as f64;
+            say(
+                &json!({"bench": "gemv", "options": label, "rows": rows, "n": n, "k": k, "us": us, "TB/s": bytes as f64 / us / 1e6}),
+            );
         }
-        let (mut program, slot) = b.load(backend, 0)?;
-        let us = time(program.as_mut(), 4, |p| p.run(slot, 1))? / count as f64;
-        say(
-            &json!({"bench": "gemv", "options": label, "n": n, "k": k, "us": us, "TB/s": bytes as f64 / us / 1e6}),
-        );
     }
     Ok(())
 }

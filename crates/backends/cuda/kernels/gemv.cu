@@ -7,6 +7,9 @@
 // in flight while it multiplies the four before. Lane l sums the elements l*E..l*E+E of every chunk of 32*E in rising
 // order, then a butterfly: the order depends on K alone, so neither M, nor fusion, nor the grid changes a bit.
 // Structures and epilogues: products.cuh.
+//
+// x lies in shared memory as float32, or, with several rows of 16-bit x, as it came: eight float32 rows would take 16 bytes of
+// shared memory for each of weights, more than a multiprocessor reads while memory brings those, and twice the room.
 
 #define UNROLL 4
 
@@ -37,6 +40,16 @@ __device__ __forceinline__ uint4 stream_load(const void* p) {
     return v;
 }
 
+// Elements c..c+4 of row m of x, to shared memory; X: as type X.
+template <int E, int X> __device__ __forceinline__ void keep(void* xs, int m, int padded, int c, float4 q) {
+    if (X == F32) {
+        *(float4*)((float*)xs + m * padded + place<E>(c)) = q;
+    } else {
+        const View packed = {xs, padded, X, 1};
+        store4(packed, m, c, padded, q);
+    }
+}
+
 // Four columns of an aligned row.
 template <int T> __device__ __forceinline__ float4 quad(const void* row, int c) {
     if (T == F32) return *(const float4*)((const float*)row + c);
@@ -49,8 +62,8 @@ template <int T> __device__ __forceinline__ float4 quad(const void* row, int c) 
 }
 
 // Row m of x, normed if the plan says so, to shared memory. T: type of x, whose rows are aligned.
-template <int T, int E>
-__device__ __forceinline__ void stage(const Gemv& g, const u64* home, int m, int padded, float* xs, float* part) {
+template <int T, int E, int X>
+__device__ __forceinline__ void stage(const Gemv& g, const u64* home, int m, int padded, void* xs, float* part) {
     const View x = placed(g.x, *home);
     const u8* row = (const u8*)x.p + (i64)m * x.ld * (T == F32 ? 4 : 2);
     const bool once = g.k <= HELD * BLOCK * 4;
@@ -104,13 +117,13 @@ __device__ __forceinline__ void stage(const Gemv& g, const u64* home, int m, int
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
             const int c = base + i * BLOCK * 4;
-            if (c < padded) *(float4*)(xs + m * padded + place<E>(c)) = q[i];
+            if (c < padded) keep<E, X>(xs, m, padded, c, q[i]);
         }
     }
 }
 // The same for rows that are not aligned.
-template <int E>
-__device__ __forceinline__ void stage_any(const Gemv& g, const u64* home, int m, int padded, float* xs, float* part) {
+template <int E, int X>
+__device__ __forceinline__ void stage_any(const Gemv& g, const u64* home, int m, int padded, void* xs, float* part) {
     const View x = placed(g.x, *home);
     float scale = 1.f;
     if (g.norm_weight) scale = rms_scale(block_squares(x, m, 0, g.k, part), g.k, g.eps);
@@ -124,17 +137,17 @@ __device__ __forceinline__ void stage_any(const Gemv& g, const u64* home, int m,
             q.w = c + 3 < g.k ? rounded(q.w * scale * (g.norm_weight[c + 3] + base), g.normed.dtype) : 0.f;
             if (blockIdx.x == 0) store4(placed(g.normed, *home), m, c, g.k, q);
         }
-        *(float4*)(xs + m * padded + place<E>(c)) = q;
+        keep<E, X>(xs, m, padded, c, q);
     }
 }
 
-template <int W, int M>
+template <int W, int M, int X>
 __device__ __forceinline__ void gemv_body(const Gemv& g, const u64* home) {
     const int E = Weights<W>::E;
     const int CHUNK = 32 * E, STEP = CHUNK * UNROLL;
     typedef typename Weights<W>::T T;
     extern __shared__ float4 shared[];
-    float* xs = (float*)shared;
+    void* xs = shared;
     __shared__ float part[M][8];
     const int lane = threadIdx.x & 31;
     const int padded = (g.k + CHUNK - 1) / CHUNK * CHUNK;
@@ -173,10 +186,10 @@ __device__ __forceinline__ void gemv_body(const Gemv& g, const u64* home) {
     const bool aligned = g.x.vec && ((u64)g.norm_weight & 15) == 0 && (g.k & 3) == 0;
 #pragma unroll 1  // for the compiler's sake: with 8 rows it takes a minute otherwise
     for (int m = 0; m < M; ++m) {
-        if (!aligned) stage_any<E>(g, home, m, padded, xs, part[m]);
-        else if (g.x.dtype == F32) stage<F32, E>(g, home, m, padded, xs, part[m]);
-        else if (g.x.dtype == BF16) stage<BF16, E>(g, home, m, padded, xs, part[m]);
-        else stage<F16, E>(g, home, m, padded, xs, part[m]);
+        if (!aligned) stage_any<E, X>(g, home, m, padded, xs, part[m]);
+        else if (g.x.dtype == F32) stage<F32, E, X>(g, home, m, padded, xs, part[m]);
+        else if (g.x.dtype == BF16) stage<BF16, E, X>(g, home, m, padded, xs, part[m]);
+        else stage<F16, E, X>(g, home, m, padded, xs, part[m]);
     }
     __syncthreads();
 
@@ -221,14 +234,21 @@ __device__ __forceinline__ void gemv_body(const Gemv& g, const u64* home) {
                         unpack<W>(now[j], w);
 #pragma unroll
                         for (int m = 0; m < M; ++m) {
-                            const float* xm = xs + m * padded + chunk + lane * 4;
+                            if (X == F32) {
+                                const float* xm = (const float*)xs + m * padded + chunk + lane * 4;
 #pragma unroll
-                            for (int q = 0; q < E / 4; ++q) {
-                                const float4 four = *(const float4*)(xm + q * 128);
-                                acc[m] = fmaf(w[4 * q], four.x, acc[m]);
-                                acc[m] = fmaf(w[4 * q + 1], four.y, acc[m]);
-                                acc[m] = fmaf(w[4 * q + 2], four.z, acc[m]);
-                                acc[m] = fmaf(w[4 * q + 3], four.w, acc[m]);
+                                for (int q = 0; q < E / 4; ++q) {
+                                    const float4 four = *(const float4*)(xm + q * 128);
+                                    acc[m] = fmaf(w[4 * q], four.x, acc[m]);
+                                    acc[m] = fmaf(w[4 * q + 1], four.y, acc[m]);
+                                    acc[m] = fmaf(w[4 * q + 2], four.z, acc[m]);
+                                    acc[m] = fmaf(w[4 * q + 3], four.w, acc[m]);
+                                }
+                            } else {
+                                float eight[8];
+                                unpack<X>(*(const uint4*)((const u16*)xs + m * padded + chunk + lane * 8), eight);
+#pragma unroll
+                                for (int i = 0; i < E; ++i) acc[m] = fmaf(w[i], eight[i], acc[m]);
                             }
                         }
                     }
@@ -249,19 +269,25 @@ __device__ __forceinline__ void gemv_body(const Gemv& g, const u64* home) {
     }
 }
 
-#define GEMV(name, W, M, PER_SM)                                                                  \
+#define GEMV(name, W, M, X, PER_SM)                                                                                        \
     extern "C" __global__ void __launch_bounds__(BLOCK, PER_SM) name(const __grid_constant__ Gemv g, const u64* home) { \
-        gemv_body<W, M>(g, home);                                                              \
+        gemv_body<W, M, X>(g, home);                                                                                    \
     }
-GEMV(gemv_f32_1, F32, 1, 4)
-GEMV(gemv_f32_2, F32, 2, 2)
-GEMV(gemv_f32_4, F32, 4, 2)
-GEMV(gemv_f32_8, F32, 8, 1)
-GEMV(gemv_bf16_1, BF16, 1, 4)
-GEMV(gemv_bf16_2, BF16, 2, 2)
-GEMV(gemv_bf16_4, BF16, 4, 2)
-GEMV(gemv_bf16_8, BF16, 8, 1)
-GEMV(gemv_f16_1, F16, 1, 4)
-GEMV(gemv_f16_2, F16, 2, 2)
-GEMV(gemv_f16_4, F16, 4, 2)
-GEMV(gemv_f16_8, F16, 8, 1)
+GEMV(gemv_f32_1, F32, 1, F32, 4)
+GEMV(gemv_f32_2, F32, 2, F32, 2)
+GEMV(gemv_f32_4, F32, 4, F32, 2)
+GEMV(gemv_f32_8, F32, 8, F32, 1)
+GEMV(gemv_bf16_1, BF16, 1, F32, 4)
+GEMV(gemv_bf16_2, BF16, 2, F32, 2)
+GEMV(gemv_bf16_4, BF16, 4, F32, 2)
+GEMV(gemv_bf16_8, BF16, 8, F32, 1)
+GEMV(gemv_f16_1, F16, 1, F32, 4)
+GEMV(gemv_f16_2, F16, 2, F32, 2)
+GEMV(gemv_f16_4, F16, 4, F32, 2)
+GEMV(gemv_f16_8, F16, 8, F32, 1)
+GEMV(gemv_bf16_packed_2, BF16, 2, BF16, 2)
+GEMV(gemv_bf16_packed_4, BF16, 4, BF16, 2)
+GEMV(gemv_bf16_packed_8, BF16, 8, BF16, 2)
+GEMV(gemv_f16_packed_2, F16, 2, F16, 2)
+GEMV(gemv_f16_packed_4, F16, 4, F16, 2)
+GEMV(gemv_f16_packed_8, F16, 8, F16, 2)

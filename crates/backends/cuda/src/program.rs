@@ -35,6 +35,11 @@ const POISON: u32 = 0x7FC0_7FC0;
 /// How long a token may take before the device is taken for hung.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Bytes of rows from which on they are copied beside replays: less takes no longer than getting it started there.
+const ASIDE: usize = 16 << 20;
+/// Replays in a row by which [`Program::time_together`] measures.
+const TOGETHER: usize = 16;
+
 /// What a graph keeps alive.
 struct Owned {
     #[allow(dead_code)]
@@ -250,8 +255,8 @@ impl CudaProgram {
     /// Lets what is enqueued from now on wait for copies of the slot's rows that still run beside it.
     fn settle(&mut self, slot: usize) -> Result<(), BackendError> {
         match self.slots[slot].copied.take() {
-            Some(copied) => self.resident.stream.wait(&copied),
-            None => Ok(()),
+            Some(copied) if !copied.done()? => self.resident.stream.wait(&copied),
+            _ => Ok(()),
         }
     }
 
@@ -265,13 +270,14 @@ impl CudaProgram {
         Ok(())
     }
 
-    /// Milliseconds of these launches of a plan, one after another: the median of nine replays.
+    /// Milliseconds of these launches of a plan as one graph, `times` of which run in a row: the median of nine.
     fn time_alike(
         &mut self,
         slot: usize,
         plan: usize,
         position: u32,
         launches: &[Range<usize>],
+        times: usize,
     ) -> Result<f64, BackendError> {
         let model = Arc::clone(self.model());
         self.settle(slot)?;
@@ -293,7 +299,7 @@ impl CudaProgram {
             .map(|(id, b)| (self.resident.address(id, slot), b.bytes() / 4))
             .collect();
         let context = &self.resident.device.context;
-        let mut times = Vec::new();
+        let mut taken = Vec::new();
         for round in 0..11 {
             for &(at, words) in &cursors {
                 // SAFETY: the whole buffer.
@@ -301,21 +307,23 @@ impl CudaProgram {
             }
             let (start, end) = (Event::new(context, true)?, Event::new(context, true)?);
             start.record(&self.resident.stream)?;
-            self.launch_in_turn(&graph, launches.iter().any(|l| l.len() > 1))?;
+            for _ in 0..times {
+                self.launch_in_turn(&graph, launches.iter().any(|l| l.len() > 1))?;
+            }
             end.record(&self.resident.stream)?;
             end.synchronize()?;
             if round > 1 {
-                times.push(f64::from(end.milliseconds_since(&start)?));
+                taken.push(f64::from(end.milliseconds_since(&start)?));
             }
         }
         // The device counts its samples, and tokens are known by their number.
         let ops = &model.model().plans[plan].ops;
         let sampling = |step: &&Step| step.ops().iter().any(|&o| matches!(ops[o], Op::Sample(_)));
         let steps = launches.iter().flat_map(|l| &self.facts[plan].steps[l.clone()]);
-        self.sampled += 11 * steps.filter(sampling).count() as u64;
+        self.sampled += (11 * times * steps.filter(sampling).count()) as u64;
         self.mirrored.clear();
-        times.sort_by(f64::total_cmp);
-        Ok(times[times.len() / 2])
+        taken.sort_by(f64::total_cmp);
+        Ok(taken[taken.len() / 2])
     }
 
     /// Launches a graph; one with chains after those of other programs on the GPU.
@@ -560,6 +568,9 @@ impl Program for CudaProgram {
         let table = &self.resident.model.model().buffers;
         let mut reserved = Vec::with_capacity(parts.len());
         let (mut now, mut beside) = (Vec::new(), Vec::new());
+        let settled = parts.iter().filter(|part| part.settled).flat_map(|part| part.regions);
+        let many = settled.map(|region| region.bytes(table)).sum::<usize>() >= ASIDE
+            && self.options.beside > 0;
         for Part { regions, settled } in parts {
             let sources = self.region_addresses(index, regions);
             let frozen = match self.store.reserve(regions, &sources) {
@@ -568,8 +579,7 @@ impl Program for CudaProgram {
                 Err(BackendError::CapsuleBudget { .. }) => return Err(refused),
                 Err(error) => return Err(error),
             };
-            let transfers =
-                if *settled && self.options.beside > 0 { &mut beside } else { &mut now };
+            let transfers = if *settled && many { &mut beside } else { &mut now };
             transfers.extend(regions.iter().zip(sources).enumerate().map(|(i, (r, from))| {
                 Transfer { from, to: frozen.address(i), bytes: r.bytes(table) }
             }));
@@ -761,13 +771,35 @@ impl Program for CudaProgram {
                 (0..kinds.len()).filter(|&i| kinds[i] == kinds[first]).collect();
             if alike[0] == first {
                 let ranges: Vec<_> = alike.iter().map(|&i| launches[i].clone()).collect();
-                let total = self.time_alike(index, plan, position, &ranges)?;
+                let total = self.time_alike(index, plan, position, &ranges, 1)?;
                 for &i in &alike {
                     times[i].milliseconds = total / alike.len() as f64;
                 }
             }
         }
         Ok(times)
+    }
+
+    fn time_together(
+        &mut self,
+        slot: SlotId,
+        plan: usize,
+        position: u32,
+        replays: usize,
+    ) -> Result<f64, BackendError> {
+        let index = self.slot(slot)?;
+        let model = Arc::clone(self.model());
+        let plans = self.facts.len();
+        let Some(of_plan) = model.model().plans.get(plan) else {
+            return Err(BackendError::NoSuchPlan { plan, plans });
+        };
+        let launcher = Launcher::new(&self.resident, plan, self.options, &self.products);
+        let once = launcher.launches(of_plan, &self.facts[plan].steps);
+        let replays = replays.max(1);
+        let times = TOGETHER.div_ceil(replays);
+        let all: Vec<_> = std::iter::repeat_n(once, replays).flatten().collect();
+        let total = self.time_alike(index, plan, position, &all, times)?;
+        Ok(total / (times * replays) as f64)
     }
 }
 

@@ -13,7 +13,10 @@ use ampoule_cuda::bench::DriverCalls;
 use ampoule_cuda::{CudaBackend, CudaOptions, bench};
 use ampoule_models::decoder::{BuildOptions, Precision};
 use ampoule_models::model::{BuiltModel, ModelFiles};
-use ampoule_plan::{BufferId, BufferTable, DType, Phase};
+use ampoule_plan::{
+    Buffer, BufferId, BufferTable, DType, Linear, Model, Op, Phase, Plan, RandomFill, Role,
+    ShapeKey, View, WeightError, WeightSource,
+};
 use ampoule_reference::ReferenceBackend;
 
 const VOCABULARY: usize = 512;
@@ -267,6 +270,78 @@ fn chains_of_large_shapes_change_no_bit() {
 
 fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// Random weights for every buffer.
+struct Random;
+
+impl WeightSource for Random {
+    fn random(&self, buffer: BufferId) -> Option<RandomFill> {
+        Some(RandomFill { seed: u64::from(buffer.0), centre: 0.0, half_width: 0.1 })
+    }
+
+    fn read(&self, _: BufferId, _: usize, into: &mut [u8]) -> Result<(), WeightError> {
+        into.fill(0);
+        Ok(())
+    }
+}
+
+/// Up to eight rows go through a matrix-vector product together; each must get the bits that it gets alone.
+#[test]
+fn a_row_of_a_product_has_the_bits_it_has_alone() {
+    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let (bf16, f16, f32) = (DType::BF16, DType::F16, DType::F32);
+    for (weights, operand) in [(bf16, bf16), (f16, f16), (bf16, f32), (f32, f32), (f16, bf16)] {
+        for (n, k) in [(700, 264), (512, 4096), (130, 12_288)] {
+            for rows in [2, 3, 5, 7, 8] {
+                let mut table = BufferTable::default();
+                let mut add = |name: &str, role, dtype, shape: &[usize]| {
+                    let (name, shape) = (name.to_owned(), shape.to_vec());
+                    let id = table.add(Buffer { name, role, dtype, shape }).unwrap();
+                    table.view(id)
+                };
+                let x = add("x", Role::Input, operand, &[rows, k]);
+                let weight = add("weight", Role::Weight, weights, &[n, k]);
+                let together = add("together", Role::Output, f32, &[rows, n]);
+                let alone = add("alone", Role::Output, f32, &[rows, n]);
+                let row = |view: &View, r: usize| View { rows: r..r + 1, ..view.clone() };
+                let linear = |x: View, out: View| -> Op {
+                    Linear { x, weight: weight.clone(), bias: None, out }.into()
+                };
+                let mut ops = vec![linear(x.clone(), together.clone())];
+                ops.extend((0..rows).map(|r| linear(row(&x, r), row(&alone, r))));
+                let key = |phase| ShapeKey { phase, tokens: 1, slots: 1, context: 1 };
+                let plans = vec![
+                    Plan { key: key(Phase::Reset), count: None, ops: Vec::new() },
+                    Plan { key: key(Phase::Decode), count: None, ops },
+                ];
+                let model = Model { name: "rows".to_owned(), buffers: table, plans };
+                let sealed = Arc::new(model.seal().unwrap());
+                let load = LoadOptions { slots: 1, capsule_bytes: 0 };
+                let mut program = backend.load(sealed, &Random, load, &mut |_, _| {}).unwrap();
+                let slot = program.create_slot().unwrap();
+                let fill = RandomFill { seed: 77, centre: 0.0, half_width: 2.0 };
+                let value = |i: usize| fill.value(i as u64).to_bits();
+                let bytes: Vec<u8> = match operand {
+                    DType::F32 => (0..rows * k).flat_map(|i| value(i).to_le_bytes()).collect(),
+                    // The upper half of a float is a bf16, and some half-precision number, too.
+                    _ => (0..rows * k)
+                        .flat_map(|i| ((value(i) >> 16) as u16).to_le_bytes())
+                        .collect(),
+                };
+                program.write_input(x.buffer, &bytes).unwrap();
+                program.run(slot, 1).unwrap();
+                let mut read = |view: &View| {
+                    let mut bytes = vec![0; rows * n * 4];
+                    program.read_output(view.buffer, 0, &mut bytes).unwrap();
+                    bytes
+                };
+                let (together, alone) = (read(&together), read(&alone));
+                assert!(together == alone, "{weights} x {operand}, {rows} rows, {n} x {k}");
+                assert!(together.iter().any(|b| *b != 0));
+            }
+        }
+    }
 }
 
 #[test]

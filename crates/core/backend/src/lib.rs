@@ -261,6 +261,26 @@ pub trait Program: Send {
             problem: "does not time its steps".to_owned(),
         })
     }
+
+    /// Milliseconds of a replay of a plan from a position on, where so many are one launch and launches follow each other
+    /// without a pause: what more than one a launch gains. Overwrites the slot's State.
+    ///
+    /// # Errors
+    /// As [`time_steps`](Self::time_steps).
+    fn time_together(
+        &mut self,
+        slot: SlotId,
+        plan: usize,
+        position: u32,
+        replays: usize,
+    ) -> Result<f64, BackendError> {
+        let _ = (slot, plan, position, replays);
+        Err(BackendError::Unsupported {
+            backend: "this backend",
+            op: "step",
+            problem: "does not launch several replays at once".to_owned(),
+        })
+    }
 }
 
 /// A launch that stands for some ops of a plan, and its time; see [`Program::time_steps`].

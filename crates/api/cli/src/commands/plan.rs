@@ -9,6 +9,7 @@ use anyhow::Context;
 use serde::Serialize;
 
 use crate::args::{GlobalArgs, PlanArgs};
+use crate::bench::command_line;
 use crate::hardware::Bandwidth;
 use crate::output::{self, Progress, Table, figure};
 
@@ -180,6 +181,10 @@ struct GpuRoofline {
     sum: Launches,
     /// The step as one graph.
     step_ms: f64,
+    /// Steps in one launch, and milliseconds of each of them.
+    together: Vec<(usize, f64)>,
+    /// That made this.
+    command: String,
 }
 
 /// The decode step on a GPU: bytes, floor, measured, by kind of launch.
@@ -233,6 +238,8 @@ fn gpu_roofline(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
         launches: kinds,
         sum,
         step_ms: times.step_ms,
+        together: times.together,
+        command: command_line(),
     };
     if args.json {
         return output::json(&report);
@@ -260,7 +267,10 @@ fn gpu_roofline(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {
         "the whole step as one graph: {} ms, {} of its floor",
         figure(report.step_ms),
         figure(report.step_ms / report.sum.floor_ms)
-    ))
+    ))?;
+    let each = |(steps, ms): &(usize, f64)| format!("{steps}: {} ms", figure(*ms));
+    let each: Vec<String> = report.together.iter().map(each).collect();
+    output::line(format!("steps in one launch, and each of them: {}", each.join(", ")))
 }
 
 pub(crate) fn roofline(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> {

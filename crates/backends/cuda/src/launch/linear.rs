@@ -13,11 +13,15 @@ use crate::memory::{CHAIN_TURN, IN_SLOT, resident_dtype};
 
 /// Shared memory for x that leaves room for two blocks on a multiprocessor.
 const GEMV_SHARED: usize = 100 << 10;
+/// What its kernels have of shared memory besides x, at most.
+const GEMV_STATIC: usize = 1 << 10;
+/// Blocks of a multiprocessor that rows of more than one token leave room for: the launch bounds of `gemv.cu`.
+const GEMV_RESIDENT: u32 = 2;
 
 /// Whether the matrix-vector kernel can take rows of this width with weights of this type.
 pub(crate) fn gemv_fits(rows: usize, k: usize, dtype: DType) -> bool {
     let lane = if dtype == DType::F32 { 4 } else { 8 };
-    rows <= DECODE_ROWS && k.is_multiple_of(lane) && shared_bytes(1, k, dtype) <= GEMV_SHARED
+    rows <= DECODE_ROWS && k.is_multiple_of(lane) && shared_bytes(1, k, dtype, 4) <= GEMV_SHARED
 }
 
 /// Whether a product goes by the matrix-vector kernel: in decode, and where one row is to go to State (the logits).
@@ -26,9 +30,10 @@ fn by_rows(phase: Phase, x: &View, weight: DType, to_state: bool) -> bool {
         && gemv_fits(x.height(), x.width(), weight)
 }
 
-fn shared_bytes(rows: usize, k: usize, dtype: DType) -> usize {
+/// Of x with elements of so many bytes.
+fn shared_bytes(rows: usize, k: usize, dtype: DType, element: usize) -> usize {
     let chunk = if dtype == DType::F32 { 128 } else { 256 };
-    rows * k.next_multiple_of(chunk) * 4
+    rows * k.next_multiple_of(chunk) * element
 }
 
 /// The product as cuBLASLt would do it, if it can: 16-bit operands of one type.
@@ -401,13 +406,22 @@ impl Launcher<'_> {
         let units = gemv.units;
         let k = gemv.k as usize;
         let limits = &self.resident.device.limits;
-        let most = limits.multiprocessors * self.options.gemv_blocks.max(1);
-        let blocks = (units as u32).div_ceil(BLOCK / 32).clamp(1, most);
+        // What is staged has the weights' type: several rows of it stay as they are.
+        let code = dtype_code(dtype);
+        let staged = if gemv.norm_weight == 0 { gemv.x.dtype } else { gemv.normed.dtype };
+        let packs = code != 0 && staged == code;
+        let element = |m: usize| if packs && m > 1 { 2 } else { 4 };
+        let room = |m: usize| {
+            let alone = limits.shared_per_block as usize - GEMV_STATIC;
+            if packs && m == 8 { alone } else { GEMV_SHARED }
+        };
         let mut done = 0;
         while done < rows {
             let take = [8, 4, 2, 1]
                 .into_iter()
-                .find(|&m| m <= rows - done && (m == 1 || shared_bytes(m, k, dtype) <= GEMV_SHARED))
+                .find(|&m| {
+                    m <= rows - done && (m == 1 || shared_bytes(m, k, dtype, element(m)) <= room(m))
+                })
                 .unwrap_or(1);
             let mut part = gemv;
             let shift = |v: &mut MatrixView| *v = v.at_row(done);
@@ -418,9 +432,18 @@ impl Launcher<'_> {
                 shift(&mut segment.out2);
                 shift(&mut segment.out3);
             }
-            let name = format!("gemv_{}_{take}", dtype_suffix(dtype_code(dtype)));
+            let packed = if element(take) == 2 { "packed_" } else { "" };
+            let name = format!("gemv_{}_{packed}{take}", dtype_suffix(code));
+            let shared = shared_bytes(take, k, dtype, element(take));
+            let resident = match take {
+                1 => self.options.gemv_blocks.max(1),
+                _ if shared > GEMV_SHARED => 1,
+                _ => GEMV_RESIDENT.min(self.options.gemv_blocks.max(1)),
+            };
+            let most = limits.multiprocessors * resident;
+            let blocks = (units as u32).div_ceil(BLOCK / 32).clamp(1, most);
             let mut how = self.early([blocks, 1, 1], BLOCK);
-            how.shared = shared_bytes(take, k, dtype) as u32;
+            how.shared = shared as u32;
             // The kernel reads weights before it waits: only if no op can have written them.
             how.programmatic &= weights_only;
             self.go(&name, how, args![part])?;
