@@ -1,7 +1,7 @@
 #!/bin/sh
 # Measures on a GPU what docs/benchmarks holds of one, from the binaries that scripts/gpu_bundle.sh made. No Rust, no network.
 #
-#     scripts/gpu_record.sh OUT [STEP...]     # steps by name; all of them if none is named
+#     scripts/gpu_record.sh OUT [STEP...]     # OUT below the repository; steps by name, all of them if none is named
 #
 # Writes NAME.json, NAME.svg and logs to OUT and prints a line for each. One GPU with 80 GB; some six minutes on an H100.
 set -u
@@ -9,7 +9,8 @@ out=$1
 shift
 wanted=" $* "
 root=$(cd "$(dirname "$0")/.." && pwd)
-bin=$root/.gpu
+cd "$root" || exit 1
+bin=.gpu
 mkdir -p "$out"
 failed=0
 step() {
@@ -43,11 +44,11 @@ roofline roofline-9b-128 128
 roofline roofline-9b-16k 16384
 AMPOULE_CUDA_FUSION=0 AMPOULE_CUDA_CHAIN=0 roofline roofline-9b-by-op 128
 step kernels env AMPOULE_BENCH_LENGTHS=128,2048,16384 "$bin/bench_kernels" gemv model
-step goldens-qwen35 "$bin/goldens" --backend cuda --folder "$root/conformance/golden/qwen35"
-step goldens-qwen35-bf16 "$bin/goldens" --backend cuda --folder "$root/conformance/golden/qwen35" --precision bf16
-step goldens-nano "$bin/goldens" --backend cuda --folder "$root/conformance/golden/nano"
-step capsules "$bin/conformance" capsules --backend cuda --goldens "$root/conformance/golden/qwen35" --json
-for model in random:qwen3.5-tiny random:qwen3.5-0.8b "$root/assets/ampoule-nano"; do
+step goldens-qwen35 "$bin/goldens" --backend cuda --folder "conformance/golden/qwen35"
+step goldens-qwen35-bf16 "$bin/goldens" --backend cuda --folder "conformance/golden/qwen35" --precision bf16
+step goldens-nano "$bin/goldens" --backend cuda --folder "conformance/golden/nano"
+step capsules "$bin/conformance" capsules --backend cuda --goldens "conformance/golden/qwen35" --json
+for model in random:qwen3.5-tiny random:qwen3.5-0.8b "assets/ampoule-nano"; do
     name=verify-$(basename "$model" | sed 's/.*[-:]//')
     step "$name" "$bin/ampoule" verify --model "$model" --device cuda --trials 200 --poison --max-tokens 3000 --json
 done

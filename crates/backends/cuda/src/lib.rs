@@ -4,12 +4,13 @@
 //! cuBLASLt are found at run time, so one binary runs everywhere. Kernels live in `kernels/*.cu`, are compiled by NVRTC
 //! for the device at hand and cached on disk by content.
 //!
-//! Every plan is captured once per slot when a model is loaded (for slots beyond [`CudaOptions::slots_at_load`] when the
-//! slot is first created). A replay is one graph launch: nothing is allocated, captured or waited for. Kernels read the
-//! position from the cursor on the device. The token drawn by a `sample` op reaches the host through mapped memory while
-//! the rest of the replay still runs.
+//! Every plan is captured once when a model is loaded, for all slots: kernels find State by its offset in the slot whose turn
+//! it is. A replay is one graph launch: nothing is allocated, captured or waited for; eight bytes are copied on the device before
+//! it where another slot's turn begins. Kernels read the position from the cursor on the device. The token drawn by a `sample` op
+//! reaches the host through mapped memory while the rest of the replay still runs.
 //!
-//! Frozen state lives in a reservation made at load; freeze and thaw are one kernel over a table of regions.
+//! Frozen state lives in a reservation made at load; freeze and thaw are one kernel over a table of regions. Many rows of a
+//! snapshot are copied by a second one, beside the replays that follow.
 
 #[doc(hidden)]
 pub mod bench;
