@@ -128,6 +128,61 @@ mod tests {
         assert!(Cache::at(folder.path()).load("a").is_some());
     }
 
+    /// Processes that begin together fill one cache, while entries are damaged under their hands: nobody may ever read anything
+    /// but what belongs to a key.
+    #[test]
+    fn processes_share_a_cache() {
+        const FOLDER: &str = "AMPOULE_TEST_CACHE_FOLDER";
+        let content = |key: u8| vec![key; 100_000 + usize::from(key)];
+        if let Some(folder) = std::env::var_os(FOLDER) {
+            let cache = Cache::at(Path::new(&folder));
+            let mut loaded = 0;
+            for _ in 0..20 {
+                for key in 0..3 {
+                    if let Some(bytes) = cache.load(&key.to_string()) {
+                        assert!(bytes == content(key), "key {key}");
+                        loaded += 1;
+                    }
+                    cache.store(&key.to_string(), &content(key));
+                }
+            }
+            assert!(loaded > 0);
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let child = || {
+            std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "cache::tests::processes_share_a_cache"])
+                .env(FOLDER, folder.path())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap()
+        };
+        let mut children: Vec<_> = (0..3).map(|_| child()).collect();
+        let damaged = folder.path().join("1.cubin");
+        let mut damages = 0;
+        while children.iter_mut().any(|c| c.try_wait().unwrap().is_none()) {
+            if let Ok(mut bytes) = fs::read(&damaged) {
+                let middle = bytes.len() / 2;
+                bytes.truncate(middle + 1);
+                bytes[middle] ^= 1;
+                fs::write(&damaged, &bytes).unwrap();
+                damages += 1;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        for mut child in children {
+            assert!(child.wait().unwrap().success());
+        }
+        assert!(damages > 0);
+        let cache = Cache::at(folder.path());
+        for key in 0..3 {
+            cache.store(&key.to_string(), &content(key));
+            assert!(cache.load(&key.to_string()) == Some(content(key)));
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3, "temporary files are left");
+    }
+
     #[test]
     fn a_folder_that_cannot_be_written_is_no_error() {
         let folder = tempfile::tempdir().unwrap();

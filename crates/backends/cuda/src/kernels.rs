@@ -255,4 +255,41 @@ mod tests {
             }
         }
     }
+
+    /// Every kernel that a source defines, by itself or by a macro, can be found by its name.
+    #[test]
+    fn every_kernel_of_a_source_is_named() {
+        for (source, names) in NAMES {
+            let (_, text) = compile::SOURCES.iter().find(|(n, _)| n == source).unwrap();
+            let text = text.replace('\\', " ");
+            let mut defined = Vec::new();
+            for definition in text.split("extern \"C\" __global__ void").skip(1) {
+                // After its attributes, whose parentheses may hold others.
+                let mut rest = definition.trim_start();
+                while rest.starts_with("__") {
+                    let mut depth = 0;
+                    let end = rest.find(|c: char| {
+                        depth += i32::from(c == '(') - i32::from(c == ')');
+                        c == ')' && depth == 0
+                    });
+                    rest = rest[end.unwrap() + 1..].trim_start();
+                }
+                defined.push(rest.split('(').next().unwrap().trim());
+            }
+            let macros = text.lines().filter_map(|line| line.strip_prefix("#define "));
+            let macros: Vec<&str> =
+                macros.filter_map(|m| m.split_once("(name")).map(|m| m.0).collect();
+            for line in text.lines() {
+                let Some((called, rest)) = line.split_once('(') else { continue };
+                if macros.contains(&called) {
+                    defined.push(rest.split(',').next().unwrap());
+                }
+            }
+            defined.retain(|name| *name != "name");
+            assert!(!defined.is_empty(), "{source}");
+            for name in defined {
+                assert!(names.contains(&name), "'{name}' of {source}.cu is not named");
+            }
+        }
+    }
 }
