@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ampoule_backend::BackendError;
 use cudarc::driver::sys::{self, CUdeviceptr, CUfunction, CUresult, CUstream};
 
-/// How often this process has asked the driver for what costs time, counted where it is called: whatever a program says of
-/// itself, this is what it did.
+/// How often the backend has asked the driver for what costs time in this process, counted where it is called: whatever a program
+/// says of itself, this is what it did. What libraries launch is not in it; in a replay there is nothing but a graph.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DriverCalls {
     /// Graphs launched.

@@ -204,9 +204,10 @@ impl Drop for CudaFrozen {
         // Copies from and to the range that are still pending come before whatever fills it next: that is enqueued on the
         // program's stream, which waits for the copy that fills the range now, or on the stream of copies, which waits for the
         // program's. Reads hold a reference until they are done.
-        let _ = self.settle();
+        let ordered = self.settle().or_else(|_| self.store.copies.synchronize());
         let mut ranges = lock(&self.store.ranges);
-        if let Some(at) = self.at {
+        // Where neither can be had the device may still write: nobody gets the range again.
+        if let (Some(at), Ok(())) = (self.at, ordered) {
             ranges.pool.release(at, self.length);
         }
         ranges.used -= self.bytes;

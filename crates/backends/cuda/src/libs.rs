@@ -31,7 +31,8 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuMemcpyDtoHAsync_v2",
     "cuMemcpyDtoDAsync_v2",
     "cuMemsetD32Async",
-    "cuStreamCreate",
+    "cuCtxGetStreamPriorityRange",
+    "cuStreamCreateWithPriority",
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
     "cuStreamQuery",
@@ -41,6 +42,7 @@ const DRIVER_SYMBOLS: &[&str] = &[
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventRecord",
+    "cuEventQuery",
     "cuEventSynchronize",
     "cuEventElapsedTime_v2",
     "cuModuleLoadData",
@@ -255,6 +257,31 @@ fn python_packages(path: &[PathBuf]) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What is missing is told in a sentence only if it is looked for.
+    #[test]
+    fn every_driver_call_is_looked_for() {
+        let sources = [
+            include_str!("driver.rs"),
+            include_str!("capture.rs"),
+            include_str!("device.rs"),
+            include_str!("kernels.rs"),
+            include_str!("bench.rs"),
+        ];
+        // Asked for by name only, where a profiler is attached.
+        let optional = ["cuProfilerStart", "cuProfilerStop"];
+        let mut seen = 0;
+        for call in sources.iter().flat_map(|source| source.split("sys::").skip(1)) {
+            let name = call.split(|c: char| !c.is_alphanumeric() && c != '_').next().unwrap_or("");
+            let called = call[name.len()..].starts_with('(');
+            let of_driver = name.starts_with("cu") && name[2..].starts_with(char::is_uppercase);
+            if called && of_driver && !optional.contains(&name) {
+                assert!(DRIVER_SYMBOLS.contains(&name), "'{name}' is not looked for");
+                seen += 1;
+            }
+        }
+        assert!(seen > 30, "{seen}");
+    }
 
     #[test]
     fn python_packages_are_searched_after_named_folders() {

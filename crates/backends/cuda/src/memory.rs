@@ -128,7 +128,7 @@ pub(crate) const DELTA_HEADS: usize = 1024;
 pub(crate) const CHAIN_TURN: usize = DELTA_DONE + 4 * DELTA_HEADS;
 /// Bytes of all; zero at load.
 const SAMPLE_WORK_BYTES: usize = CHAIN_TURN + 128;
-/// What kernels take for an address in a slot has this bit, and the offset in the slot: `at` in `common.cuh`.
+/// What kernels take for an address in a slot has this bit, and the offset in the slot: `placed` in `common.cuh`.
 pub(crate) const IN_SLOT: u64 = 1 << 63;
 /// Entries of the ring of mirrored tokens: `MIRRORS` in `sample.cu`.
 pub(crate) const MIRRORS: usize = 64;
@@ -240,9 +240,7 @@ impl Resident {
             Arena::Weights => self.weights.at(),
             Arena::Transient => self.transient.at(),
             // One slot is always in the same place.
-            Arena::Slot if self.slots.len() == 1 && std::env::var("X_TAG").is_err() => {
-                self.slots[0].at()
-            }
+            Arena::Slot if self.slots.len() == 1 => self.slots[0].at(),
             Arena::Slot => IN_SLOT,
         };
         arena + place.offset as u64 + bytes_of(place.dtype, first) as u64

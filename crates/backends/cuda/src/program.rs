@@ -254,10 +254,13 @@ impl CudaProgram {
 
     /// Lets what is enqueued from now on wait for copies of the slot's rows that still run beside it.
     fn settle(&mut self, slot: usize) -> Result<(), BackendError> {
-        match self.slots[slot].copied.take() {
-            Some(copied) if !copied.done()? => self.resident.stream.wait(&copied),
-            _ => Ok(()),
+        if let Some(copied) = &self.slots[slot].copied
+            && !copied.done()?
+        {
+            self.resident.stream.wait(copied)?;
         }
+        self.slots[slot].copied = None;
+        Ok(())
     }
 
     /// Replays enqueued from now on run on this slot.
@@ -585,18 +588,27 @@ impl Program for CudaProgram {
             }));
             reserved.push(frozen);
         }
-        copy(&self.resident, &now)?;
+        // Before anything is enqueued: what is reserved may only be given back when nothing is on its way to it.
         let context = &self.resident.device.context;
         let copied = Arc::new(Event::new(context, false)?);
+        let aside = if beside.is_empty() {
+            Arc::clone(&copied)
+        } else {
+            Arc::new(Event::new(context, false)?)
+        };
+        copy(&self.resident, &now)?;
         copied.record(&self.resident.stream)?;
-        let mut aside = Arc::clone(&copied);
         if !beside.is_empty() {
             // Behind all replays so far, and before what rewinds the slot.
             let copies = &self.store.copies;
-            copies.wait(&copied)?;
-            copy_on(&self.resident, copies, self.options.beside, &beside)?;
-            aside = Arc::new(Event::new(context, false)?);
-            aside.record(copies)?;
+            let enqueued = copies
+                .wait(&copied)
+                .and_then(|()| copy_on(&self.resident, copies, self.options.beside, &beside))
+                .and_then(|()| aside.record(copies));
+            if let Err(error) = enqueued {
+                let _ = copies.synchronize();
+                return Err(error);
+            }
             self.slots[index].copied = Some(Arc::clone(&aside));
         }
         let finished = reserved.into_iter().zip(parts).map(|(mut frozen, part)| {

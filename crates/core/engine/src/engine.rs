@@ -381,6 +381,9 @@ impl Engine {
     /// Reads known tokens and gives `sink` the logits after each, a row of the vocabulary's size. Returns how many
     /// tokens were read: where `sink` breaks off, up to the end of the chunk, which may be more than it saw.
     ///
+    /// Rows of many tokens may go through other kernels than the one row that a slot keeps for its next token: on a GPU the last
+    /// row and [`Engine::logits`] may differ in their last bits.
+    ///
     /// # Errors
     /// As [`Engine::append`].
     pub fn score(

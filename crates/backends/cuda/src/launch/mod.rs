@@ -11,7 +11,7 @@ use std::cell::Cell;
 use std::ffi::c_void;
 
 use ampoule_backend::BackendError;
-use ampoule_plan::{Access, Op, Phase, Plan, Role, View};
+use ampoule_plan::{Access, Op, Phase, Plan, Role, Sealed, View};
 
 use crate::device::CudaOptions;
 use crate::driver::{self, Launch, Stream};
@@ -43,6 +43,16 @@ pub(crate) struct Launcher<'a> {
     products: Option<&'a Products>,
     /// Named in errors.
     op: Cell<&'static str>,
+}
+
+/// A parameter (weight, bias, table) that the op has in State: there, kernels reach only what models carry from step to step.
+fn parameter_in_state(model: &Sealed, op: &Op) -> Option<(&'static str, String)> {
+    let parameters = ["table", "weight", "bias", "frequencies", "a_log", "dt_bias"];
+    let operand = op
+        .operands()
+        .into_iter()
+        .find(|o| parameters.contains(&o.field) && model.buffer(o.view.buffer).role.is_state())?;
+    Some((operand.field, model.buffer(operand.view.buffer).name.clone()))
 }
 
 impl<'a> Launcher<'a> {
@@ -97,6 +107,14 @@ impl<'a> Launcher<'a> {
                 return Err(
                     self.unsupported(format!("'{name}' holds quantised blocks and is no weight"))
                 );
+            }
+        }
+        for op in steps.iter().flat_map(Step::ops).map(|index| &plan.ops[index]) {
+            if let Some((field, name)) = parameter_in_state(&self.resident.model, op) {
+                self.op.set(op.name());
+                return Err(self.unsupported(format!(
+                    "its {field} '{name}' is State; kernels look for parameters among weights and inputs"
+                )));
             }
         }
         let result = match step {
@@ -182,8 +200,8 @@ impl<'a> Launcher<'a> {
         let mut arguments = arguments.to_vec();
         arguments.push((&raw const home).cast_mut().cast());
         // SAFETY: the callers in this module pass each kernel's parameters in order, as its source declares them; all
-        // addresses come from the resident arenas, which the captured graph keeps alive, and the plan's check holds
-        // every view inside its buffer.
+        // addresses (of State: offsets in a slot) come from the resident arenas, which the captured graph keeps alive, and
+        // the plan's check holds every view inside its buffer.
         unsafe { driver::launch(stream, kernel.function, name, how, &mut arguments) }
     }
 
@@ -248,5 +266,42 @@ impl<'a> Launcher<'a> {
 
     fn unsupported(&self, problem: String) -> BackendError {
         BackendError::Unsupported { backend: "cuda", op: self.op.get(), problem }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ampoule_plan::{
+        Buffer, BufferTable, DType, Fill, Growth, Model, RmsNorm, ShapeKey, StateKind,
+    };
+
+    #[test]
+    fn a_parameter_in_state_is_found() {
+        let state = Role::State { kind: StateKind::Recurrent, growth: Growth::Fixed };
+        for (role, found) in [(Role::Weight, None), (state, Some(("weight", "w".to_owned())))] {
+            let mut buffers = BufferTable::default();
+            let mut add = |name: &str, role, shape: &[usize]| {
+                let (name, shape) = (name.to_owned(), shape.to_vec());
+                let id = buffers.add(Buffer { name, role, dtype: DType::F32, shape }).unwrap();
+                buffers.view(id)
+            };
+            let (x, out) = (add("x", Role::Input, &[1, 8]), add("out", Role::Output, &[1, 8]));
+            let weight = add("w", role.clone(), &[1, 8]);
+            let norm: Op =
+                RmsNorm { x, weight: weight.clone(), out, eps: 1e-6, centered: false }.into();
+            let reset = if role.is_state() {
+                vec![Fill { out: weight, bits: 0 }.into()]
+            } else {
+                Vec::new()
+            };
+            let key = |phase| ShapeKey { phase, tokens: 1, slots: 1, context: 1 };
+            let plans = vec![
+                Plan { key: key(Phase::Reset), count: None, ops: reset },
+                Plan { key: key(Phase::Decode), count: None, ops: vec![norm.clone()] },
+            ];
+            let sealed = Model { name: "m".to_owned(), buffers, plans }.seal().unwrap();
+            assert_eq!(parameter_in_state(&sealed, &norm), found);
+        }
     }
 }
