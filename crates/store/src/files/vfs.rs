@@ -180,8 +180,10 @@ struct HeldLock(File);
 
 impl Drop for HeldLock {
     fn drop(&mut self) {
-        // Nobody is named as its holder afterwards; the lock itself goes with the file.
+        // Nobody is named as its holder afterwards. Closing the file would not be enough: a child process that is just being
+        // made has a copy of it until it runs its own program.
         let _ = self.0.set_len(0);
+        let _ = self.0.unlock();
     }
 }
 
@@ -291,5 +293,27 @@ impl Vfs for RealFiles {
             }
             Err(TryLockError::Error(error)) => Err(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_goes_even_if_a_copy_of_its_file_stays_open() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let open =
+            || OpenOptions::new().write(true).create(true).truncate(false).open(&path).unwrap();
+        let file = open();
+        // As a child process has it that has not run its own program yet.
+        let inherited = file.try_clone().unwrap();
+        file.try_lock().unwrap();
+        let held = HeldLock(file);
+        assert!(matches!(open().try_lock(), Err(TryLockError::WouldBlock)));
+        drop(held);
+        open().try_lock().unwrap();
+        drop(inherited);
     }
 }
