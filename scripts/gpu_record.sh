@@ -8,8 +8,7 @@ set -u
 out=$1
 shift
 wanted=" $* "
-root=$(cd "$(dirname "$0")/.." && pwd)
-cd "$root" || exit 1
+cd "$(dirname "$0")/.." || exit 1
 bin=.gpu
 mkdir -p "$out"
 failed=0

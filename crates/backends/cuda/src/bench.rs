@@ -45,8 +45,7 @@ pub fn plain_copies(
         let (start, end) = (Event::new(context, true)?, Event::new(context, true)?);
         start.record(&stream)?;
         // SAFETY: both allocations have `bytes`.
-        let status = unsafe { sys::cuMemcpyDtoDAsync_v2(to.at(), from.at(), bytes, stream.raw()) };
-        check(status, "copying on the device")?;
+        unsafe { stream.copy(to.at(), from.at(), bytes)? };
         end.record(&stream)?;
         end.synchronize()?;
         times.push(f64::from(end.milliseconds_since(&start)?));

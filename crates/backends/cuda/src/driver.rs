@@ -73,6 +73,14 @@ pub(crate) fn check(status: CUresult, what: &str) -> Result<(), BackendError> {
     Err(device_error(format!("{what}: {sentence} ({status:?})")))
 }
 
+/// Whether what was asked about is done; an error if it failed.
+fn is_done(status: CUresult) -> Result<bool, BackendError> {
+    match status {
+        CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+        status => check(status, "work on the device").map(|()| true),
+    }
+}
+
 /// An error of the device.
 pub(crate) fn device_error(problem: String) -> BackendError {
     BackendError::Device { device: "CUDA device".to_owned(), problem }
@@ -199,10 +207,7 @@ impl Stream {
     pub(crate) fn idle(&self) -> Result<bool, BackendError> {
         self.context.enter()?;
         // SAFETY: the stream is alive.
-        match unsafe { sys::cuStreamQuery(self.raw) } {
-            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            status => check(status, "work on the device").map(|()| true),
-        }
+        is_done(unsafe { sys::cuStreamQuery(self.raw) })
     }
 
     /// Later work waits for the event.
@@ -335,10 +340,7 @@ impl Event {
     pub(crate) fn done(&self) -> Result<bool, BackendError> {
         self.context.enter()?;
         // SAFETY: the event is alive.
-        match unsafe { sys::cuEventQuery(self.raw) } {
-            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
-            status => check(status, "work on the device").map(|()| true),
-        }
+        is_done(unsafe { sys::cuEventQuery(self.raw) })
     }
 
     /// Milliseconds between two recorded events with timing, both done.

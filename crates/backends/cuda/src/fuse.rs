@@ -1,7 +1,7 @@
 //! Which runs of ops become one kernel. A fused kernel writes every buffer that the ops it stands for write, with the
 //! same bits, so nothing depends on what is fused; only launches go away.
 
-use ampoule_plan::{Access, BufferTable, Op, Phase, Plan, View};
+use ampoule_plan::{BufferTable, Op, Phase, Plan, View};
 
 use crate::launch::arguments::SEGMENTS;
 use crate::launch::{DECODE_ROWS, decodes_by_splits, gemv_fits};
@@ -297,8 +297,8 @@ impl Matcher<'_> {
             let prologue = matches!(other, Op::RmsNorm(_));
             op.operands().iter().all(|a| {
                 other.operands().iter().all(|b| {
-                    let a_writes = writes(a.access);
-                    let b_writes = writes(b.access);
+                    let a_writes = a.access.writes();
+                    let b_writes = b.access.writes();
                     if !(a_writes || b_writes) || !meet(a.view, b.view) {
                         return true;
                     }
@@ -403,10 +403,6 @@ impl Matcher<'_> {
             && [&d.qkv, &d.decay, &d.beta].iter().all(|v| !meet(v, &n.out));
         fits.then_some((Step::DeltaNorm { delta: at, norm: at + 1 }, 2))
     }
-}
-
-const fn writes(access: Access) -> bool {
-    !matches!(access, Access::Read | Access::ReadRows)
 }
 
 fn op_touches(rope: &ampoule_plan::Rope, view: &View) -> bool {

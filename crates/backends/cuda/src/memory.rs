@@ -222,11 +222,16 @@ impl Resident {
 
     /// The device address of a buffer, for a slot.
     pub(crate) fn address(&self, buffer: BufferId, slot: usize) -> u64 {
+        self.address_with(buffer, || self.slots[slot].at())
+    }
+
+    /// The address of a buffer where State begins at `slot`.
+    fn address_with(&self, buffer: BufferId, slot: impl FnOnce() -> u64) -> u64 {
         let place = self.layout.place(buffer);
         let base = match place.arena {
             Arena::Weights => self.weights.at(),
             Arena::Transient => self.transient.at(),
-            Arena::Slot => self.slots[slot].at(),
+            Arena::Slot => slot(),
         };
         base + place.offset as u64
     }
@@ -235,15 +240,10 @@ impl Resident {
     pub(crate) fn view_address(&self, view: &View) -> u64 {
         let buffer = self.model.buffer(view.buffer);
         let first = view.rows.start * buffer.cols() + view.cols.start;
-        let place = self.layout.place(view.buffer);
-        let arena = match place.arena {
-            Arena::Weights => self.weights.at(),
-            Arena::Transient => self.transient.at(),
-            // One slot is always in the same place.
-            Arena::Slot if self.slots.len() == 1 => self.slots[0].at(),
-            Arena::Slot => IN_SLOT,
-        };
-        arena + place.offset as u64 + bytes_of(place.dtype, first) as u64
+        let dtype = self.layout.place(view.buffer).dtype;
+        // One slot is always in the same place.
+        let slot = || if let [slot] = &self.slots[..] { slot.at() } else { IN_SLOT };
+        self.address_with(view.buffer, slot) + bytes_of(dtype, first) as u64
     }
 
     /// A view of floats as kernels take it.

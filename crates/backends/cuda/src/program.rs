@@ -196,7 +196,7 @@ fn rewinds(model: &Sealed, ops: &[Op]) -> bool {
                 return false;
             };
             let moves = *kind == StateKind::Cursor && !matches!(op, Op::Advance(_));
-            let writes = !matches!(operand.access, Access::Read | Access::ReadRows);
+            let writes = operand.access.writes();
             writes && (moves || *growth == Growth::Rows && !matches!(op, Op::KvAppend(_)))
         })
     })
@@ -213,6 +213,24 @@ impl CudaProgram {
             Some(s) if s.used => Ok(index),
             _ => Err(BackendError::NoSuchSlot { slot: slot.0 }),
         }
+    }
+
+    fn has_plan(&self, plan: usize) -> Result<(), BackendError> {
+        let plans = self.facts.len();
+        if plan < plans { Ok(()) } else { Err(BackendError::NoSuchPlan { plan, plans }) }
+    }
+
+    /// A slot's index, and the launches that a plan is made of.
+    fn launches(
+        &self,
+        slot: SlotId,
+        plan: usize,
+    ) -> Result<(usize, Vec<Range<usize>>), BackendError> {
+        let index = self.slot(slot)?;
+        self.has_plan(plan)?;
+        let launcher = Launcher::new(&self.resident, plan, self.options, &self.products);
+        let of_plan = &self.model().model().plans[plan];
+        Ok((index, launcher.launches(of_plan, &self.facts[plan].steps)))
     }
 
     fn buffer(&self, id: BufferId) -> Result<&Buffer, BackendError> {
@@ -480,10 +498,7 @@ impl Program for CudaProgram {
 
     fn run(&mut self, slot: SlotId, plan: usize) -> Result<(), BackendError> {
         let index = self.slot(slot)?;
-        let plans = self.facts.len();
-        if plan >= plans {
-            return Err(BackendError::NoSuchPlan { plan, plans });
-        }
+        self.has_plan(plan)?;
         let ready = if self.facts[plan].rewinds { self.settle(index) } else { Ok(()) };
         ready.and_then(|()| self.enter(index)).map_err(|error| self.blamed(error))?;
         let facts = &self.facts[plan];
@@ -591,14 +606,10 @@ impl Program for CudaProgram {
         // Before anything is enqueued: what is reserved may only be given back when nothing is on its way to it.
         let context = &self.resident.device.context;
         let copied = Arc::new(Event::new(context, false)?);
-        let aside = if beside.is_empty() {
-            Arc::clone(&copied)
-        } else {
-            Arc::new(Event::new(context, false)?)
-        };
+        let aside = if many { Some(Arc::new(Event::new(context, false)?)) } else { None };
         copy(&self.resident, &now)?;
         copied.record(&self.resident.stream)?;
-        if !beside.is_empty() {
+        if let Some(aside) = &aside {
             // Behind all replays so far, and before what rewinds the slot.
             let copies = &self.store.copies;
             let enqueued = copies
@@ -609,10 +620,10 @@ impl Program for CudaProgram {
                 let _ = copies.synchronize();
                 return Err(error);
             }
-            self.slots[index].copied = Some(Arc::clone(&aside));
+            self.slots[index].copied = Some(Arc::clone(aside));
         }
         let finished = reserved.into_iter().zip(parts).map(|(mut frozen, part)| {
-            let aside = part.settled.then_some(&aside).filter(|a| !Arc::ptr_eq(a, &copied));
+            let aside = aside.as_ref().filter(|_| part.settled);
             frozen.filled_at(Arc::clone(aside.unwrap_or(&copied)), aside.is_some());
             Arc::new(frozen) as Arc<dyn Frozen>
         });
@@ -753,15 +764,10 @@ impl Program for CudaProgram {
         plan: usize,
         position: u32,
     ) -> Result<Vec<StepTime>, BackendError> {
-        let index = self.slot(slot)?;
+        let (index, launches) = self.launches(slot, plan)?;
         let model = Arc::clone(self.model());
-        let plans = self.facts.len();
-        let Some(ops) = model.model().plans.get(plan).map(|p| &p.ops) else {
-            return Err(BackendError::NoSuchPlan { plan, plans });
-        };
+        let ops = &model.model().plans[plan].ops;
         let steps = &self.facts[plan].steps;
-        let launcher = Launcher::new(&self.resident, plan, self.options, &self.products);
-        let launches = launcher.launches(&model.model().plans[plan], steps);
         // Launches of one kind: the same ops over weights of the same shapes.
         let kind = |launch: &Range<usize>| -> Vec<(&'static str, usize)> {
             let cost = |i: usize| {
@@ -799,14 +805,7 @@ impl Program for CudaProgram {
         position: u32,
         replays: usize,
     ) -> Result<f64, BackendError> {
-        let index = self.slot(slot)?;
-        let model = Arc::clone(self.model());
-        let plans = self.facts.len();
-        let Some(of_plan) = model.model().plans.get(plan) else {
-            return Err(BackendError::NoSuchPlan { plan, plans });
-        };
-        let launcher = Launcher::new(&self.resident, plan, self.options, &self.products);
-        let once = launcher.launches(of_plan, &self.facts[plan].steps);
+        let (index, once) = self.launches(slot, plan)?;
         let replays = replays.max(1);
         let times = TOGETHER.div_ceil(replays);
         let all: Vec<_> = std::iter::repeat_n(once, replays).flatten().collect();

@@ -176,8 +176,7 @@ impl Op {
         }
         for (i, a) in operands.iter().enumerate() {
             for b in &operands[i + 1..] {
-                let writes =
-                    |o: &crate::Operand<'_>| !matches!(o.access, Access::Read | Access::ReadRows);
+                let writes = |o: &crate::Operand<'_>| o.access.writes();
                 let overlap = a.view.buffer == b.view.buffer
                     && ranges_meet(&a.view.rows, &b.view.rows)
                     && ranges_meet(&a.view.cols, &b.view.cols);

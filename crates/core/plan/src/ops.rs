@@ -26,6 +26,14 @@ pub enum Access {
     ReadRows,
 }
 
+impl Access {
+    /// Whether anything is written.
+    #[must_use]
+    pub const fn writes(self) -> bool {
+        !matches!(self, Self::Read | Self::ReadRows)
+    }
+}
+
 /// One operand of an op.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operand<'a> {

@@ -1,7 +1,7 @@
 //! Launches of `attention.cu`.
 
 use ampoule_backend::BackendError;
-use ampoule_plan::{Access, Attention, BufferTable, DType, Op, Phase, Plan, SigmoidGate};
+use ampoule_plan::{Attention, BufferTable, DType, Op, Phase, Plan, SigmoidGate};
 
 use super::arguments::{AttentionArgs, dtype_suffix};
 use super::{BLOCK, DECODE_ROWS, Launcher, args};
@@ -110,7 +110,7 @@ impl Launcher<'_> {
         before.into_iter().all(|op| {
             let appends = matches!(op, Op::KvAppend(append) if append.cursor == o.cursor);
             op.operands().iter().all(|p| {
-                let writes = !matches!(p.access, Access::Read | Access::ReadRows);
+                let writes = p.access.writes();
                 let cache =
                     [o.key_cache.buffer, o.value_cache.buffer].contains(&p.view.buffer) && !appends;
                 let count = o.count.as_ref().is_some_and(|c| c.buffer == p.view.buffer);

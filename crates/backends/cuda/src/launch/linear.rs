@@ -51,7 +51,7 @@ pub(crate) fn product_shape(
     let dtype = |v: &View| resident_dtype(table[v.buffer].dtype);
     let (xt, wt, ot) = (dtype(x), dtype(weight), dtype(out));
     // cuBLASLt knows addresses only, and State is where the slot of the replay is.
-    let in_slot = |v: &View| matches!(table[v.buffer].role, Role::State { .. });
+    let in_slot = |v: &View| table[v.buffer].role.is_state();
     if by_rows(phase, x, wt, in_slot(out)) || [x, weight, out].into_iter().any(in_slot) {
         return None;
     }
@@ -130,7 +130,7 @@ impl Launcher<'_> {
         add: bool,
     ) -> Result<(), BackendError> {
         let dtype = self.resident.layout.place(weight.buffer).dtype;
-        let to_state = matches!(self.resident.model.buffer(out.buffer).role, Role::State { .. });
+        let to_state = self.resident.model.buffer(out.buffer).role.is_state();
         if by_rows(self.phase, x, dtype, to_state) {
             return self.gemv(&self.single(x, weight, bias, out, add));
         }

@@ -11,7 +11,7 @@ use std::cell::Cell;
 use std::ffi::c_void;
 
 use ampoule_backend::BackendError;
-use ampoule_plan::{Access, Op, Phase, Plan, Role, Sealed, View};
+use ampoule_plan::{Op, Phase, Plan, Role, Sealed, View};
 
 use crate::device::CudaOptions;
 use crate::driver::{self, Launch, Stream};
@@ -108,8 +108,6 @@ impl<'a> Launcher<'a> {
                     self.unsupported(format!("'{name}' holds quantised blocks and is no weight"))
                 );
             }
-        }
-        for op in steps.iter().flat_map(Step::ops).map(|index| &plan.ops[index]) {
             if let Some((field, name)) = parameter_in_state(&self.resident.model, op) {
                 self.op.set(op.name());
                 return Err(self.unsupported(format!(
@@ -257,9 +255,7 @@ impl<'a> Launcher<'a> {
     fn only_writer(&self, view: &View) -> bool {
         let ops = &self.resident.model.model().plans[self.plan].ops;
         let writes = |op: &Op| {
-            op.operands().iter().any(|o| {
-                o.view.buffer == view.buffer && !matches!(o.access, Access::Read | Access::ReadRows)
-            })
+            op.operands().iter().any(|o| o.view.buffer == view.buffer && o.access.writes())
         };
         ops.iter().filter(|op| writes(op)).count() == 1
     }
