@@ -19,7 +19,7 @@ KERNELS = ROOT / "crates/backends/cuda/kernels"
 ARCHITECTURES = ["sm_80", "sm_90a", "sm_100a", "sm_120a"]
 WHEELS = ["nvidia-cuda-nvrtc==13.0.88", "nvidia-cuda-runtime==13.0.96"]
 # What goes before a source, after common.cuh: see SOURCES in src/compile.rs.
-SHARED = {"chain": ["products.cuh"], "gemv": ["products.cuh"]}
+SHARED = {"chain": ["products.cuh", "bulk.cuh"], "gemv": ["products.cuh"], "memory": ["bulk.cuh"]}
 # As the backend compiles them: see OPTIONS in src/compile.rs.
 OPTIONS = ["--std=c++17", "--fmad=true"]
 

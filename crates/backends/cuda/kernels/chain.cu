@@ -40,22 +40,6 @@ __device__ __forceinline__ void meet(u32* turn) {
     __syncthreads();
 }
 
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
-    u32 done;
-    do {
-        asm volatile(
-            "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
-    } while (!done);
-}
-// `bytes` and both addresses are multiples of 16.
-__device__ __forceinline__ void bulk_load(u32 to, const void* from, u32 bytes, u32 barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-
 // One element, and four aligned ones, past the L1 cache.
 __device__ __forceinline__ float load_shared(const View& v, int c) {
     return v.dtype == F32 ? __ldcg((const float*)v.p + c) : cooked(__ldcg((const u16*)v.p + c), v.dtype);
@@ -160,9 +144,7 @@ __device__ __forceinline__ void chain_body(const Chain& chain, const u64* home_a
     const int stride = gridDim.x * CHAIN_WARPS;
     const int mine = warp * gridDim.x + blockIdx.x;  // neighbours in a unit's order lie on different SMs
     if (lane == 0) {
-        for (int i = 0; i < depth; ++i) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * i) : "memory");
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        bulk_barriers(barriers, depth);
     }
     __syncwarp();
 

@@ -1,7 +1,10 @@
 // Region copy, random weights, dequantisation, comparison of bits.
 //
-// copy_regions: floor 2 bytes moved per byte copied. The table is a kernel parameter; blocks take tiles of 512 or 2048
-// vectors of 16 bytes in turn, so a table of one large and many small regions loads every multiprocessor alike.
+// Region copies: floor 2 bytes moved per byte copied. The table is a kernel parameter. Tiles go to blocks in turn, so a table of
+// one large and many small regions loads every multiprocessor alike.
+// copy_bulk, from compute capability 9.0 on: a ring of tiles in shared memory, a multiprocessor's one block, of which one
+// thread has bulk copies fill and empty it: 192 KiB on their way, and a kernel of few instructions that begins and ends soon.
+// copy_regions, before that: threads move vectors.
 // copy_beside: the same beside replays, by two blocks a multiprocessor that lie beside a block of a chain: they take no shared
 // memory, and the registers that CHAIN_REGISTERS leaves.
 // random_fill: bit for bit ampoule_plan::RandomFill. dequantise: GGML blocks to bf16.
@@ -13,29 +16,12 @@ struct Piece {
 };
 template <int N> struct Pieces {
     int count;
-    int moved;         // vectors that a thread has on their way: MANY, or 2 where beginning and end weigh more
-    i64 first[N + 1];  // vectors before each piece; both ends have the same address modulo 16
+    int depth;         // of copy_bulk: tiles of the ring, two at least; else vectors that a thread has on their way: MANY or 2
+    i64 first[N + 1];  // tiles (of copy_bulk) or vectors before each piece; both ends have the same address modulo 16
     Piece piece[N];
 };
-
-// Vectors v, v + T, ... before `end`, which are all whole, as long as MOVED of them are left; v goes on behind them. T threads.
-template <int MOVED, int T> __device__ __forceinline__ void move_whole(const uint4* from, uint4* to, i64& v, i64 end) {
-    for (; v + (MOVED - 1) * T < end; v += MOVED * T) {
-        uint4 moved[MOVED];
-#pragma unroll
-        for (int m = 0; m < MOVED; ++m) moved[m] = from[v + m * T];
-#pragma unroll
-        for (int m = 0; m < MOVED; ++m) to[v + m * T] = moved[m];
-    }
-}
-template <int N, int T, int MANY> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
-    const i64 total = t.first[t.count];
-    const int size = t.moved * T;  // of a tile: neighbours move neighbouring ones
-    int low = 0;
-    for (i64 tile = (i64)blockIdx.x * size; tile < total; tile += (i64)gridDim.x * size) {
-    i64 at = tile;
-    const i64 end = at + size < total ? at + size : total;
-    // The piece that the tile begins in: near the last one if there are few, by halves if there are many.
+// The piece that `at` lies in, no earlier than `low`: near it if there are few, by halves if there are many.
+template <int N> __device__ __forceinline__ int piece_at(const Pieces<N>& t, i64 at, int low) {
     if (N <= 96) {
         while (low + 1 < t.count && t.first[low + 1] <= at) ++low;
     } else {
@@ -46,6 +32,80 @@ template <int N, int T, int MANY> __device__ __forceinline__ void copy_body(cons
             else high = middle;
         }
     }
+    return low;
+}
+
+#define BULK_TILE 16384
+#define BULK_TILES 12
+template <int N> __device__ __forceinline__ void bulk_body(const Pieces<N>& t) {
+#if __CUDA_ARCH__ >= 900
+    extern __shared__ uint4 shared[];
+    __shared__ u64 full[BULK_TILES];
+    const int lane = threadIdx.x;
+    // Tiles hold the whole vectors of a piece; bytes before and behind them go by themselves.
+    for (int i = blockIdx.x; i < t.count; i += gridDim.x) {
+        const Piece p = t.piece[i];
+        i64 head = -(u64)p.from & 15;
+        if (head > p.bytes) head = p.bytes;
+        const i64 behind = p.bytes - ((p.bytes - head) & 15) + lane - 16;
+        if (lane < head) p.to[lane] = p.from[lane];
+        if (lane >= 16 && behind < p.bytes) p.to[behind] = p.from[behind];
+    }
+    if (lane != 0) return;
+    const u32 barriers = shared_address(full), ring = (shared_address(shared) + 127) & ~127u;
+    bulk_barriers(barriers, t.depth);
+    const i64 tiles = t.first[t.count], step = gridDim.x;
+    auto tile_of = [&](i64 tile, int& low) {
+        low = piece_at(t, tile, low);
+        const Piece p = t.piece[low];
+        const i64 head = -(u64)p.from & 15;
+        const i64 at = (tile - t.first[low]) * BULK_TILE, left = ((p.bytes - head) & ~(i64)15) - at;
+        return Piece{p.from + head + at, p.to + head + at, left < BULK_TILE ? left : BULK_TILE};
+    };
+    i64 next = blockIdx.x;  // to be brought
+    int next_low = 0, low = 0;
+    auto bring = [&](int place) {
+        const Piece p = tile_of(next, next_low);
+        bulk_load(ring + place * BULK_TILE, p.from, (u32)p.bytes, barriers + 8 * place);
+        next += step;
+    };
+    for (int place = 0; place < t.depth && next < tiles; ++place) bring(place);
+    int place = 0, before = -1;
+    u32 parity = 0;
+    for (i64 tile = blockIdx.x; tile < tiles; tile += step) {
+        barrier_wait(barriers + 8 * place, parity);
+        const Piece p = tile_of(tile, low);
+        bulk_store(p.to, ring + place * BULK_TILE, (u32)p.bytes);
+        // The place before this one is filled again, so that one store is always on its way.
+        if (before >= 0 && next < tiles) {
+            asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+            bring(before);
+        }
+        before = place;
+        if (++place == t.depth) place = 0, parity ^= 1;
+    }
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#endif
+}
+
+// Vectors v, v + T, ... before `end`, which are all whole, as long as DEPTH of them are left; v goes on behind them. T threads.
+template <int DEPTH, int T> __device__ __forceinline__ void move_whole(const uint4* from, uint4* to, i64& v, i64 end) {
+    for (; v + (DEPTH - 1) * T < end; v += DEPTH * T) {
+        uint4 moved[DEPTH];
+#pragma unroll
+        for (int m = 0; m < DEPTH; ++m) moved[m] = from[v + m * T];
+#pragma unroll
+        for (int m = 0; m < DEPTH; ++m) to[v + m * T] = moved[m];
+    }
+}
+template <int N, int T, int MANY> __device__ __forceinline__ void copy_body(const Pieces<N>& t) {
+    const i64 total = t.first[t.count];
+    const int size = t.depth * T;  // of a tile: neighbours move neighbouring ones
+    int low = 0;
+    for (i64 tile = (i64)blockIdx.x * size; tile < total; tile += (i64)gridDim.x * size) {
+    i64 at = tile;
+    const i64 end = at + size < total ? at + size : total;
+    low = piece_at(t, at, low);
     for (int i = low; i < t.count && at < end; ++i) {
         const Piece p = t.piece[i];
         const i64 base = t.first[i];
@@ -59,7 +119,7 @@ template <int N, int T, int MANY> __device__ __forceinline__ void copy_body(cons
         uint4* to = (uint4*)(p.to - skew);
         if (skew == 0 || v > 0) {
             const i64 sure = v_end < whole ? v_end : whole;
-            if (t.moved == MANY) move_whole<MANY, T>(from, to, v, sure);
+            if (t.depth == MANY) move_whole<MANY, T>(from, to, v, sure);
             else move_whole<2, T>(from, to, v, sure);
         }
         for (; v < v_end; v += T) {
@@ -76,13 +136,22 @@ template <int N, int T, int MANY> __device__ __forceinline__ void copy_body(cons
     }
     }
 }
+#define BESIDE 64
+extern "C" __global__ void __launch_bounds__(32) copy_bulk_8(const __grid_constant__ Pieces<8> t) { bulk_body<8>(t); }
+extern "C" __global__ void __launch_bounds__(32) copy_bulk_96(const __grid_constant__ Pieces<96> t) { bulk_body<96>(t); }
+extern "C" __global__ void __launch_bounds__(32) copy_bulk_960(const __grid_constant__ Pieces<960> t) { bulk_body<960>(t); }
+extern "C" __global__ void __launch_bounds__(BLOCK) copy_regions_8(const __grid_constant__ Pieces<8> t) {
+    copy_body<8, BLOCK, 8>(t);
+}
 extern "C" __global__ void __launch_bounds__(BLOCK) copy_regions_96(const __grid_constant__ Pieces<96> t) {
     copy_body<96, BLOCK, 8>(t);
 }
 extern "C" __global__ void __launch_bounds__(BLOCK) copy_regions_960(const __grid_constant__ Pieces<960> t) {
     copy_body<960, BLOCK, 8>(t);
 }
-#define BESIDE 64
+extern "C" __global__ void __launch_bounds__(BESIDE, 16) copy_beside_8(const __grid_constant__ Pieces<8> t) {
+    copy_body<8, BESIDE, 12>(t);
+}
 extern "C" __global__ void __launch_bounds__(BESIDE, 16) copy_beside_96(const __grid_constant__ Pieces<96> t) {
     copy_body<96, BESIDE, 12>(t);
 }

@@ -18,10 +18,14 @@ pub(crate) const SOURCES: &[(&str, &str)] = &[
     ("gemm", include_str!("../kernels/gemm.cu")),
     (
         "chain",
-        concat!(include_str!("../kernels/products.cuh"), include_str!("../kernels/chain.cu")),
+        concat!(
+            include_str!("../kernels/products.cuh"),
+            include_str!("../kernels/bulk.cuh"),
+            include_str!("../kernels/chain.cu"),
+        ),
     ),
     ("gemv", concat!(include_str!("../kernels/products.cuh"), include_str!("../kernels/gemv.cu"))),
-    ("memory", include_str!("../kernels/memory.cu")),
+    ("memory", concat!(include_str!("../kernels/bulk.cuh"), include_str!("../kernels/memory.cu"))),
     ("recurrent", include_str!("../kernels/recurrent.cu")),
     ("sample", include_str!("../kernels/sample.cu")),
 ];

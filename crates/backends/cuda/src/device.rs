@@ -50,6 +50,8 @@ pub struct CudaOptions {
     pub chain_depth: u32,
     /// How many it has on their way in the middle of a product. `AMPOULE_CUDA_CHAIN_NEAR`.
     pub chain_near: u32,
+    /// State is copied by bulk copies, from compute capability 9.0 on. `AMPOULE_CUDA_BULK=0`: by threads, as before that.
+    pub bulk_copies: bool,
     /// Blocks a multiprocessor that copy a snapshot's rows beside replays; 0: replays wait for the rows, too.
     /// `AMPOULE_CUDA_BESIDE`.
     pub beside: u32,
@@ -68,6 +70,7 @@ impl Default for CudaOptions {
             chain: true,
             chain_depth: 3,
             chain_near: 1,
+            bulk_copies: true,
             beside: 2,
             trace: false,
         }
@@ -92,6 +95,7 @@ impl CudaOptions {
             chain: on("AMPOULE_CUDA_CHAIN"),
             chain_depth: number("AMPOULE_CUDA_CHAIN_DEPTH", defaults.chain_depth),
             chain_near: number("AMPOULE_CUDA_CHAIN_NEAR", defaults.chain_near).max(1),
+            bulk_copies: on("AMPOULE_CUDA_BULK"),
             beside: number("AMPOULE_CUDA_BESIDE", defaults.beside),
             trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),
         }
@@ -106,6 +110,8 @@ pub(crate) struct Limits {
     pub(crate) programmatic: bool,
     /// Bulk copies to shared memory: compute capability 9.0.
     pub(crate) bulk: bool,
+    /// The same, for copies of state.
+    pub(crate) bulk_copies: bool,
 }
 
 /// The backend on one GPU.
@@ -189,6 +195,7 @@ impl CudaBackend {
                 as u32,
             programmatic: options.programmatic_launch && gpu.capability.0 >= 9,
             bulk: gpu.capability.0 >= 9,
+            bulk_copies: options.bulk_copies && gpu.capability.0 >= 9,
         };
         let (major, minor) = gpu.capability;
         let architecture = compile::architecture(major, minor);

@@ -2,16 +2,17 @@
 
 use std::any::Any;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ampoule_backend::{BackendError, Frozen, Region, Residence};
 use ampoule_plan::BufferId;
 
+use crate::device::Limits;
 use crate::driver::{Event, Launch, Stream};
 use crate::launch::arguments::Piece;
 use crate::launch::{Launcher, args};
-use crate::memory::Resident;
+use crate::memory::{ALIGNMENT, Resident};
 use crate::pinned::PinnedPool;
 use crate::pool::Pool;
 use crate::staging::Downloader;
@@ -26,6 +27,8 @@ pub(crate) struct CapsuleStore {
     downloads: Mutex<Option<Downloader>>,
     pub(crate) pinned: PinnedPool,
     pub(crate) copies: Arc<Stream>,
+    /// Whether rows may still be on their way on `copies` that nobody has waited for.
+    pub(crate) beside: AtomicBool,
     budget: usize,
     pub(crate) synchronizations: AtomicU64,
 }
@@ -57,6 +60,7 @@ impl CapsuleStore {
             downloads: Mutex::new(None),
             pinned: PinnedPool::default(),
             copies,
+            beside: AtomicBool::new(false),
             budget,
             synchronizations: AtomicU64::new(0),
         }))
@@ -67,25 +71,26 @@ impl CapsuleStore {
         (lock(&self.ranges).used, self.budget)
     }
 
-    /// Reserves room for regions whose slot addresses are `sources`; nothing is copied.
+    /// Reserves room for regions; nothing is copied.
     pub(crate) fn reserve(
         self: &Arc<Self>,
         regions: &[Region],
-        sources: &[u64],
     ) -> Result<CudaFrozen, BackendError> {
         let table = &self.resident.model.model().buffers;
-        let mut pieces = Vec::with_capacity(regions.len());
-        let (mut bytes, mut length) = (0, 0_usize);
-        for (region, source) in regions.iter().zip(sources) {
-            // Both ends of a copy have the same address modulo 16, so that it goes by vectors.
-            let offset = length.next_multiple_of(16) + (source % 16) as usize;
-            let (row, size) = (table[region.buffer].row_bytes(), region.bytes(table));
-            let in_slot =
-                self.resident.layout.place(region.buffer).offset + region.rows.start * row;
-            pieces.push(Held { offset, in_slot, bytes: size });
-            length = offset + size;
-            bytes += size;
-        }
+        let spans: Vec<Span> = regions
+            .iter()
+            .map(|region| {
+                let buffer = &table[region.buffer];
+                Span {
+                    in_slot: self.resident.layout.place(region.buffer).offset
+                        + region.rows.start * buffer.row_bytes(),
+                    bytes: region.bytes(table),
+                    whole: region.rows == (0..buffer.rows()),
+                }
+            })
+            .collect();
+        let bytes = spans.iter().map(|span| span.bytes).sum::<usize>();
+        let Packed { offsets, runs, length } = pack(&spans);
         let mut ranges = lock(&self.ranges);
         let refused =
             |used| BackendError::CapsuleBudget { wanted: bytes, used, budget: self.budget };
@@ -103,7 +108,8 @@ impl CapsuleStore {
             store: Arc::clone(self),
             apart: apart(std::iter::once(regions)),
             regions: regions.to_vec(),
-            pieces,
+            offsets,
+            runs,
             at,
             length,
             bytes,
@@ -113,9 +119,19 @@ impl CapsuleStore {
     }
 }
 
-/// Where a region lies, so that thawing looks nothing up.
-#[derive(Clone, Copy)]
-struct Held {
+/// A region to be packed into a frozen range.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    /// From the start of a slot's memory.
+    in_slot: usize,
+    bytes: usize,
+    /// Whether it is all of its buffer.
+    whole: bool,
+}
+
+/// Bytes that lie one after another in a slot and in the frozen range alike: regions, and the padding between them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
     /// From the start of the frozen range.
     offset: usize,
     /// From the start of a slot's memory.
@@ -123,11 +139,54 @@ struct Held {
     bytes: usize,
 }
 
+/// Where regions lie in a frozen range of `length` bytes.
+struct Packed {
+    /// Of each region.
+    offsets: Vec<usize>,
+    runs: Vec<Run>,
+    length: usize,
+}
+
+/// Whole buffers that lie one after another in the slot keep their distance, so that one copy moves them; what lies between
+/// them is padding. At most one byte in 64 is: the budget does not count it.
+fn pack(spans: &[Span]) -> Packed {
+    let mut padding = spans.iter().map(|span| span.bytes).sum::<usize>() / 64;
+    let mut packed =
+        Packed { offsets: Vec::with_capacity(spans.len()), runs: Vec::new(), length: 0 };
+    let mut before: Option<Span> = None;
+    for &span in spans {
+        let gap = before.filter(|before| before.whole && span.whole).and_then(|before| {
+            let gap = span.in_slot.checked_sub(before.in_slot + before.bytes)?;
+            (gap < ALIGNMENT && gap <= padding).then_some(gap)
+        });
+        let offset = match (gap, packed.runs.last_mut()) {
+            (Some(gap), Some(run)) => {
+                padding -= gap;
+                run.bytes += gap + span.bytes;
+                packed.length + gap
+            }
+            _ => {
+                // Both ends of a copy have the same address modulo 16, so that it goes by vectors.
+                let offset = packed.length.next_multiple_of(16) + span.in_slot % 16;
+                packed.runs.push(Run { offset, in_slot: span.in_slot, bytes: span.bytes });
+                offset
+            }
+        };
+        packed.offsets.push(offset);
+        packed.length = offset + span.bytes;
+        before = Some(span);
+    }
+    packed
+}
+
 /// Regions frozen on the device.
 pub(crate) struct CudaFrozen {
     pub(crate) store: Arc<CapsuleStore>,
     pub(crate) regions: Vec<Region>,
-    pieces: Vec<Held>,
+    /// Of each region, from the start of the frozen range.
+    offsets: Vec<usize>,
+    /// What thawing all of it copies, so that it looks nothing up.
+    runs: Vec<Run>,
     /// Whether no two regions overlap.
     apart: bool,
     /// Where in the reservation the range lies; none if nothing was frozen.
@@ -148,7 +207,7 @@ impl CudaFrozen {
 
     /// The device address of region `index`.
     pub(crate) fn address(&self, index: usize) -> u64 {
-        self.base() + self.pieces[index].offset as u64
+        self.base() + self.offsets[index] as u64
     }
 
     /// The device address of the range.
@@ -161,13 +220,18 @@ impl CudaFrozen {
         self.apart
     }
 
+    /// The copies that fill it from the slot at `slot`.
+    pub(crate) fn taken(&self, slot: u64) -> impl Iterator<Item = Transfer> {
+        self.whole(slot).map(|t| Transfer { from: t.to, to: t.from, bytes: t.bytes })
+    }
+
     /// The copies that put all of it into the slot at `slot`; of regions that overlap the later would have to win.
     pub(crate) fn whole(&self, slot: u64) -> impl Iterator<Item = Transfer> {
         let base = self.base();
-        self.pieces.iter().map(move |held| Transfer {
-            from: base + held.offset as u64,
-            to: slot + held.in_slot as u64,
-            bytes: held.bytes,
+        self.runs.iter().filter(|run| run.bytes > 0).map(move |run| Transfer {
+            from: base + run.offset as u64,
+            to: slot + run.in_slot as u64,
+            bytes: run.bytes,
         })
     }
 
@@ -273,13 +337,13 @@ pub(crate) fn copy_on(
     beside: u32,
     transfers: &[Transfer],
 ) -> Result<(), BackendError> {
-    let transfers: Vec<Transfer> = transfers.iter().copied().filter(|t| t.bytes > 0).collect();
     for part in transfers.chunks(960) {
-        if part.len() <= 96 {
-            launch_copy::<97, 96>(resident, stream, beside, part)?;
-        } else {
-            launch_copy::<961, 960>(resident, stream, beside, part)?;
-        }
+        let sized = match part.len() {
+            0..=8 => launch_copy::<9, 8>,
+            9..=96 => launch_copy::<97, 96>,
+            _ => launch_copy::<961, 960>,
+        };
+        sized(resident, stream, beside, part)?;
     }
     Ok(())
 }
@@ -288,15 +352,18 @@ pub(crate) fn copy_on(
 #[repr(C)]
 struct Table<const ENDS: usize, const N: usize> {
     count: i32,
-    moved: i32,
+    depth: i32,
     first: [i64; ENDS],
     piece: [Piece; N],
 }
 
 /// Threads of a block that copies beside replays: `BESIDE` in `memory.cu`.
 const BESIDE: u32 = 64;
+/// Bytes of a tile of a bulk copy, and most tiles of its ring: `BULK_TILE` and `BULK_TILES` in `memory.cu`.
+const BULK_TILE: u32 = 16384;
+const BULK_TILES: u32 = 12;
 
-/// 64 MiB: from so many on, blocks move larger tiles.
+/// 64 MiB: from so many on, blocks of threads move larger tiles.
 const MANY_VECTORS: i64 = 4 << 20;
 
 fn launch_copy<const ENDS: usize, const N: usize>(
@@ -305,25 +372,46 @@ fn launch_copy<const ENDS: usize, const N: usize>(
     beside: u32,
     transfers: &[Transfer],
 ) -> Result<(), BackendError> {
+    let Limits { multiprocessors, bulk_copies, .. } = resident.device.limits;
+    let bulk = bulk_copies && beside == 0;
+    // Of a piece that bulk copies move, the whole vectors alone are in tiles.
+    let units = |t: &Transfer| {
+        if bulk {
+            let head = (t.from.wrapping_neg() % 16) as usize;
+            (t.bytes.saturating_sub(head) / 16 * 16).div_ceil(BULK_TILE as usize)
+        } else {
+            ((t.from % 16) as usize + t.bytes).div_ceil(16)
+        }
+    };
     let mut table = Table::<ENDS, N> {
         count: transfers.len() as i32,
-        moved: 0,
+        depth: 0,
         first: [0; ENDS],
         piece: [Piece::default(); N],
     };
-    let mut vectors = 0;
+    let mut all = 0;
     for (i, t) in transfers.iter().enumerate() {
         debug_assert_eq!(t.from % 16, t.to % 16);
         table.piece[i] = Piece { from: t.from, to: t.to, bytes: t.bytes as i64 };
-        vectors += ((t.from % 16) as i64 + t.bytes as i64 + 15) / 16;
-        table.first[i + 1] = vectors;
+        all += units(t) as i64;
+        table.first[i + 1] = all;
     }
     let launcher = Launcher::plain(resident);
+    if bulk {
+        let name = format!("copy_bulk_{N}");
+        // A ring begins at a multiple of 128.
+        let limit = resident.device.kernels.find(&name)?.shared_limit.saturating_sub(128);
+        let depth = (limit / BULK_TILE).clamp(2, BULK_TILES);
+        table.depth = depth as i32;
+        let blocks = all.clamp(1, i64::from(multiprocessors)) as u32;
+        let how = Launch { shared: depth * BULK_TILE + 128, ..Launch::new([blocks, 1, 1], 32) };
+        return launcher.go_on(stream, &name, how, args![table]);
+    }
     // Blocks of 256 threads; at most 32 a multiprocessor, and more than it holds at a time: the last ones to end are short.
     let (threads, each, many) = if beside > 0 { (BESIDE, beside, 12) } else { (256, 32, 8) };
-    table.moved = if beside > 0 || vectors >= MANY_VECTORS { many } else { 2 };
-    let most = resident.device.limits.multiprocessors * each;
-    let tiles = vectors / (i64::from(threads) * i64::from(table.moved)) + 1;
+    table.depth = if beside > 0 || all >= MANY_VECTORS { many } else { 2 };
+    let most = multiprocessors * each;
+    let tiles = all / (i64::from(threads) * i64::from(table.depth)) + 1;
     let blocks = tiles.clamp(1, i64::from(most)) as u32;
     let name = format!("copy_{}_{N}", if beside > 0 { "beside" } else { "regions" });
     launcher.go_on(stream, &name, Launch::new([blocks, 1, 1], threads), args![table])
@@ -400,6 +488,36 @@ mod tests {
     }
 
     #[test]
+    fn whole_neighbours_are_one_run() {
+        let whole = |in_slot, bytes| Span { in_slot, bytes, whole: true };
+        let run = |offset, in_slot, bytes| Run { offset, in_slot, bytes };
+        let packed = pack(&[whole(512, 60_000), whole(60_672, 4096), whole(65_536, 8)]);
+        // 512 + 60,000 is 160 below the next buffer; then 768 bytes are another buffer's.
+        assert_eq!(packed.offsets, [0, 60_160, 64_256]);
+        assert_eq!(packed.runs, [run(0, 512, 64_256), run(64_256, 65_536, 8)]);
+        assert_eq!(packed.length, 64_264);
+        // What lies behind some rows of a buffer is more of its rows.
+        let rows = Span { whole: false, ..whole(512, 60_000) };
+        assert_eq!(pack(&[rows, whole(60_672, 4096)]).runs.len(), 2);
+        assert_eq!(
+            pack(&[whole(512, 60_000), Span { whole: false, ..whole(60_672, 9) }]).runs.len(),
+            2
+        );
+        // Small buffers would be more padding than bytes.
+        let small: Vec<Span> = (0..8).map(|i| whole(i * 256, 12)).collect();
+        let packed = pack(&small);
+        assert_eq!((packed.runs.len(), packed.length), (8, 7 * 16 + 12));
+        // Addresses keep their place among 16 bytes.
+        let odd = pack(&[
+            Span { whole: false, ..whole(3, 5) },
+            Span { whole: false, ..whole(1030, 100) },
+        ]);
+        assert_eq!(odd.offsets, [3, 22]);
+        // In another order they do not follow each other.
+        assert_eq!(pack(&[whole(60_672, 4096), whole(512, 60_000)]).runs.len(), 2);
+    }
+
+    #[test]
     fn the_later_of_two_overlapping_regions_wins() {
         let first = [region(0, 0..10), region(1, 0..4)];
         let second = [region(0, 4..6), region(1, 0..4)];
@@ -462,6 +580,7 @@ mod tests {
 
     #[test]
     fn the_tables_are_those_of_the_kernel() {
+        assert_eq!(size_of::<Table<9, 8>>(), 8 + 9 * 8 + 8 * 24);
         assert_eq!(size_of::<Table<97, 96>>(), 8 + 97 * 8 + 96 * 24);
         assert!(size_of::<Table<97, 96>>() <= 4096);
         assert!(size_of::<Table<961, 960>>() <= 32764);

@@ -118,8 +118,13 @@ const NAMES: &[(&str, &[&str])] = &[
     (
         "memory",
         &[
+            "copy_bulk_8",
+            "copy_bulk_96",
+            "copy_bulk_960",
+            "copy_regions_8",
             "copy_regions_96",
             "copy_regions_960",
+            "copy_beside_8",
             "copy_beside_96",
             "copy_beside_960",
             "random_fill",
@@ -132,8 +137,15 @@ const NAMES: &[(&str, &[&str])] = &[
 ];
 
 /// Kernels whose shared memory is sized at launch.
-const DYNAMIC: &[&str] =
-    &["chain_", "gemv_", "attention_rows", "attention_stream_", "attention_tiles_", "sample"];
+const DYNAMIC: &[&str] = &[
+    "chain_",
+    "copy_bulk_",
+    "gemv_",
+    "attention_rows",
+    "attention_stream_",
+    "attention_tiles_",
+    "sample",
+];
 
 /// A kernel and the most shared memory a launch may ask for.
 #[derive(Clone, Copy, Debug)]

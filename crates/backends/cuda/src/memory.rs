@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use ampoule_backend::{BackendError, LoadOptions};
-use ampoule_plan::{BufferId, DType, Role, Sealed, View};
+use ampoule_plan::{BufferId, DType, Growth, Role, Sealed, View};
 
 use crate::device::Device;
 use crate::driver::{Context, DeviceMemory, Stream};
 use crate::launch::arguments::{MatrixView, WordView};
 
-const ALIGNMENT: usize = 256;
+/// Every buffer begins at a multiple of so many bytes in its arena.
+pub(crate) const ALIGNMENT: usize = 256;
 
 /// Which arena a buffer lies in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,10 +52,15 @@ pub(crate) const fn bytes_of(dtype: DType, elements: usize) -> usize {
 }
 
 impl Layout {
-    /// Lays the model's buffers out.
+    /// Lays the model's buffers out: in their order, but State that grows by rows behind that of fixed size. A capsule's fixed
+    /// state then is one run of bytes.
     pub(crate) fn new(model: &Sealed) -> Self {
-        let mut layout = Self { places: Vec::new(), weights: 0, transient: 0, slot: 0 };
-        for (_, buffer) in model.model().buffers.iter() {
+        let mut buffers: Vec<_> = model.model().buffers.iter().collect();
+        buffers.sort_by_key(|(_, buffer)| buffer.growth() == Some(Growth::Rows));
+        let nowhere = Place { arena: Arena::Slot, offset: 0, dtype: DType::F32 };
+        let places = vec![nowhere; buffers.len()];
+        let mut layout = Self { places, weights: 0, transient: 0, slot: 0 };
+        for (id, buffer) in buffers {
             let (arena, total) = match buffer.role {
                 Role::Weight => (Arena::Weights, &mut layout.weights),
                 Role::Input | Role::Output | Role::Scratch => {
@@ -68,7 +74,7 @@ impl Layout {
                 _ => buffer.dtype,
             };
             let bytes = dtype.bytes_for(buffer.elements()).unwrap_or(0);
-            layout.places.push(Place { arena, offset: *total, dtype });
+            layout.places[id.index()] = Place { arena, offset: *total, dtype };
             *total = (*total + bytes).next_multiple_of(ALIGNMENT);
         }
         layout
@@ -274,4 +280,42 @@ impl Resident {
 /// What is reserved for a budget: alignment and fragmentation cost something.
 pub(crate) const fn capsule_reservation(budget: usize) -> usize {
     if budget == 0 { 0 } else { budget.saturating_add(budget / 16).saturating_add(1 << 20) }
+}
+
+#[cfg(test)]
+mod tests {
+    use ampoule_models::decoder::{BuildOptions, Precision};
+    use ampoule_models::model::ModelFiles;
+
+    use super::*;
+
+    #[test]
+    fn state_of_fixed_size_lies_together() {
+        let dtype = DType::BF16;
+        let options = BuildOptions {
+            context: 64,
+            prefill: vec![1, 32],
+            score: 32,
+            decode_contexts: vec![64],
+            precision: Precision { activation: dtype, kv_cache: dtype },
+        };
+        let built = ModelFiles::open("random:qwen3.5-tiny").unwrap().build(&options).unwrap();
+        let layout = Layout::new(&built.sealed);
+        let (mut end, mut rows) = ([0; 2], layout.slot);
+        for (id, buffer) in built.sealed.model().buffers.iter() {
+            let place = layout.place(id);
+            assert_eq!(place.offset % ALIGNMENT, 0);
+            let after = place.offset + bytes_of(place.dtype, buffer.elements());
+            match buffer.growth() {
+                Some(Growth::Fixed) => end[0] = end[0].max(after),
+                Some(Growth::Rows) => {
+                    rows = rows.min(place.offset);
+                    end[1] = end[1].max(after);
+                }
+                None => assert_ne!(place.arena, Arena::Slot),
+            }
+        }
+        assert!(0 < end[0] && end[0] <= rows && rows < end[1] && end[1] <= layout.slot);
+        assert!(rows - end[0] < ALIGNMENT);
+    }
 }

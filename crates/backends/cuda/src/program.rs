@@ -436,17 +436,6 @@ impl CudaProgram {
         };
         regions.iter().map(at).collect()
     }
-
-    /// Room for regions that come from the host, with the alignment they would have in a slot, so that thawing goes by
-    /// vectors.
-    fn reserve(&self, regions: &[Region]) -> Result<CudaFrozen, BackendError> {
-        let sources = if self.slots.is_empty() {
-            vec![0; regions.len()]
-        } else {
-            self.region_addresses(0, regions)
-        };
-        self.store.reserve(regions, &sources)
-    }
 }
 
 fn wrong(buffer: &Buffer, problem: String) -> BackendError {
@@ -585,22 +574,20 @@ impl Program for CudaProgram {
         }
         let table = &self.resident.model.model().buffers;
         let mut reserved = Vec::with_capacity(parts.len());
+        let memory = self.resident.slots[index].at();
         let (mut now, mut beside) = (Vec::new(), Vec::new());
         let settled = parts.iter().filter(|part| part.settled).flat_map(|part| part.regions);
         let many = settled.map(|region| region.bytes(table)).sum::<usize>() >= ASIDE
             && self.options.beside > 0;
         for Part { regions, settled } in parts {
-            let sources = self.region_addresses(index, regions);
-            let frozen = match self.store.reserve(regions, &sources) {
+            let frozen = match self.store.reserve(regions) {
                 Ok(frozen) => frozen,
                 // The reservation is in pieces: what is wanted is all of it.
                 Err(BackendError::CapsuleBudget { .. }) => return Err(refused),
                 Err(error) => return Err(error),
             };
             let transfers = if *settled && many { &mut beside } else { &mut now };
-            transfers.extend(regions.iter().zip(sources).enumerate().map(|(i, (r, from))| {
-                Transfer { from, to: frozen.address(i), bytes: r.bytes(table) }
-            }));
+            transfers.extend(frozen.taken(memory));
             reserved.push(frozen);
         }
         // Before anything is enqueued: what is reserved may only be given back when nothing is on its way to it.
@@ -612,6 +599,7 @@ impl Program for CudaProgram {
         if let Some(aside) = &aside {
             // Behind all replays so far, and before what rewinds the slot.
             let copies = &self.store.copies;
+            self.store.beside.store(true, Ordering::Relaxed);
             let enqueued = copies
                 .wait(&copied)
                 .and_then(|()| copy_on(&self.resident, copies, self.options.beside, &beside))
@@ -689,7 +677,7 @@ impl Program for CudaProgram {
                 return Err(wrong(b, problem));
             }
         }
-        let mut frozen = self.reserve(regions)?;
+        let mut frozen = self.store.reserve(regions)?;
         for (i, part) in bytes.iter().enumerate() {
             self.upload(frozen.address(i), part)?;
         }
@@ -720,7 +708,7 @@ impl Program for CudaProgram {
         if to == Residence::Host {
             return Ok(Arc::clone(frozen));
         }
-        let mut moved = self.reserve(pinned.regions())?;
+        let mut moved = self.store.reserve(pinned.regions())?;
         pinned.fill(&mut moved)?;
         Ok(Arc::new(moved))
     }
@@ -742,7 +730,10 @@ impl Program for CudaProgram {
 
     fn synchronize(&mut self) -> Result<(), BackendError> {
         self.wait()?;
-        self.store.copies.synchronize()
+        if self.store.beside.swap(false, Ordering::Relaxed) {
+            self.store.copies.synchronize()?;
+        }
+        Ok(())
     }
 
     fn counters(&self) -> Counters {

@@ -14,8 +14,8 @@ use ampoule_cuda::{CudaBackend, CudaOptions, bench};
 use ampoule_models::decoder::{BuildOptions, Precision};
 use ampoule_models::model::{BuiltModel, ModelFiles};
 use ampoule_plan::{
-    Buffer, BufferId, BufferTable, DType, Linear, Model, Op, Phase, Plan, RandomFill, Role,
-    ShapeKey, View, WeightError, WeightSource,
+    Buffer, BufferId, BufferTable, DType, Fill, Growth, Linear, Model, Op, Phase, Plan, RandomFill,
+    Role, ShapeKey, StateKind, View, WeightError, WeightSource,
 };
 use ampoule_reference::ReferenceBackend;
 
@@ -606,6 +606,93 @@ fn rows_copied_beside_replays_are_those_of_the_boundary() {
         }
         let got = contents(&rows, table);
         assert!(got == bytes.concat(), "round {round}");
+    }
+}
+
+/// Regions of all sizes at all addresses, few and many of them: every byte of theirs is copied and none beside them.
+#[test]
+fn regions_of_any_size_are_copied_whole_and_nothing_else_is() {
+    copy_regions_of_any_size(&ReferenceBackend);
+    for bulk_copies in [true, false] {
+        let options = CudaOptions { bulk_copies, ..CudaOptions::from_environment() };
+        let Some(backend) = gpu(options) else { return };
+        copy_regions_of_any_size(&backend);
+    }
+}
+
+fn copy_regions_of_any_size(backend: &dyn Backend) {
+    // Rows of 4, 28, 68 and 4096 bytes, up to several tiles of a copy.
+    let shapes = [(3000, 1), (900, 7), (4000, 17), (200, 1024), (1, 70_001), (1, 3)];
+    let mut buffers = BufferTable::default();
+    let ids = shapes.map(|(rows, cols)| {
+        let kind = StateKind::Other("any".to_owned());
+        let role = Role::State { kind, growth: Growth::Fixed };
+        let (name, shape) = (format!("state.{rows}x{cols}"), vec![rows, cols]);
+        buffers.add(Buffer { name, role, dtype: DType::F32, shape }).unwrap()
+    });
+    let ops = ids.map(|b| -> Op { Fill { out: buffers.view(b), bits: 0 }.into() }).to_vec();
+    let key = ShapeKey { phase: Phase::Reset, tokens: 1, slots: 1, context: 1 };
+    let plans = vec![Plan { key, count: None, ops }];
+    let sealed = Arc::new(Model { name: "regions".to_owned(), buffers, plans }.seal().unwrap());
+    let options = LoadOptions { slots: 2, capsule_bytes: 64 << 20 };
+    let mut program = backend.load(Arc::clone(&sealed), &Random, options, &mut |_, _| {}).unwrap();
+    let (from, to) = (program.create_slot().unwrap(), program.create_slot().unwrap());
+    let table = &sealed.model().buffers;
+    let all: Vec<Region> =
+        ids.iter().map(|&buffer| Region { buffer, rows: 0..table[buffer].rows() }).collect();
+    let mut seed = 5_u64;
+    let mut pick = move |n: usize| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (seed >> 33) as usize % n
+    };
+    // Pieces of a copy: 8, 96 and 960 at most a launch.
+    for count in [1, 3, 8, 9, 40, 96, 97, 700, 1100] {
+        let filled = |salt: usize| -> Vec<Vec<u8>> {
+            let byte = |i: usize| ((i * 31 + i / 251 + salt) ^ (i >> 7)) as u8;
+            all.iter().map(|r| (0..r.bytes(table)).map(byte).collect()).collect()
+        };
+        let (source, mut expected) = (filled(count), filled(count + 77));
+        for (slot, bytes) in [(from, &source), (to, &expected)] {
+            let bytes: Vec<&[u8]> = bytes.iter().map(Vec::as_slice).collect();
+            let frozen = program.freeze_bytes(&all, &bytes).unwrap();
+            program.thaw(slot, &[frozen]).unwrap();
+        }
+        // Disjoint: cut one buffer after another at random places, and take every second stretch.
+        let mut regions = Vec::new();
+        for (index, region) in all.iter().enumerate() {
+            let rows = region.rows.end;
+            let cuts = (2 * count / 3).min(rows);
+            let mut at: Vec<usize> = (0..cuts).map(|_| pick(rows + 1)).collect();
+            at.sort_unstable();
+            for pair in at.chunks_exact(2).filter(|pair| pair[0] < pair[1]) {
+                regions.push(Region { buffer: region.buffer, rows: pair[0]..pair[1] });
+                let row = table[region.buffer].row_bytes();
+                let bytes = pair[0] * row..pair[1] * row;
+                expected[index][bytes.clone()].copy_from_slice(&source[index][bytes]);
+            }
+        }
+        // And two whole neighbours.
+        for index in [4, 5] {
+            regions.retain(|r| r.buffer != ids[index]);
+            regions.push(all[index].clone());
+            expected[index].copy_from_slice(&source[index]);
+        }
+        let frozen = program.freeze(from, &regions).unwrap();
+        for (index, region) in regions.iter().enumerate() {
+            let at = ids.iter().position(|&b| b == region.buffer).unwrap();
+            let row = table[region.buffer].row_bytes();
+            let mut got = vec![0; region.bytes(table)];
+            frozen.read(index, &mut got).unwrap();
+            let wanted = &source[at][region.rows.start * row..region.rows.end * row];
+            assert!(got == wanted, "{count}: {region:?} as frozen");
+        }
+        program.thaw(to, &[frozen]).unwrap();
+        for (region, wanted) in all.iter().zip(&expected) {
+            let mut got = vec![0; wanted.len()];
+            program.read_state(to, region, &mut got).unwrap();
+            let differs = got.iter().zip(wanted).position(|(a, b)| a != b);
+            assert_eq!(differs, None, "{} regions: {region:?}", regions.len());
+        }
     }
 }
 
