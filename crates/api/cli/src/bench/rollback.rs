@@ -27,6 +27,8 @@ struct Session {
     logits: Vec<f32>,
     turn: Vec<u32>,
     reps: Vec<f64>,
+    /// Of the same at once once more: what the host runs then lies in its caches.
+    again: Vec<f64>,
 }
 
 pub(super) fn run(
@@ -48,7 +50,8 @@ pub(super) fn run(
         }
         let logits = model.engine.logits(slot)?;
         let turn = sample_tokens(model, args.suffix.unwrap_or(TURN.0), 7)?;
-        sessions.push(Session { prefix, slot, boundaries, logits, turn, reps: Vec::new() });
+        let (reps, again) = (Vec::new(), Vec::new());
+        sessions.push(Session { prefix, slot, boundaries, logits, turn, reps, again });
     }
     bar.finish_and_clear();
     let bar = progress.count(args.reps * sessions.len(), "rollback");
@@ -58,9 +61,10 @@ pub(super) fn run(
         let first = rep % sessions.len();
         sessions.rotate_left(first);
         for session in &mut sessions {
-            let time = take_back(model, session, &mut copier)?;
+            let (time, again) = take_back(model, session, &mut copier)?;
             if rep > 0 {
                 session.reps.push(time);
+                session.again.push(again);
                 bar.inc(1);
             }
         }
@@ -70,8 +74,12 @@ pub(super) fn run(
     Ok(outcome(sessions))
 }
 
-/// Reads a turn, decodes a reply and freezes the boundary at its end; then goes back to the boundary before it.
-fn take_back(model: &mut Ampoule, session: &Session, copier: &mut Copier) -> anyhow::Result<f64> {
+/// Reads a turn, decodes a reply and freezes the boundary at its end; then goes back to the boundary before it, twice.
+fn take_back(
+    model: &mut Ampoule,
+    session: &Session,
+    copier: &mut Copier,
+) -> anyhow::Result<(f64, f64)> {
     let slot = session.slot;
     model.append(slot, &session.turn)?;
     model.engine.begin_reply(slot)?;
@@ -85,23 +93,33 @@ fn take_back(model: &mut Ampoule, session: &Session, copier: &mut Copier) -> any
         copier.sweep();
     }
     model.engine.synchronize()?;
-    let start = Instant::now();
-    model.engine.rollback(slot, session.prefix as u32)?;
-    model.engine.synchronize()?;
-    let time = ms(start.elapsed());
+    let mut timed = || -> anyhow::Result<f64> {
+        let start = Instant::now();
+        model.engine.rollback(slot, session.prefix as u32)?;
+        model.engine.synchronize()?;
+        Ok(ms(start.elapsed()))
+    };
+    let (time, again) = (timed()?, timed()?);
     drop(after);
     let same = model.engine.logits(slot)? == session.logits;
     ensure!(same, "after a rollback to {} tokens the logits differ", session.prefix);
-    Ok(time)
+    Ok((time, again))
 }
 
 fn outcome(sessions: Vec<Session>) -> Outcome {
-    let mut table =
-        Table::new(&["context", "boundaries", "fixed state", "rollback ms", "least ms", "x first"]);
+    let mut table = Table::new(&[
+        "context",
+        "boundaries",
+        "fixed state",
+        "rollback ms",
+        "least ms",
+        "again ms",
+        "x first",
+    ]);
     let (mut points, mut line) = (Vec::new(), Vec::new());
     let (mut first, mut least, mut most) = (None, f64::INFINITY, 0.0_f64);
     for session in sessions {
-        let times = Times::from(session.reps);
+        let (times, again) = (Times::from(session.reps), Times::from(session.again));
         let boundaries = session.boundaries.len();
         let fixed = session.boundaries.last().map_or(0, Capsule::fixed_bytes);
         let median = times.median_ms;
@@ -113,13 +131,14 @@ fn outcome(sessions: Vec<Session>) -> Outcome {
             output::bytes(fixed as u64),
             figure(median),
             figure(times.min_ms),
+            figure(again.median_ms),
             format!("{over:.3}"),
         ]);
         line.push((session.prefix as f64, median));
         points.push(json!({
             "context": session.prefix, "boundaries": boundaries, "fixed_bytes": fixed,
-            "turn_tokens": session.turn.len() + TURN.1, "rollback": times, "over_first": over,
-            "logits_equal": true,
+            "turn_tokens": session.turn.len() + TURN.1, "rollback": times, "again": again,
+            "over_first": over, "logits_equal": true,
         }));
     }
     let spread = most / least;
