@@ -761,7 +761,7 @@ impl<P: Policy<u64>> CapsuleCache<P> {
             Some(index) => store.rows(stored, index)?,
             None => store.fixed(stored)?,
         };
-        Ok(model.engine.bring_back(piece, &Verified(bytes), residence)?)
+        Ok(model.engine.bring_back(piece, &Verified(Arc::new(bytes)), residence)?)
     }
 
     /// Sees to it that the store has a piece.

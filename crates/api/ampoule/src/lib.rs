@@ -41,7 +41,7 @@ pub use error::{Error, UnknownDevice};
 pub use files::{CapsuleReader, check_writable, write_atomically, write_privately};
 pub use load::{Ampoule, DecodeTimes, Device, LoadOptions};
 pub use reply::{Reply, ReplyOptions, ReplyStep};
-pub use stores::{CapsuleStore, DetachedCapsule, StoreError, StoreOptions};
+pub use stores::{CapsuleStore, DetachedCapsule, StoreError, StoreOptions, StoredState};
 pub use texts::{TEXTS, sample_tokens};
 pub use turns::{Turn, TurnsOptions, TurnsReport, turns};
 pub use verify::{LevelReport, VerifyOptions, VerifyReport};

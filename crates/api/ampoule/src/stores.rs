@@ -1,7 +1,9 @@
 //! Capsules in a durable store.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::sync::Arc;
 
 use ampoule_engine::{Capsule, Chain, ChainScope, NewLink, StatePart, TensorBytes};
 use ampoule_store::{
@@ -100,7 +102,25 @@ pub struct DetachedCapsule {
     model: String,
 }
 
+/// A capsule of a store on its way to memory: its records, and what was read ahead of its state.
+pub struct StoredState {
+    stored: StoredCapsule,
+    scope: ChainScope,
+    links: Vec<NewLink>,
+    /// Of links, by index.
+    rows: HashMap<usize, Arc<PartBytes>>,
+    fixed: Option<Arc<PartBytes>>,
+}
+
 impl Ampoule {
+    /// The links of a stored capsule whose rows are not in memory: what [`CapsuleStore::read_ahead`] is to read.
+    ///
+    /// # Errors
+    /// If the capsule does not fit the model, plan, layout, kernels, device or tenant (the error names which).
+    pub fn lacks(&self, state: &StoredState) -> Result<Vec<usize>, Error> {
+        Ok(self.engine.lacking(&state.scope, &state.links)?)
+    }
+
     /// What [`CapsuleStore::save_detached`] takes.
     ///
     /// # Errors
@@ -241,26 +261,78 @@ impl CapsuleStore {
     /// If there is no such capsule, any byte of it is damaged, it does not fit the model, plan, layout, kernels, device
     /// or tenant (the error names which), or the memory for capsules is used up.
     pub fn load(&self, model: &mut Ampoule, id: CapsuleId) -> Result<Capsule, Error> {
+        self.finish_load(model, &self.begin_load(id)?)
+    }
+
+    /// The first part of [`load`](Self::load), without the model: reads the records of a capsule, not its state.
+    ///
+    /// For a thread beside the engine's: `begin_load` and [`read_ahead`](Self::read_ahead) do what takes long, and between
+    /// them and at the end [`Ampoule::lacks`] and [`finish_load`](Self::finish_load) need the engine for a moment each.
+    ///
+    /// # Errors
+    /// If there is no such capsule, a record of it is damaged, or the storage fails.
+    pub fn begin_load(&self, id: CapsuleId) -> Result<StoredState, Error> {
         let stored = self.store.capsule(id)?;
         let scope = ChainScope {
             fingerprint: stored.scope.fingerprint.clone(),
             layout: stored.scope.layout.clone(),
             salt: stored.scope.salt,
         };
-        let links: Vec<NewLink> = stored
-            .nodes
-            .iter()
-            .map(|node| NewLink {
-                tokens: node.tokens.clone(),
-                spans: node.spans().to_vec(),
-                lineage: node.lineage(),
-                from: node.from(),
-                journal: node.journal().map(str::to_owned),
-            })
-            .collect();
-        let fixed = || Ok::<_, Error>(Verified(self.store.fixed(&stored)?));
-        model.engine.assemble(&scope, &links, fixed, &mut |index| {
-            Ok(Verified(self.store.rows(&stored, index)?))
+        let links = stored.nodes.iter().map(|node| NewLink {
+            tokens: node.tokens.clone(),
+            spans: node.spans().to_vec(),
+            lineage: node.lineage(),
+            from: node.from(),
+            journal: node.journal().map(str::to_owned),
+        });
+        let links = links.collect();
+        Ok(StoredState { stored, scope, links, rows: HashMap::new(), fixed: None })
+    }
+
+    /// Reads and checks the fixed state and the rows that [`Ampoule::lacks`] named, to host memory. What would take it over
+    /// `most` bytes is left for [`finish_load`](Self::finish_load).
+    ///
+    /// # Errors
+    /// If any byte is damaged, there is no memory, or the storage fails.
+    pub fn read_ahead(
+        &self,
+        state: &mut StoredState,
+        lacks: &[usize],
+        most: u64,
+    ) -> Result<(), Error> {
+        let mut left = most;
+        let mut fits = |bytes: u64| {
+            let after = left.checked_sub(bytes);
+            left = after.unwrap_or(left);
+            after.is_some()
+        };
+        if fits(state.stored.fixed_bytes()) {
+            state.fixed = Some(Arc::new(self.store.fixed(&state.stored)?));
+        }
+        for &index in lacks {
+            let node = state.stored.nodes.get(index);
+            if node.is_some_and(|node| fits(node.row_bytes())) {
+                let rows = self.store.rows(&state.stored, index)?;
+                state.rows.insert(index, Arc::new(rows));
+            }
+        }
+        Ok(())
+    }
+
+    /// The last part of [`load`](Self::load): what was not read ahead is read now, where the engine lacks it. After an error
+    /// it can be tried again.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn finish_load(&self, model: &mut Ampoule, state: &StoredState) -> Result<Capsule, Error> {
+        let StoredState { stored, scope, links, rows, fixed } = state;
+        let fixed = || match fixed {
+            Some(ahead) => Ok::<_, Error>(Verified(Arc::clone(ahead))),
+            None => Ok(Verified(Arc::new(self.store.fixed(stored)?))),
+        };
+        model.engine.assemble(scope, links, fixed, &mut |index| match rows.get(&index) {
+            Some(ahead) => Ok(Verified(Arc::clone(ahead))),
+            None => Ok(Verified(Arc::new(self.store.rows(stored, index)?))),
         })
     }
 
@@ -369,7 +441,7 @@ impl StateBytes for Part<'_> {
 }
 
 /// Bytes of the store, for the engine.
-pub(crate) struct Verified(pub(crate) PartBytes);
+pub(crate) struct Verified(pub(crate) Arc<PartBytes>);
 
 impl TensorBytes for Verified {
     fn tensor(&self, index: usize) -> &[u8] {

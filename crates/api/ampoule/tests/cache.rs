@@ -6,7 +6,7 @@ use ampoule::backends::CpuBackend;
 use ampoule::store::tiers::{Budgets, Candidate, Policy, StateKind, Tier, TierError, Usage};
 use ampoule::{
     Ampoule, CacheError, CacheEvent, CacheOptions, CapsuleCache, CapsuleKey, CapsuleStore,
-    EngineError, EngineOptions, Error, LoadOptions, SlotId, StoreError, StoreOptions,
+    EngineError, EngineOptions, Error, LoadOptions, SlotId, StoreError, StoreOptions, StoredState,
 };
 
 fn model() -> Ampoule {
@@ -85,6 +85,63 @@ fn a_cache_can_go_to_another_thread() {
     fn send<T: Send>() {}
     send::<CapsuleCache>();
     send::<Ampoule>();
+}
+
+#[test]
+fn what_is_read_ahead_is_not_read_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = store(&folder);
+    let mut model = model();
+    let slot = model.engine.create_slot().unwrap();
+    let turn = |model: &mut Ampoule, turn: u32| {
+        let tokens: Vec<u32> = (0..10).map(|i| (turn * 17 + i * 7) % 512).collect();
+        model.append(slot, &tokens).unwrap();
+        model.engine.snapshot(slot).unwrap()
+    };
+    let (first, _, last) = (turn(&mut model, 0), turn(&mut model, 1), turn(&mut model, 2));
+    let expected = model.engine.state_bytes(slot).unwrap();
+    let id = store.save(&model, &last, None, None).unwrap().id;
+    drop(last);
+    // A slot holds the rows that lie in its memory.
+    model.engine.drop_slot(slot).unwrap();
+    let check = |model: &mut Ampoule, state: &StoredState| {
+        let loaded = store.finish_load(model, state).unwrap();
+        let slot = model.engine.create_slot().unwrap();
+        model.engine.restore(slot, &loaded).unwrap();
+        assert!(model.engine.state_bytes(slot).unwrap() == expected);
+        model.engine.drop_slot(slot).unwrap();
+    };
+
+    // Rows that somebody holds need not be read.
+    let mut ahead = store.begin_load(id).unwrap();
+    let lacks = model.lacks(&ahead).unwrap();
+    assert_eq!(lacks, [1, 2]);
+    store.read_ahead(&mut ahead, &lacks, u64::MAX).unwrap();
+    // As if there had not been room for more than the fixed state, and nothing read at all.
+    let (mut little, bare) = (store.begin_load(id).unwrap(), store.begin_load(id).unwrap());
+    store.read_ahead(&mut little, &lacks, fixed_bytes(&mut model) + 1).unwrap();
+    for state in [&ahead, &little, &bare] {
+        check(&mut model, state);
+    }
+
+    let segments = folder.path().join("store/segments");
+    std::fs::rename(&segments, folder.path().join("elsewhere")).unwrap();
+    check(&mut model, &ahead);
+    for state in [&little, &bare] {
+        store.finish_load(&mut model, state).unwrap_err();
+    }
+    // What was held when it was read ahead is gone: that is read now, and is not there.
+    drop(first);
+    assert_eq!(model.lacks(&ahead).unwrap(), [0, 1, 2]);
+    store.finish_load(&mut model, &ahead).unwrap_err();
+    std::fs::rename(folder.path().join("elsewhere"), &segments).unwrap();
+    check(&mut model, &ahead);
+
+    // A context that it is too long for is refused before anything is read.
+    let options = LoadOptions { context: 16, ..LoadOptions::default() };
+    let other = "random:qwen3.5-tiny";
+    let other = Ampoule::load_on(&CpuBackend::new(1), other, &options, &mut |_, _| {}).unwrap();
+    other.lacks(&ahead).unwrap_err();
 }
 
 #[test]

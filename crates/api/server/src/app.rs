@@ -63,6 +63,8 @@ pub(crate) struct App {
     pub fingerprint: String,
     pub engine: mpsc::Sender<Command>,
     pub places: Arc<Semaphore>,
+    /// Of those who read states from the store.
+    pub readers: Arc<Semaphore>,
     pub stopping: AtomicBool,
     pub requests: AtomicU64,
 }

@@ -171,6 +171,14 @@ impl Durable {
         }
     }
 
+    /// What the capsule is called that was saved with a record.
+    ///
+    /// # Errors
+    /// If it is not there.
+    pub(crate) fn find(&self, kind: &str, id: &str) -> Result<CapsuleId, ampoule::Error> {
+        self.store.find(&name(kind, id))
+    }
+
     /// The capsule that was saved with a record.
     ///
     /// # Errors
@@ -181,23 +189,26 @@ impl Durable {
         kind: &str,
         id: &str,
     ) -> Result<Capsule, ampoule::Error> {
-        let found = self.store.find(&name(kind, id))?;
-        self.store.load(model, found)
+        self.store.load(model, self.find(kind, id)?)
     }
 
-    /// One record, where it can be read.
-    pub(crate) fn record(&self, kind: &str, id: &str) -> Option<Value> {
-        let text = self.store.store().memo(&name(kind, id)).ok()??;
-        let record = serde_json::from_slice::<Value>(&text).ok()?;
-        Some(record).filter(|record| record["id"] == id)
+    /// One record.
+    ///
+    /// # Errors
+    /// If it is damaged or the storage fails.
+    pub(crate) fn record(&self, kind: &str, id: &str) -> Result<Option<Value>, ampoule::Error> {
+        let text = self.store.store().memo(&name(kind, id)).map_err(StoreError::from)?;
+        let record = text.and_then(|text| serde_json::from_slice::<Value>(&text).ok());
+        Ok(record.filter(|record| record["id"] == id))
     }
 
-    /// All records, by name. Those that cannot be read are left out, and said.
+    /// All records, by name. Those that cannot be read are left out, said, and counted.
     ///
     /// # Errors
     /// If the storage fails.
-    pub(crate) fn records(&self) -> Result<Vec<Record>, ampoule::Error> {
+    pub(crate) fn records(&self) -> Result<(Vec<Record>, usize), ampoule::Error> {
         let (memos, damaged) = self.store.store().memos().map_err(StoreError::from)?;
+        let unreadable = damaged.len();
         for error in damaged {
             tracing::warn!(%error, "a record cannot be read and is left alone");
         }
@@ -211,7 +222,7 @@ impl Durable {
                 None => tracing::warn!(kind, "a record has no id and is left alone"),
             }
         }
-        Ok(out)
+        Ok((out, unreadable))
     }
 
     /// Forgets a record and its capsule.

@@ -1,6 +1,6 @@
 //! What a client is told when something goes wrong, in the shape that OpenAI's clients understand.
 
-use ampoule::store::{LoadError, SaveError};
+use ampoule::store::{HeadError, LoadError, ReadError, SaveError};
 use ampoule::{ChatError, EngineError, StoreError};
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -214,7 +214,8 @@ impl From<ampoule::Error> for ApiError {
             }
             ampoule::Error::Store(store) => match &**store {
                 StoreError::Save(SaveError::Quota { .. }) => Self::store_full(),
-                StoreError::Load(LoadError::Damaged { .. }) => {
+                StoreError::Load(LoadError::Damaged { .. })
+                | StoreError::Head(HeadError::Read(ReadError::Damaged(_))) => {
                     let _ = internal(&error);
                     Self::unreadable()
                 }

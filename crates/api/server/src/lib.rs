@@ -4,6 +4,7 @@
 //! deepest boundary that was read before. docs/server.md has the contract; [`serve`] runs it.
 #![forbid(unsafe_code)]
 
+mod ahead;
 mod app;
 mod cache;
 mod chat;

@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
 
+use crate::ahead::Ahead;
 use crate::app::{
     self, App, Body, Caller, Generation, Prepared, Tally, Wanted, blocking, new_id, now,
 };
@@ -362,9 +363,10 @@ async fn state(app: &App, id: &str, response: &Arc<StoredResponse>) -> Option<am
     }
     app.vault.durable.as_ref()?;
     let (vault, id) = (Arc::clone(&app.vault), id.to_owned());
+    let ahead = Ahead::read(app, move |durable| durable.find("response", &id)).await.ok()?;
     let loaded = app.call(move |worker| {
         let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-        worker.load(|worker| durable.capsule(&mut worker.model, "response", &id))
+        ahead.load(worker, durable)
     });
     let capsule = loaded.await.ok()?;
     *lock(&response.end) = Some(capsule.clone());

@@ -154,6 +154,7 @@ pub fn serve(model: Ampoule, config: Config, signals: bool) -> Result<Server, Se
         fingerprint: format!("fp_{}", fingerprint.get(..12).unwrap_or(&fingerprint)),
         engine: engine.clone(),
         places: Arc::new(Semaphore::new(config.queue)),
+        readers: Arc::new(Semaphore::new(crate::ahead::READERS)),
         stopping: AtomicBool::new(false),
         requests: AtomicU64::new(0),
         config,
@@ -233,7 +234,7 @@ fn bring_back(
     if keys.is_empty() {
         crate::native::fill_shelf(worker, vault, durable);
     }
-    let records = durable.records()?;
+    let (records, unreadable) = durable.records()?;
     crate::responses::bring_back(vault, &records);
     let others = crate::native::bring_back(worker, vault, durable, &records);
     for Record { id, value, .. } in records.iter().filter(|r| r.kind == "boundary") {
@@ -247,6 +248,12 @@ fn bring_back(
     }
     durable.count();
     let mut notes: Vec<String> = unreachable_records(&records, keys).into_iter().collect();
+    if unreadable > 0 {
+        notes.push(format!(
+            "records of sessions, responses or capsules that are damaged in the store: {unreadable}; `ampoule capsule fsck` names \
+             them, and nothing of theirs is deleted"
+        ));
+    }
     if others > 0 {
         notes.push(format!(
             "the store has capsules and sessions that only another model, or other settings or another device, can use: {others}"

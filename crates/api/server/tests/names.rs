@@ -581,6 +581,49 @@ fn a_capsule_that_is_damaged_in_the_store_is_said_to_be_when_it_is_asked_for() {
     server.stop().unwrap();
 }
 
+#[test]
+fn a_session_whose_record_is_damaged_is_said_to_be_and_not_forgotten() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    let (one, two) = (session(&server, "One story."), session(&server, "A second story."));
+    server.stop().unwrap();
+    let store = CapsuleStore::open(place.to_str().unwrap(), StoreOptions::default()).unwrap();
+    let (kept, before) = (files(&place).len(), store.store().memos().unwrap().0.len());
+    drop(store);
+    for file in files(&place.join("memos")) {
+        let mut bytes = std::fs::read(&file).unwrap();
+        if bytes.windows(one.len()).any(|words| words == one.as_bytes()) {
+            *bytes.last_mut().unwrap() ^= 1;
+            std::fs::write(&file, bytes).unwrap();
+        }
+    }
+
+    let server = start(stored(&place));
+    let at = server.address();
+    let notes = server.notes().join("\n");
+    assert!(notes.contains("damaged in the store: 1") && notes.contains("capsule fsck"), "{notes}");
+    let path = format!("/v1/sessions/{one}");
+    let append = json!({ "text": " It went on." });
+    let answers = [
+        get(at, &path),
+        post(at, &format!("{path}/append"), &append),
+        request(at, "DELETE", &path, "", ""),
+    ];
+    for answer in answers {
+        let error = answer.json()["error"].clone();
+        assert_eq!((answer.status, &error["code"]), (500, &json!("capsule_unreadable")), "{error}");
+        assert!(error["message"].as_str().unwrap().contains("capsule fsck"), "{error}");
+    }
+    assert_eq!(get(at, "/v1/sessions/ses_0").status, 404);
+    assert_eq!(get(at, &format!("/v1/sessions/{two}")).status, 200);
+    server.stop().unwrap();
+    assert_eq!(files(&place).len(), kept);
+    let store = CapsuleStore::open(place.to_str().unwrap(), StoreOptions::default()).unwrap();
+    let (memos, damaged) = store.store().memos().unwrap();
+    assert_eq!((memos.len(), damaged.len()), (before - 1, 1));
+}
+
 /// All files below a folder.
 fn files(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
     let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());

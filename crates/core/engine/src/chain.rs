@@ -245,23 +245,45 @@ impl Engine {
         Ok(Capsule::new(node, fixed, self.id))
     }
 
+    /// The links whose rows [`Self::assemble`] would ask for now, by index: those that the engine does not hold.
+    ///
+    /// # Errors
+    /// If the chain does not fit the model, plan, layout, kernels, device or tenant (the error names which).
+    pub fn lacking(
+        &self,
+        scope: &ChainScope,
+        links: &[NewLink],
+    ) -> Result<Vec<usize>, EngineError> {
+        self.check_scope(scope, links.len(), links.iter().map(|l| l.tokens.len()).sum())?;
+        Ok(self.lacks(links).map(|(index, _)| index).collect())
+    }
+
+    /// The links whose rows would be copied, each with their regions.
+    fn lacks<'a>(
+        &'a self,
+        links: &'a [NewLink],
+    ) -> impl Iterator<Item = (usize, Vec<Region>)> + 'a {
+        let mut start = 0;
+        links.iter().enumerate().filter_map(move |(index, link)| {
+            let (from, end) = (start, start + link.tokens.len());
+            start = end;
+            let same_rows = |node: &RowNode| node.tokens == link.tokens;
+            let held = self.known.find(link.lineage, from as u32, same_rows);
+            if held.is_some_and(|node| node.rows.as_ref().is_none_or(|rows| !rows.is_away())) {
+                return None;
+            }
+            let regions = row_regions(&self.model, &(from..end));
+            (!regions.is_empty()).then_some((index, regions))
+        })
+    }
+
     /// Whether the budget for capsules has room for all that such a chain would copy.
     fn check_room(&self, links: &[NewLink]) -> Result<(), EngineError> {
         let bytes = |regions: &[Region]| -> usize {
             regions.iter().map(|region| region.bytes(self.buffers())).sum()
         };
-        let mut wanted = bytes(&fixed_regions(&self.model));
-        let mut start = 0;
-        for link in links {
-            let end = start + link.tokens.len();
-            let same_rows = |node: &RowNode| node.tokens == link.tokens;
-            let held = self.known.find(link.lineage, start as u32, same_rows);
-            if held.is_none_or(|node| node.rows.as_ref().is_some_and(|rows| rows.is_away())) {
-                wanted += bytes(&row_regions(&self.model, &(start..end)));
-            }
-            start = end;
-        }
-        self.has_room(wanted)
+        let rows: usize = self.lacks(links).map(|(_, regions)| bytes(&regions)).sum();
+        self.has_room(bytes(&fixed_regions(&self.model)) + rows)
     }
 
     fn check_scope(

@@ -10,6 +10,7 @@ use super::capsules::let_name_go;
 use super::forget;
 use super::sessions::add_mark;
 use super::shelf::about;
+use crate::ahead::Ahead;
 use crate::app::{App, Caller, blocking};
 use crate::durable::{Durable, Record};
 use crate::error::{ApiError, ApiResult};
@@ -107,14 +108,16 @@ pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResul
     let record = owned(app, caller, id).await?;
     app.vault.room_for_session(&caller.key, app.config.session_idle)?;
     let (vault, which) = (Arc::clone(&app.vault), id.to_owned());
-    let read = record["position"].as_u64() != Some(0);
-    let capsule = app
-        .call(move |worker| {
+    let capsule = if record["position"].as_u64() == Some(0) {
+        None
+    } else {
+        let ahead = Ahead::read(app, move |durable| durable.find("session", &which)).await?;
+        let loaded = app.call(move |worker| {
             let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-            let load = |worker: &mut Worker| durable.capsule(&mut worker.model, "session", &which);
-            Ok(if read { Some(worker.load(load)?) } else { None })
-        })
-        .await?;
+            ahead.load(worker, durable)
+        });
+        Some(loaded.await?)
+    };
     let session = session(&record, capsule).ok_or_else(missing)?;
     let session = app.vault.add_session(id, session);
     // Deleted meanwhile: whoever deleted it did not find it in memory.
@@ -129,8 +132,11 @@ pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResul
 /// What the store has of a session.
 async fn stored(app: &Arc<App>, id: &str) -> ApiResult<Option<Value>> {
     let (vault, id) = (Arc::clone(&app.vault), id.to_owned());
-    blocking(move || Ok(vault.durable.as_ref().and_then(|durable| durable.record("session", &id))))
-        .await
+    blocking(move || match &vault.durable {
+        Some(durable) => Ok(durable.record("session", &id)?),
+        None => Ok(None),
+    })
+    .await
 }
 
 /// Lets sessions go that nobody used for a while, from time to time, for as long as the server runs.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use ampoule::Capsule;
 use ampoule::store::CapsuleId;
 
+use crate::ahead::Ahead;
 use crate::app::{App, Caller};
 use crate::durable::Durable;
 use crate::error::{ApiError, ApiResult};
@@ -92,9 +93,12 @@ pub(super) fn find(app: &App, caller: &Caller, which: &str) -> ApiResult<(String
 /// The state of a capsule that the caller may use, brought to memory if it is not there.
 async fn state(app: &Arc<App>, id: String) -> ApiResult<Capsule> {
     let missing = || ApiError::not_found("capsule");
-    if let Some(capsule) = app.vault.capsules.used(&id).ok_or_else(missing)?.capsule {
+    let named = app.vault.capsules.used(&id).ok_or_else(missing)?;
+    if let Some(capsule) = named.capsule {
         return Ok(capsule);
     }
+    let stored = named.stored.ok_or_else(missing)?;
+    let ahead = Ahead::read(app, move |_| Ok(stored)).await?;
     let vault = Arc::clone(&app.vault);
     app.call(move |worker| {
         // While this waited another may have brought it, or deleted it.
@@ -102,8 +106,8 @@ async fn state(app: &Arc<App>, id: String) -> ApiResult<Capsule> {
         if let Some(capsule) = named.capsule {
             return Ok(capsule);
         }
-        let (durable, stored) = vault.durable.as_ref().zip(named.stored).ok_or_else(missing)?;
-        let loaded = worker.load(|worker| durable.store().load(&mut worker.model, stored))?;
+        let durable = vault.durable.as_ref().filter(|_| named.stored == Some(stored));
+        let loaded = ahead.load(worker, durable.ok_or_else(missing)?)?;
         vault.capsules.loaded(&id, &loaded);
         Ok(loaded)
     })
