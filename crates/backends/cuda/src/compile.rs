@@ -9,7 +9,7 @@ use cudarc::nvrtc::sys;
 use crate::cache::Cache;
 use crate::libs;
 
-const COMMON: &str = include_str!("../kernels/common.cuh");
+pub(crate) const COMMON: &str = include_str!("../kernels/common.cuh");
 
 /// Every kernel source: name and text after the common part.
 pub(crate) const SOURCES: &[(&str, &str)] = &[

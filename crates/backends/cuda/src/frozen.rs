@@ -357,14 +357,25 @@ struct Table<const ENDS: usize, const N: usize> {
     piece: [Piece; N],
 }
 
-/// Threads of a block that copies beside replays: `BESIDE` in `memory.cu`.
+/// Threads of a block that copies beside replays: `BESIDE` in `memory.cu`; and vectors that each has on their way there.
 const BESIDE: u32 = 64;
+const BESIDE_DEPTH: i32 = 12;
+/// The same of blocks that have the device to themselves.
+const ALONE: u32 = 256;
+const ALONE_DEPTH: i32 = 8;
 /// Bytes of a tile of a bulk copy, and most tiles of its ring: `BULK_TILE` and `BULK_TILES` in `memory.cu`.
 const BULK_TILE: u32 = 16384;
 const BULK_TILES: u32 = 12;
 
 /// 64 MiB: from so many on, blocks of threads move larger tiles.
 const MANY_VECTORS: i64 = 4 << 20;
+
+/// Kernels that copy: by bulk copies, by threads, beside replays; for tables of 8, 96 and 960 pieces.
+const COPY_KERNELS: [[&str; 3]; 3] = [
+    ["copy_bulk_8", "copy_bulk_96", "copy_bulk_960"],
+    ["copy_regions_8", "copy_regions_96", "copy_regions_960"],
+    ["copy_beside_8", "copy_beside_96", "copy_beside_960"],
+];
 
 fn launch_copy<const ENDS: usize, const N: usize>(
     resident: &Resident,
@@ -396,25 +407,30 @@ fn launch_copy<const ENDS: usize, const N: usize>(
         all += units(t) as i64;
         table.first[i + 1] = all;
     }
-    let launcher = Launcher::plain(resident);
-    if bulk {
-        let name = format!("copy_bulk_{N}");
+    let names = COPY_KERNELS[if bulk { 0 } else { 1 + usize::from(beside > 0) }];
+    let name = names[match N {
+        8 => 0,
+        96 => 1,
+        _ => 2,
+    }];
+    let kernel = resident.device.kernels.find(name)?;
+    let how = if bulk {
         // A ring begins at a multiple of 128.
-        let limit = resident.device.kernels.find(&name)?.shared_limit.saturating_sub(128);
+        let limit = kernel.shared_limit.saturating_sub(128);
         let depth = (limit / BULK_TILE).clamp(2, BULK_TILES);
         table.depth = depth as i32;
         let blocks = all.clamp(1, i64::from(multiprocessors)) as u32;
-        let how = Launch { shared: depth * BULK_TILE + 128, ..Launch::new([blocks, 1, 1], 32) };
-        return launcher.go_on(stream, &name, how, args![table]);
-    }
-    // Blocks of 256 threads; at most 32 a multiprocessor, and more than it holds at a time: the last ones to end are short.
-    let (threads, each, many) = if beside > 0 { (BESIDE, beside, 12) } else { (256, 32, 8) };
-    table.depth = if beside > 0 || all >= MANY_VECTORS { many } else { 2 };
-    let most = multiprocessors * each;
-    let tiles = all / (i64::from(threads) * i64::from(table.depth)) + 1;
-    let blocks = tiles.clamp(1, i64::from(most)) as u32;
-    let name = format!("copy_{}_{N}", if beside > 0 { "beside" } else { "regions" });
-    launcher.go_on(stream, &name, Launch::new([blocks, 1, 1], threads), args![table])
+        Launch { shared: depth * BULK_TILE + 128, ..Launch::new([blocks, 1, 1], 32) }
+    } else {
+        // Blocks of 256 threads; at most 32 a multiprocessor, and more than it holds at a time: the last ones to end are short.
+        let (threads, each, many) =
+            if beside > 0 { (BESIDE, beside, BESIDE_DEPTH) } else { (ALONE, 32, ALONE_DEPTH) };
+        table.depth = if beside > 0 || all >= MANY_VECTORS { many } else { 2 };
+        let most = multiprocessors * each;
+        let tiles = all / (i64::from(threads) * i64::from(table.depth)) + 1;
+        Launch::new([tiles.clamp(1, i64::from(most)) as u32, 1, 1], threads)
+    };
+    Launcher::plain(resident).go_on(stream, kernel, name, how, args![table])
 }
 
 /// Rows of one buffer to be thawed: part, region, and rows counted from the region's first.
@@ -575,6 +591,32 @@ mod tests {
                 }
             }
             assert_eq!(got, expected);
+        }
+    }
+
+    #[test]
+    fn the_sizes_are_those_of_the_kernels() {
+        let text = |name| crate::compile::SOURCES.iter().find(|s| s.0 == name).unwrap().1;
+        let memory = text("memory");
+        for line in [
+            format!("#define BESIDE {BESIDE}\n"),
+            format!("#define BULK_TILE {BULK_TILE}\n"),
+            format!("#define BULK_TILES {BULK_TILES}\n"),
+        ] {
+            assert!(memory.contains(&line), "{line}");
+        }
+        assert!(crate::compile::COMMON.contains(&format!("#define BLOCK {ALONE}\n")));
+        for size in [8, 96, 960] {
+            for body in [
+                format!("copy_body<{size}, BESIDE, {BESIDE_DEPTH}>(t)"),
+                format!("copy_body<{size}, BLOCK, {ALONE_DEPTH}>(t)"),
+                format!("bulk_body<{size}>(t)"),
+            ] {
+                assert_eq!(memory.matches(&body).count(), 1, "{body}");
+            }
+        }
+        for name in COPY_KERNELS.iter().flatten() {
+            assert!(memory.contains(&format!(" {name}(")), "{name}");
         }
     }
 

@@ -16,6 +16,7 @@ use ampoule_plan::{Op, Phase, Plan, Role, Sealed, View};
 use crate::device::CudaOptions;
 use crate::driver::{self, Launch, Stream};
 use crate::fuse::Step;
+use crate::kernels::Kernel;
 use crate::lt::Products;
 use crate::memory::Resident;
 use arguments::{MatrixView, WordView};
@@ -176,18 +177,19 @@ impl<'a> Launcher<'a> {
         how: Launch,
         arguments: &mut [*mut c_void],
     ) -> Result<(), BackendError> {
-        self.go_on(&self.resident.stream, name, how, arguments)
+        let kernel = self.resident.device.kernels.find(name)?;
+        self.go_on(&self.resident.stream, kernel, name, how, arguments)
     }
 
-    /// The same on another stream.
+    /// The same with a kernel that was looked up, on any stream.
     pub(crate) fn go_on(
         &self,
         stream: &Stream,
+        kernel: Kernel,
         name: &str,
         how: Launch,
         arguments: &mut [*mut c_void],
     ) -> Result<(), BackendError> {
-        let kernel = self.resident.device.kernels.find(name)?;
         if how.shared > 0 && how.shared > kernel.shared_limit {
             return Err(self.unsupported(format!(
                 "kernel '{name}' would need {} bytes of shared memory, of which a block has {}",
