@@ -86,6 +86,9 @@ pub struct Config {
     /// For tests: a request with the header `x-ampoule-fault` makes the engine panic.
     #[doc(hidden)]
     pub faults: bool,
+    /// For tests: how much longer it takes to read a state from the store: once, twice, three or four times that, in turns.
+    #[doc(hidden)]
+    pub slow_store: Duration,
 }
 
 impl Default for Config {
@@ -114,6 +117,7 @@ impl Default for Config {
             store: None,
             warm: Vec::new(),
             faults: false,
+            slow_store: Duration::ZERO,
         }
     }
 }

@@ -159,7 +159,7 @@ impl Worker {
 }
 
 /// Whether something failed for want of memory for capsules.
-const fn lacks_room(error: &ampoule::Error) -> bool {
+pub(crate) const fn lacks_room(error: &ampoule::Error) -> bool {
     matches!(
         error,
         ampoule::Error::Engine(EngineError::Backend(

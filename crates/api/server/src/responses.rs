@@ -362,13 +362,13 @@ async fn state(app: &App, id: &str, response: &Arc<StoredResponse>) -> Option<am
         return Some(capsule);
     }
     app.vault.durable.as_ref()?;
-    let (vault, id) = (Arc::clone(&app.vault), id.to_owned());
-    let ahead = Ahead::read(app, move |durable| durable.find("response", &id)).await.ok()?;
-    let loaded = app.call(move |worker| {
-        let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-        ahead.load(worker, durable)
+    let (id, here) = (id.to_owned(), Arc::clone(response));
+    let ahead = Ahead::read(app, move |durable| {
+        let there = lock(&here.end).is_some();
+        if there { Ok(None) } else { durable.find("response", &id).map(Some) }
     });
-    let capsule = loaded.await.ok()?;
+    let Some(ahead) = ahead.await.ok()? else { return lock(&response.end).clone() };
+    let capsule = ahead.load(app, |_, _| Ok(())).await.ok()?;
     *lock(&response.end) = Some(capsule.clone());
     Some(capsule)
 }

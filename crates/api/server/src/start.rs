@@ -250,8 +250,8 @@ fn bring_back(
     let mut notes: Vec<String> = unreachable_records(&records, keys).into_iter().collect();
     if unreadable > 0 {
         notes.push(format!(
-            "records of sessions, responses or capsules that are damaged in the store: {unreadable}; `ampoule capsule fsck` names \
-             them, and nothing of theirs is deleted"
+            "records that are damaged in the store: {unreadable}; `ampoule capsule fsck` names them; no session, response or capsule \
+             of theirs is deleted"
         ));
     }
     if others > 0 {

@@ -206,6 +206,8 @@ pub(crate) struct Vault {
     pub capsules: Names,
     /// For each key: held while one of its capsules changes in memory and in the store.
     turns: Mutex<HashMap<[u8; 32], Arc<tokio::sync::Mutex<()>>>>,
+    /// Held by who brings a parked session to memory; ids share them by their hash.
+    fetches: [tokio::sync::Mutex<()>; FETCHES],
     /// Sessions that were idle for too long, for a while: whoever comes back is told why they are gone.
     expired: Mutex<VecDeque<([u8; 32], String)>>,
     clock: AtomicU64,
@@ -227,6 +229,8 @@ pub(crate) struct Limits {
 
 /// Expired sessions that are remembered.
 const EXPIRED: usize = 4096;
+/// More than fetches that are ever under way at once without waiting for the store.
+const FETCHES: usize = 64;
 
 impl Vault {
     pub(crate) fn new(limits: Limits, metrics: Arc<Metrics>, durable: Option<Durable>) -> Self {
@@ -236,6 +240,7 @@ impl Vault {
             parked: Mutex::default(),
             capsules: Names::new(Arc::clone(&metrics)),
             turns: Mutex::default(),
+            fetches: [const { tokio::sync::Mutex::const_new(()) }; FETCHES],
             expired: Mutex::default(),
             clock: AtomicU64::new(0),
             limits,
@@ -466,6 +471,13 @@ impl Vault {
     /// What a change of a key's capsules holds. There are as many as keys.
     pub(crate) fn turn(&self, key: &[u8; 32]) -> Arc<tokio::sync::Mutex<()>> {
         Arc::clone(lock(&self.turns).entry(*key).or_default())
+    }
+
+    /// The turn to bring a session to memory: whoever has it, and finds the session not there, may rely on that no other call
+    /// brings it, changes it and sends it to the store again.
+    pub(crate) async fn fetch_turn(&self, id: &str) -> tokio::sync::MutexGuard<'_, ()> {
+        let hash = blake3::hash(id.as_bytes());
+        self.fetches[usize::from(hash.as_bytes()[0]) % FETCHES].lock().await
     }
 }
 

@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::time::Duration;
+
 use ampoule::store::Expected;
 use ampoule::{Ampoule, CapsuleStore, Device, LoadOptions, StoreOptions};
 use ampoule_server::{Config, Server};
@@ -622,6 +624,116 @@ fn a_session_whose_record_is_damaged_is_said_to_be_and_not_forgotten() {
     let store = CapsuleStore::open(place.to_str().unwrap(), StoreOptions::default()).unwrap();
     let (memos, damaged) = store.store().memos().unwrap();
     assert_eq!((memos.len(), damaged.len()), (before - 1, 1));
+}
+
+#[test]
+fn others_are_answered_while_a_state_is_read_from_the_store() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let server = start(stored(&place));
+    let id = session(&server, "A story.");
+    snapshot(&server, &id, &json!({ "name": "story" }));
+    let said = says(&server, "story");
+    server.stop().unwrap();
+    let slow = Config { slow_store: Duration::from_millis(1500), ..stored(&place) };
+    let server = start(slow);
+    let at = server.address();
+    std::thread::scope(|scope| {
+        let fetched = scope.spawn(|| says(&server, "story"));
+        let appended = scope.spawn(|| {
+            let body = json!({ "text": " It went on." });
+            ok(at, &format!("/v1/sessions/{id}/append"), &body)
+        });
+        let ask = json!({
+            "messages": [{ "role": "user", "content": "Hello" }], "max_tokens": 8, "ignore_eos": true,
+        });
+        for _ in 0..3 {
+            ok(at, "/v1/chat/completions", &ask);
+        }
+        assert!(!fetched.is_finished() && !appended.is_finished(), "the store was not slow");
+        assert_eq!(fetched.join().unwrap(), said);
+        appended.join().unwrap();
+    });
+    server.stop().unwrap();
+}
+
+/// Two sessions fit into memory and six are called at once: each call brings one back from the store and sends another there.
+/// No turn is lost to a state that was read before it, clients that hang up leave nothing behind, and what is deleted stays so.
+#[test]
+fn sessions_that_come_and_go_lose_no_turn() {
+    const CALLERS: usize = 3;
+    const TURNS: usize = 6;
+    let folder = tempfile::tempdir().unwrap();
+    let place = folder.path().join("store");
+    let slow_store = Duration::from_millis(10);
+    let few = || Config { sessions: 2, slow_store, ..stored(&place) };
+    let server = start(few());
+    let at = server.address();
+    let ids: Vec<String> = (0..6).map(|i| session(&server, &format!("Story {i}."))).collect();
+    let position = |id: &str| {
+        let said = get(at, &format!("/v1/sessions/{id}")).json();
+        said["position"].as_u64().unwrap_or_else(|| panic!("{said}"))
+    };
+    let before: Vec<u64> = ids.iter().map(|id| position(id)).collect();
+    let append = |id: &str| {
+        let body = json!({ "text": " It went on." });
+        post(at, &format!("/v1/sessions/{id}/append"), &body).status
+    };
+    assert_eq!(append(&ids[0]), 200);
+    let each = position(&ids[0]) - before[0];
+    let (told, hung, gone) = (&ids[..4], &ids[4], &ids[5]);
+    std::thread::scope(|scope| {
+        for caller in 0..CALLERS {
+            let append = &append;
+            scope.spawn(move || {
+                for turn in 0..TURNS * told.len() {
+                    let id = &told[(turn + caller) % told.len()];
+                    // Busy, or all that are in memory are: again.
+                    while !matches!(append(id), 200) {
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
+                }
+            });
+        }
+        scope.spawn(|| {
+            for _ in 0..40 {
+                let body = json!({ "text": " Nobody waits." }).to_string();
+                let head =
+                    support::head("POST", &format!("/v1/sessions/{hung}/append"), body.len(), "");
+                let mut stream = support::open(at);
+                let _ = std::io::Write::write_all(&mut stream, format!("{head}{body}").as_bytes());
+            }
+        });
+        scope.spawn(|| {
+            append(gone);
+            let path = format!("/v1/sessions/{gone}");
+            support::eventually("it is deleted", || {
+                request(at, "DELETE", &path, "", "").status == 200
+            });
+            for _ in 0..20 {
+                assert_eq!(append(gone), 404);
+            }
+        });
+    });
+    let turns = (CALLERS * TURNS) as u64;
+    for (i, id) in told.iter().enumerate() {
+        let first = if i == 0 { each } else { 0 };
+        assert_eq!(position(id), before[i] + first + turns * each, "session {i}");
+    }
+    assert!(metric(at, "ampoule_sessions_fetched_total") > 4);
+    // Whatever those that hung up did, the session can be called.
+    support::eventually("it can be called", || append(hung) == 200);
+    assert_eq!(get(at, &format!("/v1/sessions/{gone}")).status, 404);
+    server.stop().unwrap();
+
+    let server = start(few());
+    let at = server.address();
+    for (i, id) in told.iter().enumerate() {
+        let said = get(at, &format!("/v1/sessions/{id}")).json();
+        let first = if i == 0 { each } else { 0 };
+        assert_eq!(said["position"], json!(before[i] + first + turns * each), "session {i}");
+    }
+    server.stop().unwrap();
 }
 
 /// All files below a folder.

@@ -730,8 +730,9 @@ impl Program for CudaProgram {
 
     fn synchronize(&mut self) -> Result<(), BackendError> {
         self.wait()?;
-        if self.store.beside.swap(false, Ordering::Relaxed) {
+        if self.store.beside.load(Ordering::Relaxed) {
             self.store.copies.synchronize()?;
+            self.store.beside.store(false, Ordering::Relaxed);
         }
         Ok(())
     }

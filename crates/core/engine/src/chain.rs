@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, OnceLock, Weak};
 
-use ampoule_backend::{Frozen, Region, fixed_regions, row_regions};
+use ampoule_backend::{BackendError, Frozen, Region, fixed_regions, row_regions};
 use ampoule_capsule::{
     Digest, Fingerprint, History, LineageId, Manifest, Parent, Segment, StateLayout,
 };
@@ -225,7 +225,7 @@ impl Engine {
     ) -> Result<Capsule, E> {
         let wanted = links.iter().map(|l| l.tokens.len()).sum();
         self.check_scope(scope, links.len(), wanted)?;
-        self.check_room(links)?;
+        self.has_room(self.wanted(links))?;
         let fixed = fixed()?;
         let state = |name: &str| {
             let index = self.layout.tensors.iter().position(|t| t.name == name);
@@ -245,16 +245,22 @@ impl Engine {
         Ok(Capsule::new(node, fixed, self.id))
     }
 
-    /// The links whose rows [`Self::assemble`] would ask for now, by index: those that the engine does not hold.
+    /// The links whose rows the engine does not hold, by index: those that [`Self::assemble`] would ask for. Between the two
+    /// that can change.
     ///
     /// # Errors
-    /// If the chain does not fit the model, plan, layout, kernels, device or tenant (the error names which).
+    /// If the chain does not fit the model, plan, layout, kernels, device or tenant (the error names which), or takes more than
+    /// the whole budget for capsules.
     pub fn lacking(
         &self,
         scope: &ChainScope,
         links: &[NewLink],
     ) -> Result<Vec<usize>, EngineError> {
         self.check_scope(scope, links.len(), links.iter().map(|l| l.tokens.len()).sum())?;
+        let (wanted, (used, budget)) = (self.wanted(links), self.program.frozen_bytes());
+        if wanted > budget {
+            return Err(BackendError::CapsuleBudget { wanted, used, budget }.into());
+        }
         Ok(self.lacks(links).map(|(index, _)| index).collect())
     }
 
@@ -277,13 +283,13 @@ impl Engine {
         })
     }
 
-    /// Whether the budget for capsules has room for all that such a chain would copy.
-    fn check_room(&self, links: &[NewLink]) -> Result<(), EngineError> {
+    /// Bytes that putting such a chain together would copy: the fixed state, and rows that are not held.
+    fn wanted(&self, links: &[NewLink]) -> usize {
         let bytes = |regions: &[Region]| -> usize {
             regions.iter().map(|region| region.bytes(self.buffers())).sum()
         };
         let rows: usize = self.lacks(links).map(|(_, regions)| bytes(&regions)).sum();
-        self.has_room(bytes(&fixed_regions(&self.model)) + rows)
+        bytes(&fixed_regions(&self.model)) + rows
     }
 
     fn check_scope(

@@ -105,18 +105,20 @@ pub(super) async fn owned(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResul
 /// A session that is not in memory.
 pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResult<Arc<Session>> {
     let missing = || ApiError::not_found("session");
+    // Two would read the same, and what the slower has read might be older than what the faster has saved since.
+    let _turn = app.vault.fetch_turn(id).await;
+    if let Some(session) = app.vault.session(&caller.key, id) {
+        return Ok(session);
+    }
     let record = owned(app, caller, id).await?;
     app.vault.room_for_session(&caller.key, app.config.session_idle)?;
-    let (vault, which) = (Arc::clone(&app.vault), id.to_owned());
+    let which = id.to_owned();
     let capsule = if record["position"].as_u64() == Some(0) {
         None
     } else {
-        let ahead = Ahead::read(app, move |durable| durable.find("session", &which)).await?;
-        let loaded = app.call(move |worker| {
-            let durable = vault.durable.as_ref().ok_or_else(ApiError::internal)?;
-            ahead.load(worker, durable)
-        });
-        Some(loaded.await?)
+        let find = move |durable: &Durable| durable.find("session", &which).map(Some);
+        let ahead = Ahead::read(app, find).await?.ok_or_else(missing)?;
+        Some(ahead.load(app, |_, _| Ok(())).await?)
     };
     let session = session(&record, capsule).ok_or_else(missing)?;
     let session = app.vault.add_session(id, session);

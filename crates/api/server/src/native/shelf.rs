@@ -93,25 +93,28 @@ pub(super) fn find(app: &App, caller: &Caller, which: &str) -> ApiResult<(String
 /// The state of a capsule that the caller may use, brought to memory if it is not there.
 async fn state(app: &Arc<App>, id: String) -> ApiResult<Capsule> {
     let missing = || ApiError::not_found("capsule");
-    let named = app.vault.capsules.used(&id).ok_or_else(missing)?;
-    if let Some(capsule) = named.capsule {
-        return Ok(capsule);
-    }
-    let stored = named.stored.ok_or_else(missing)?;
-    let ahead = Ahead::read(app, move |_| Ok(stored)).await?;
-    let vault = Arc::clone(&app.vault);
-    app.call(move |worker| {
-        // While this waited another may have brought it, or deleted it.
-        let named = vault.capsules.used(&id).ok_or_else(missing)?;
+    loop {
+        let named = app.vault.capsules.used(&id).ok_or_else(missing)?;
         if let Some(capsule) = named.capsule {
             return Ok(capsule);
         }
-        let durable = vault.durable.as_ref().filter(|_| named.stored == Some(stored));
-        let loaded = ahead.load(worker, durable.ok_or_else(missing)?)?;
-        vault.capsules.loaded(&id, &loaded);
-        Ok(loaded)
-    })
-    .await
+        let stored = named.stored.ok_or_else(missing)?;
+        let (vault, which) = (Arc::clone(&app.vault), id.clone());
+        let ahead = Ahead::read(app, move |_| {
+            // While this waited another may have brought it.
+            let here = vault.capsules.used(&which).is_none_or(|named| named.capsule.is_some());
+            Ok((!here).then_some(stored))
+        });
+        let Some(ahead) = ahead.await? else { continue };
+        let (vault, which) = (Arc::clone(&app.vault), id.clone());
+        let loaded = ahead.load(app, move |_, loaded| {
+            // Or deleted it.
+            vault.capsules.used(&which).ok_or_else(missing)?;
+            vault.capsules.loaded(&which, loaded);
+            Ok(())
+        });
+        return loaded.await;
+    }
 }
 
 /// As [`find`], and its state.
