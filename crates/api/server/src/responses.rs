@@ -284,8 +284,9 @@ pub(crate) async fn create(app: Arc<App>, caller: Caller, body: Body) -> ApiResu
                 param: Some("previous_response_id".to_owned()),
                 message: format!(
                     "there is no such response, or it belongs to another key or to none: only those made with 'store': true can be \
-                     continued, the latest {} of them, and after a restart where the server has a --store",
-                    app.config.responses
+                     continued, the latest {} of them, and after a restart where the server has a --store{}",
+                    app.config.responses,
+                    app.vault.or_damaged()
                 ),
                 ..ApiError::not_found("response")
             })?,

@@ -248,6 +248,7 @@ fn bring_back(
     }
     durable.count();
     let mut notes: Vec<String> = unreachable_records(&records, keys).into_iter().collect();
+    vault.unreadable.store(unreadable, Ordering::Relaxed);
     if unreadable > 0 {
         notes.push(format!(
             "records that are damaged in the store: {unreadable}; `ampoule capsule fsck` names them; no session, response or capsule \

@@ -1,7 +1,7 @@
 //! What clients come back to: stored responses, sessions, and capsules with a name.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -206,6 +206,8 @@ pub(crate) struct Vault {
     pub capsules: Names,
     /// For each key: held while one of its capsules changes in memory and in the store.
     turns: Mutex<HashMap<[u8; 32], Arc<tokio::sync::Mutex<()>>>>,
+    /// Records of the store that could not be read at the start.
+    pub unreadable: AtomicUsize,
     /// Held by who brings a parked session to memory; ids share them by their hash.
     fetches: [tokio::sync::Mutex<()>; FETCHES],
     /// Sessions that were idle for too long, for a while: whoever comes back is told why they are gone.
@@ -240,6 +242,7 @@ impl Vault {
             parked: Mutex::default(),
             capsules: Names::new(Arc::clone(&metrics)),
             turns: Mutex::default(),
+            unreadable: AtomicUsize::new(0),
             fetches: [const { tokio::sync::Mutex::const_new(()) }; FETCHES],
             expired: Mutex::default(),
             clock: AtomicU64::new(0),
@@ -471,6 +474,15 @@ impl Vault {
     /// What a change of a key's capsules holds. There are as many as keys.
     pub(crate) fn turn(&self, key: &[u8; 32]) -> Arc<tokio::sync::Mutex<()>> {
         Arc::clone(lock(&self.turns).entry(*key).or_default())
+    }
+
+    /// To be said where something is not found: what is damaged in the store is known by no id.
+    pub(crate) fn or_damaged(&self) -> String {
+        match self.unreadable.load(Ordering::Relaxed) {
+            0 => String::new(),
+            1 => "; one record of the store is damaged and may be its: `ampoule capsule fsck` names it".to_owned(),
+            n => format!("; {n} records of the store are damaged, one may be its: `ampoule capsule fsck` names them"),
+        }
     }
 
     /// The turn to bring a session to memory: whoever has it, and finds the session not there, may rely on that no other call

@@ -589,13 +589,19 @@ fn a_session_whose_record_is_damaged_is_said_to_be_and_not_forgotten() {
     let place = folder.path().join("store");
     let server = start(stored(&place));
     let (one, two) = (session(&server, "One story."), session(&server, "A second story."));
+    let named = snapshot(&server, &two, &json!({ "name": "two" }));
     server.stop().unwrap();
     let store = CapsuleStore::open(place.to_str().unwrap(), StoreOptions::default()).unwrap();
     let (kept, before) = (files(&place).len(), store.store().memos().unwrap().0.len());
     drop(store);
+    let capsule = named["id"].as_str().unwrap();
     for file in files(&place.join("memos")) {
         let mut bytes = std::fs::read(&file).unwrap();
-        if bytes.windows(one.len()).any(|words| words == one.as_bytes()) {
+        let of = |id: &str| {
+            let name = [&b"session "[..], b"capsule "].map(|kind| [kind, id.as_bytes()].concat());
+            name.iter().any(|name| bytes.windows(name.len()).any(|words| words == name))
+        };
+        if of(&one) || of(capsule) {
             *bytes.last_mut().unwrap() ^= 1;
             std::fs::write(&file, bytes).unwrap();
         }
@@ -604,7 +610,7 @@ fn a_session_whose_record_is_damaged_is_said_to_be_and_not_forgotten() {
     let server = start(stored(&place));
     let at = server.address();
     let notes = server.notes().join("\n");
-    assert!(notes.contains("damaged in the store: 1") && notes.contains("capsule fsck"), "{notes}");
+    assert!(notes.contains("damaged in the store: 2") && notes.contains("capsule fsck"), "{notes}");
     let path = format!("/v1/sessions/{one}");
     let append = json!({ "text": " It went on." });
     let answers = [
@@ -618,12 +624,20 @@ fn a_session_whose_record_is_damaged_is_said_to_be_and_not_forgotten() {
         assert!(error["message"].as_str().unwrap().contains("capsule fsck"), "{error}");
     }
     assert_eq!(get(at, "/v1/sessions/ses_0").status, 404);
+    // A name is in its record alone.
+    let answer = get(at, "/v1/capsules/two");
+    let error = answer.json()["error"].clone();
+    assert_eq!(answer.status, 404, "{error}");
+    assert!(
+        error["message"].as_str().unwrap().contains("2 records of the store are damaged"),
+        "{error}"
+    );
     assert_eq!(get(at, &format!("/v1/sessions/{two}")).status, 200);
     server.stop().unwrap();
     assert_eq!(files(&place).len(), kept);
     let store = CapsuleStore::open(place.to_str().unwrap(), StoreOptions::default()).unwrap();
     let (memos, damaged) = store.store().memos().unwrap();
-    assert_eq!((memos.len(), damaged.len()), (before - 1, 1));
+    assert_eq!((memos.len(), damaged.len()), (before - 2, 2));
 }
 
 #[test]

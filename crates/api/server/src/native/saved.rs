@@ -121,6 +121,8 @@ pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResul
         Some(ahead.load(app, |_, _| Ok(())).await?)
     };
     let session = session(&record, capsule).ok_or_else(missing)?;
+    // Others may have come meanwhile.
+    app.vault.room_for_session(&caller.key, app.config.session_idle)?;
     let session = app.vault.add_session(id, session);
     // Deleted meanwhile: whoever deleted it did not find it in memory.
     if stored(app, id).await?.is_none() {

@@ -86,7 +86,8 @@ pub(super) fn find(app: &App, caller: &Caller, which: &str) -> ApiResult<(String
     };
     Err(missing(format!(
         "there is no such capsule, or it belongs to another key or to none: GET /v1/capsules lists yours, with their names, and \
-         POST /v1/capsules/import?name=NAME brings one from a file{more}"
+         POST /v1/capsules/import?name=NAME brings one from a file{more}{}",
+        app.vault.or_damaged()
     )))
 }
 
