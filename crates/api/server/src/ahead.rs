@@ -67,16 +67,11 @@ impl Ahead {
         .await
     }
 
-    /// Brings the state into the engine, with old boundaries dropped for it if need be. `done` hears of it on the engine's
-    /// thread.
+    /// Brings the state into the engine, with old boundaries dropped for it if need be.
     ///
     /// # Errors
-    /// As [`Worker::load`], and those of `done`.
-    pub(crate) async fn load(
-        self,
-        app: &App,
-        done: impl FnOnce(&mut Worker, &Capsule) -> ApiResult<()> + Send + 'static,
-    ) -> ApiResult<Capsule> {
+    /// As [`Worker::load`].
+    pub(crate) async fn load(self, app: &App) -> ApiResult<Capsule> {
         let vault = Arc::clone(&app.vault);
         let called = app.call(move |worker| {
             let load = |worker: &mut Worker| {
@@ -84,8 +79,7 @@ impl Ahead {
                 let state = &self.state;
                 worker.load(|worker| durable.store().finish_load(&mut worker.model, state))
             };
-            let loaded = load(worker).and_then(|capsule| done(worker, &capsule).map(|()| capsule));
-            Ok((loaded, self))
+            Ok((load(worker), self))
         });
         let (loaded, ahead) = called.await?;
         // Giving so many bytes back takes a while, too.

@@ -369,7 +369,7 @@ async fn state(app: &App, id: &str, response: &Arc<StoredResponse>) -> Option<am
         if there { Ok(None) } else { durable.find("response", &id).map(Some) }
     });
     let Some(ahead) = ahead.await.ok()? else { return lock(&response.end).clone() };
-    let capsule = ahead.load(app, |_, _| Ok(())).await.ok()?;
+    let capsule = ahead.load(app).await.ok()?;
     *lock(&response.end) = Some(capsule.clone());
     Some(capsule)
 }

@@ -427,15 +427,6 @@ impl CudaProgram {
         }
         Ok(())
     }
-
-    fn region_addresses(&self, slot: usize, regions: &[Region]) -> Vec<u64> {
-        let table = &self.resident.model.model().buffers;
-        let at = |r: &Region| {
-            self.resident.address(r.buffer, slot)
-                + (r.rows.start * table[r.buffer].row_bytes()) as u64
-        };
-        regions.iter().map(at).collect()
-    }
 }
 
 fn wrong(buffer: &Buffer, problem: String) -> BackendError {
@@ -543,14 +534,13 @@ impl Program for CudaProgram {
     ) -> Result<(), BackendError> {
         let index = self.slot(slot)?;
         let bytes = check_regions(self.model(), std::slice::from_ref(region))?;
+        let b = self.buffer(region.buffer)?;
         if bytes != into.len() {
-            let b = self.buffer(region.buffer)?;
-            return Err(wrong(
-                b,
-                format!("rows {:?} have {bytes} bytes, not {}", region.rows, into.len()),
-            ));
+            let problem = format!("rows {:?} have {bytes} bytes, not {}", region.rows, into.len());
+            return Err(wrong(b, problem));
         }
-        let from = self.region_addresses(index, std::slice::from_ref(region))[0];
+        let first = region.rows.start * b.row_bytes();
+        let from = self.resident.address(region.buffer, index) + first as u64;
         self.counters.synchronizations += 1;
         // SAFETY: the region was checked to lie in the buffer.
         let read = unsafe { self.downloads.download(&self.resident.stream, from, into) };

@@ -225,7 +225,7 @@ impl Engine {
     ) -> Result<Capsule, E> {
         let wanted = links.iter().map(|l| l.tokens.len()).sum();
         self.check_scope(scope, links.len(), wanted)?;
-        self.has_room(self.wanted(links))?;
+        self.has_room(self.lacks(links).1)?;
         let fixed = fixed()?;
         let state = |name: &str| {
             let index = self.layout.tensors.iter().position(|t| t.name == name);
@@ -257,39 +257,35 @@ impl Engine {
         links: &[NewLink],
     ) -> Result<Vec<usize>, EngineError> {
         self.check_scope(scope, links.len(), links.iter().map(|l| l.tokens.len()).sum())?;
-        let (wanted, (used, budget)) = (self.wanted(links), self.program.frozen_bytes());
+        let (lacks, wanted) = self.lacks(links);
+        let (used, budget) = self.program.frozen_bytes();
         if wanted > budget {
             return Err(BackendError::CapsuleBudget { wanted, used, budget }.into());
         }
-        Ok(self.lacks(links).map(|(index, _)| index).collect())
+        Ok(lacks)
     }
 
-    /// The links whose rows would be copied, each with their regions.
-    fn lacks<'a>(
-        &'a self,
-        links: &'a [NewLink],
-    ) -> impl Iterator<Item = (usize, Vec<Region>)> + 'a {
-        let mut start = 0;
-        links.iter().enumerate().filter_map(move |(index, link)| {
-            let (from, end) = (start, start + link.tokens.len());
-            start = end;
-            let same_rows = |node: &RowNode| node.tokens == link.tokens;
-            let held = self.known.find(link.lineage, from as u32, same_rows);
-            if held.is_some_and(|node| node.rows.as_ref().is_none_or(|rows| !rows.is_away())) {
-                return None;
-            }
-            let regions = row_regions(&self.model, &(from..end));
-            (!regions.is_empty()).then_some((index, regions))
-        })
-    }
-
-    /// Bytes that putting such a chain together would copy: the fixed state, and rows that are not held.
-    fn wanted(&self, links: &[NewLink]) -> usize {
+    /// The links whose rows putting such a chain together would copy, by index, and the bytes of those and the fixed state.
+    fn lacks(&self, links: &[NewLink]) -> (Vec<usize>, usize) {
         let bytes = |regions: &[Region]| -> usize {
             regions.iter().map(|region| region.bytes(self.buffers())).sum()
         };
-        let rows: usize = self.lacks(links).map(|(_, regions)| bytes(&regions)).sum();
-        bytes(&fixed_regions(&self.model)) + rows
+        let (mut lacks, mut wanted) = (Vec::new(), bytes(&fixed_regions(&self.model)));
+        let mut start = 0;
+        for (index, link) in links.iter().enumerate() {
+            let end = start + link.tokens.len();
+            let same_rows = |node: &RowNode| node.tokens == link.tokens;
+            let held = self.known.find(link.lineage, start as u32, same_rows);
+            if held.is_none_or(|node| node.rows.as_ref().is_some_and(|rows| rows.is_away())) {
+                let regions = row_regions(&self.model, &(start..end));
+                wanted += bytes(&regions);
+                if !regions.is_empty() {
+                    lacks.push(index);
+                }
+            }
+            start = end;
+        }
+        (lacks, wanted)
     }
 
     fn check_scope(

@@ -118,7 +118,7 @@ pub(super) async fn fetch(app: &Arc<App>, caller: &Caller, id: &str) -> ApiResul
     } else {
         let find = move |durable: &Durable| durable.find("session", &which).map(Some);
         let ahead = Ahead::read(app, find).await?.ok_or_else(missing)?;
-        Some(ahead.load(app, |_, _| Ok(())).await?)
+        Some(ahead.load(app).await?)
     };
     let session = session(&record, capsule).ok_or_else(missing)?;
     // Others may have come meanwhile.

@@ -107,14 +107,11 @@ async fn state(app: &Arc<App>, id: String) -> ApiResult<Capsule> {
             Ok((!here).then_some(stored))
         });
         let Some(ahead) = ahead.await? else { continue };
-        let (vault, which) = (Arc::clone(&app.vault), id.clone());
-        let loaded = ahead.load(app, move |_, loaded| {
-            // Or deleted it.
-            vault.capsules.used(&which).ok_or_else(missing)?;
-            vault.capsules.loaded(&which, loaded);
-            Ok(())
-        });
-        return loaded.await;
+        let loaded = ahead.load(app).await?;
+        // Or deleted it.
+        app.vault.capsules.used(&id).ok_or_else(missing)?;
+        app.vault.capsules.loaded(&id, &loaded);
+        return Ok(loaded);
     }
 }
 
