@@ -204,7 +204,10 @@ fn around(
     reps: &mut Reps,
 ) -> anyhow::Result<()> {
     evict(model, slot)?;
-    copier.sweep();
+    // On a GPU the prompt that was read meanwhile has seen to that; what a host's program needs stays in its caches.
+    if model.engine.residence() == Residence::Host {
+        copier.sweep();
+    }
     timed(model, &mut reps.restore, |m| Ok(m.engine.restore(slot, capsule)?))?;
     for _ in 0..ahead {
         model.engine.step(slot)?;

@@ -29,6 +29,15 @@ struct Session {
     reps: Vec<f64>,
     /// Of the same at once once more, in every second repetition: caches of host and device then have what it needs.
     again: Vec<f64>,
+    /// How much later the next token comes where a rollback goes before it.
+    delay: Vec<f64>,
+}
+
+/// What one repetition measured, in ms.
+struct Taken {
+    time: f64,
+    again: Option<f64>,
+    delay: f64,
 }
 
 pub(super) fn run(
@@ -50,8 +59,8 @@ pub(super) fn run(
         }
         let logits = model.engine.logits(slot)?;
         let turn = sample_tokens(model, args.suffix.unwrap_or(TURN.0), 7)?;
-        let (reps, again) = (Vec::new(), Vec::new());
-        sessions.push(Session { prefix, slot, boundaries, logits, turn, reps, again });
+        let (reps, again, delay) = (Vec::new(), Vec::new(), Vec::new());
+        sessions.push(Session { prefix, slot, boundaries, logits, turn, reps, again, delay });
     }
     bar.finish_and_clear();
     let bar = progress.count(args.reps * sessions.len(), "rollback");
@@ -61,10 +70,11 @@ pub(super) fn run(
         let first = rep % sessions.len();
         sessions.rotate_left(first);
         for session in &mut sessions {
-            let (time, again) = take_back(model, session, &mut copier, rep % 2 == 1)?;
+            let taken = take_back(model, session, &mut copier, rep % 2 == 1)?;
             if rep > 0 {
-                session.reps.push(time);
-                session.again.extend(again);
+                session.reps.push(taken.time);
+                session.again.extend(taken.again);
+                session.delay.push(taken.delay);
                 bar.inc(1);
             }
         }
@@ -75,13 +85,14 @@ pub(super) fn run(
 }
 
 /// Reads a turn, decodes a reply and freezes the boundary at its end; then goes back to the boundary before it, and where
-/// `twice` is set at once once more. The logits are compared after the last time.
+/// `twice` is set at once once more. Then a token as it is and a token with a rollback before it, for the difference. The
+/// logits are compared at the end.
 fn take_back(
     model: &mut Ampoule,
     session: &Session,
     copier: &mut Copier,
     twice: bool,
-) -> anyhow::Result<(f64, Option<f64>)> {
+) -> anyhow::Result<Taken> {
     let slot = session.slot;
     model.append(slot, &session.turn)?;
     model.engine.begin_reply(slot)?;
@@ -104,9 +115,19 @@ fn take_back(
     let time = timed()?;
     let again = if twice { Some(timed()?) } else { None };
     drop(after);
+    // One token unmeasured: what is compared comes after a token both times.
+    model.engine.step(slot)?;
+    let start = Instant::now();
+    model.engine.step(slot)?;
+    let alone = start.elapsed();
+    let start = Instant::now();
+    model.engine.rollback(slot, session.prefix as u32)?;
+    model.engine.step(slot)?;
+    let delay = ms(start.elapsed()) - ms(alone);
+    model.engine.rollback(slot, session.prefix as u32)?;
     let same = model.engine.logits(slot)? == session.logits;
     ensure!(same, "after a rollback to {} tokens the logits differ", session.prefix);
-    Ok((time, again))
+    Ok(Taken { time, again, delay })
 }
 
 fn outcome(sessions: Vec<Session>) -> Outcome {
@@ -117,12 +138,14 @@ fn outcome(sessions: Vec<Session>) -> Outcome {
         "rollback ms",
         "least ms",
         "again ms",
+        "next token later by ms",
         "x first",
     ]);
     let (mut points, mut line) = (Vec::new(), Vec::new());
     let (mut first, mut least, mut most) = (None, f64::INFINITY, 0.0_f64);
     for session in sessions {
         let (times, again) = (Times::from(session.reps), Times::from(session.again));
+        let delay = Times::from(session.delay);
         let boundaries = session.boundaries.len();
         let fixed = session.boundaries.last().map_or(0, Capsule::fixed_bytes);
         let median = times.median_ms;
@@ -135,13 +158,14 @@ fn outcome(sessions: Vec<Session>) -> Outcome {
             figure(median),
             figure(times.min_ms),
             figure(again.median_ms),
+            figure(delay.median_ms),
             format!("{over:.3}"),
         ]);
         line.push((session.prefix as f64, median));
         points.push(json!({
             "context": session.prefix, "boundaries": boundaries, "fixed_bytes": fixed,
             "turn_tokens": session.turn.len() + TURN.1, "rollback": times, "again": again,
-            "over_first": over, "logits_equal": true,
+            "next_token_later_by": delay, "over_first": over, "logits_equal": true,
         }));
     }
     let spread = most / least;
