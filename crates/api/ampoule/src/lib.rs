@@ -46,7 +46,7 @@ pub use texts::{TEXTS, sample_tokens};
 pub use turns::{Turn, TurnsOptions, TurnsReport, turns};
 pub use verify::{LevelReport, VerifyOptions, VerifyReport};
 
-pub use ampoule_backend::{Backend, BackendError, Region, StepTime, fixed_regions, row_regions};
+pub use ampoule_backend::{Backend, BackendError, Region, StateRegions, StepTime};
 pub use ampoule_capsule::{
     CapsuleError, CapsuleFile, CapsuleHeader, Component, LineageError, Manifest,
 };

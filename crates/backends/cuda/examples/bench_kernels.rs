@@ -11,9 +11,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ampoule_backend::{
-    Backend, BackendError, LoadOptions, Program, Region, SlotId, fixed_regions, row_regions,
-};
+use ampoule_backend::{Backend, BackendError, LoadOptions, Program, Region, SlotId, StateRegions};
 use ampoule_cuda::{CudaBackend, CudaOptions, bench};
 use ampoule_models::decoder::{BuildOptions, Precision};
 use ampoule_models::model::ModelFiles;
@@ -402,6 +400,7 @@ fn model(backend: &CudaBackend, label: &str) -> Result<(), Failure> {
     program.write_input(tokens, &ids)?;
     let reset = plan(Phase::Reset, 0, 0)?;
     let configure = plan(Phase::Configure, 0, 0)?;
+    let state = StateRegions::of(&built.sealed);
     let lengths = std::env::var("AMPOULE_BENCH_LENGTHS")
         .unwrap_or_else(|_| "128,2048,4096,8192,16384".to_owned());
     for length in lengths.split(',') {
@@ -418,8 +417,7 @@ fn model(backend: &CudaBackend, label: &str) -> Result<(), Failure> {
         }
         program.synchronize()?;
         let prefill_ms = begun.elapsed().as_secs_f64() * 1e3;
-        let mut regions = fixed_regions(&built.sealed);
-        regions.extend(row_regions(&built.sealed, &(0..length)));
+        let regions = state.at(length);
         let freeze = time(program.as_mut(), 4, |p| p.freeze(slot, &regions).map(drop))?;
         let frozen = program.freeze(slot, &regions)?;
         let thaw = time(program.as_mut(), 4, |p| p.thaw(slot, std::slice::from_ref(&frozen)))?;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ampoule_backend::{BackendError, Frozen, Region, Residence};
+use ampoule_backend::{BackendError, Frozen, Region, Residence, StateRegions, check_regions};
 use ampoule_plan::BufferId;
 
 use crate::device::Limits;
@@ -23,6 +23,8 @@ const DOWNLOAD: usize = 4 << 20;
 /// The reservation for frozen state of one program. Frozen state keeps it, and so the device's memory, alive.
 pub(crate) struct CapsuleStore {
     pub(crate) resident: Arc<Resident>,
+    /// All fixed state: at most boundaries nothing else is frozen, or this and rows.
+    fixed: Arc<Laid>,
     ranges: Mutex<Ranges>,
     downloads: Mutex<Option<Downloader>>,
     pub(crate) pinned: PinnedPool,
@@ -54,8 +56,10 @@ impl CapsuleStore {
     pub(crate) fn new(resident: &Arc<Resident>, budget: usize) -> Result<Arc<Self>, BackendError> {
         let pool = Pool::new(if budget == 0 { 0 } else { resident.capsules.bytes() });
         let copies = Stream::new(&resident.device.context)?;
+        let fixed = Laid::new(resident, StateRegions::of(&resident.model).fixed().to_vec())?;
         Ok(Arc::new(Self {
             resident: Arc::clone(resident),
+            fixed: Arc::new(fixed),
             ranges: Mutex::new(Ranges { pool, used: 0 }),
             downloads: Mutex::new(None),
             pinned: PinnedPool::default(),
@@ -71,26 +75,17 @@ impl CapsuleStore {
         (lock(&self.ranges).used, self.budget)
     }
 
+    /// How regions lie in a frozen range, after checking that they are of the model's State.
+    pub(crate) fn laid(&self, regions: &[Region]) -> Result<Arc<Laid>, BackendError> {
+        if regions == self.fixed.regions {
+            return Ok(Arc::clone(&self.fixed));
+        }
+        Ok(Arc::new(Laid::new(&self.resident, regions.to_vec())?))
+    }
+
     /// Reserves room for regions; nothing is copied.
-    pub(crate) fn reserve(
-        self: &Arc<Self>,
-        regions: &[Region],
-    ) -> Result<CudaFrozen, BackendError> {
-        let table = &self.resident.model.model().buffers;
-        let spans: Vec<Span> = regions
-            .iter()
-            .map(|region| {
-                let buffer = &table[region.buffer];
-                Span {
-                    in_slot: self.resident.layout.place(region.buffer).offset
-                        + region.rows.start * buffer.row_bytes(),
-                    bytes: region.bytes(table),
-                    whole: region.rows == (0..buffer.rows()),
-                }
-            })
-            .collect();
-        let bytes = spans.iter().map(|span| span.bytes).sum::<usize>();
-        let Packed { offsets, runs, length } = pack(&spans);
+    pub(crate) fn reserve(self: &Arc<Self>, laid: Arc<Laid>) -> Result<CudaFrozen, BackendError> {
+        let bytes = laid.bytes;
         let mut ranges = lock(&self.ranges);
         let refused =
             |used| BackendError::CapsuleBudget { wanted: bytes, used, budget: self.budget };
@@ -100,22 +95,45 @@ impl CapsuleStore {
         let at = if bytes == 0 {
             None
         } else {
-            Some(ranges.pool.allocate(length).ok_or_else(|| refused(ranges.used))?)
+            Some(ranges.pool.allocate(laid.length).ok_or_else(|| refused(ranges.used))?)
         };
         ranges.used += bytes;
         drop(ranges);
-        Ok(CudaFrozen {
-            store: Arc::clone(self),
-            apart: apart(std::iter::once(regions)),
-            regions: regions.to_vec(),
-            offsets,
-            runs,
-            at,
-            length,
-            bytes,
-            ready: None,
-            beside: false,
-        })
+        Ok(CudaFrozen { store: Arc::clone(self), laid, at, ready: None, beside: false })
+    }
+}
+
+/// Regions, and how they lie in a frozen range.
+pub(crate) struct Laid {
+    pub(crate) regions: Vec<Region>,
+    /// Of each region, from the start of the range.
+    offsets: Vec<usize>,
+    /// What copying all of it copies.
+    runs: Vec<Run>,
+    /// Whether no two regions overlap.
+    apart: bool,
+    /// Bytes of the range.
+    length: usize,
+    /// Bytes of the regions.
+    pub(crate) bytes: usize,
+}
+
+impl Laid {
+    fn new(resident: &Resident, regions: Vec<Region>) -> Result<Self, BackendError> {
+        let bytes = check_regions(&resident.model, &regions)?;
+        let table = &resident.model.model().buffers;
+        let span = |region: &Region| {
+            let buffer = &table[region.buffer];
+            Span {
+                in_slot: resident.layout.place(region.buffer).offset
+                    + region.rows.start * buffer.row_bytes(),
+                bytes: region.bytes(table),
+                whole: region.rows == (0..buffer.rows()),
+            }
+        };
+        let Packed { offsets, runs, length } = pack(&regions.iter().map(span).collect::<Vec<_>>());
+        let apart = apart(std::iter::once(&regions[..]));
+        Ok(Self { regions, offsets, runs, apart, length, bytes })
     }
 }
 
@@ -182,17 +200,9 @@ fn pack(spans: &[Span]) -> Packed {
 /// Regions frozen on the device.
 pub(crate) struct CudaFrozen {
     pub(crate) store: Arc<CapsuleStore>,
-    pub(crate) regions: Vec<Region>,
-    /// Of each region, from the start of the frozen range.
-    offsets: Vec<usize>,
-    /// What thawing all of it copies, so that it looks nothing up.
-    runs: Vec<Run>,
-    /// Whether no two regions overlap.
-    apart: bool,
+    pub(crate) laid: Arc<Laid>,
     /// Where in the reservation the range lies; none if nothing was frozen.
     at: Option<usize>,
-    length: usize,
-    bytes: usize,
     /// Recorded after the copy that filled it.
     ready: Option<Arc<Event>>,
     /// Whether that copy was not on the program's stream.
@@ -207,7 +217,7 @@ impl CudaFrozen {
 
     /// The device address of region `index`.
     pub(crate) fn address(&self, index: usize) -> u64 {
-        self.base() + self.offsets[index] as u64
+        self.base() + self.laid.offsets[index] as u64
     }
 
     /// The device address of the range.
@@ -216,8 +226,8 @@ impl CudaFrozen {
     }
 
     /// Whether no two of its regions overlap.
-    pub(crate) const fn is_apart(&self) -> bool {
-        self.apart
+    pub(crate) fn is_apart(&self) -> bool {
+        self.laid.apart
     }
 
     /// The copies that fill it from the slot at `slot`.
@@ -228,7 +238,7 @@ impl CudaFrozen {
     /// The copies that put all of it into the slot at `slot`; of regions that overlap the later would have to win.
     pub(crate) fn whole(&self, slot: u64) -> impl Iterator<Item = Transfer> {
         let base = self.base();
-        self.runs.iter().filter(|run| run.bytes > 0).map(move |run| Transfer {
+        self.laid.runs.iter().filter(|run| run.bytes > 0).map(move |run| Transfer {
             from: base + run.offset as u64,
             to: slot + run.in_slot as u64,
             bytes: run.bytes,
@@ -272,26 +282,26 @@ impl Drop for CudaFrozen {
         let mut ranges = lock(&self.store.ranges);
         // Where neither can be had the device may still write: nobody gets the range again.
         if let (Some(at), Ok(())) = (self.at, ordered) {
-            ranges.pool.release(at, self.length);
+            ranges.pool.release(at, self.laid.length);
         }
-        ranges.used -= self.bytes;
+        ranges.used -= self.laid.bytes;
     }
 }
 
 impl Frozen for CudaFrozen {
     fn regions(&self) -> &[Region] {
-        &self.regions
+        &self.laid.regions
     }
 
     fn bytes(&self) -> usize {
-        self.bytes
+        self.laid.bytes
     }
 
     fn read(&self, index: usize, into: &mut [u8]) -> Result<(), BackendError> {
         let wrong =
             |problem| BackendError::WrongBuffer { buffer: "frozen state".to_owned(), problem };
-        let Some(region) = self.regions.get(index) else {
-            return Err(wrong(format!("has {} regions, not {index}", self.regions.len())));
+        let Some(region) = self.laid.regions.get(index) else {
+            return Err(wrong(format!("has {} regions, not {index}", self.laid.regions.len())));
         };
         let bytes = region.bytes(&self.store.resident.model.model().buffers);
         if bytes != into.len() {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ampoule_backend::{BackendError, Frozen, Region, Residence};
 
 use crate::driver::{Context, Event, PinnedMemory, device_error};
-use crate::frozen::{CapsuleStore, CudaFrozen};
+use crate::frozen::{CapsuleStore, CudaFrozen, Laid};
 use crate::pool::{ALIGNMENT, Pool};
 
 /// Least and most bytes that are page-locked at a time, unless more are wanted at once: 20 ms at most.
@@ -101,7 +101,7 @@ fn give_back(slabs: &mut [Slab], ranges: &[Range]) {
 /// Regions in host memory.
 pub(crate) struct PinnedFrozen {
     store: Arc<CapsuleStore>,
-    regions: Vec<Region>,
+    laid: Arc<Laid>,
     /// Of each region.
     ranges: Vec<Range>,
 }
@@ -117,9 +117,10 @@ impl PinnedFrozen {
     pub(crate) fn from_device(frozen: &CudaFrozen) -> Result<Self, BackendError> {
         let store = &frozen.store;
         let table = &store.resident.model.model().buffers;
-        let sizes: Vec<usize> = frozen.regions.iter().map(|region| region.bytes(table)).collect();
+        let sizes: Vec<usize> =
+            frozen.laid.regions.iter().map(|region| region.bytes(table)).collect();
         let ranges = store.pinned.allocate(&store.resident.device.context, &sizes)?;
-        let mut this = Self { store: Arc::clone(store), regions: frozen.regions.clone(), ranges };
+        let mut this = Self { store: Arc::clone(store), laid: Arc::clone(&frozen.laid), ranges };
         frozen.awaited(&store.copies)?;
         let mut enqueued = Ok(());
         for (index, range) in this.ranges.iter().enumerate() {
@@ -142,6 +143,11 @@ impl PinnedFrozen {
         Ok(this)
     }
 
+    /// What it holds, and how that lies in a range on the device.
+    pub(crate) fn laid(&self) -> Arc<Laid> {
+        Arc::clone(&self.laid)
+    }
+
     /// Whether it was frozen by the program of this store.
     pub(crate) fn is_of(&self, store: &Arc<CapsuleStore>) -> bool {
         Arc::ptr_eq(&self.store, store)
@@ -152,7 +158,7 @@ impl PinnedFrozen {
         let stream = &self.store.resident.stream;
         let event = Event::new(&self.store.resident.device.context, false)?;
         let mut enqueued = Ok(());
-        for index in 0..self.regions.len() {
+        for index in 0..self.ranges.len() {
             let bytes = self.bytes_of(index);
             // SAFETY: the source is page-locked and outlives the wait below; the target was reserved for it.
             enqueued = unsafe { stream.upload(frozen.address(index), bytes.as_ptr(), bytes.len()) };
@@ -175,7 +181,7 @@ impl PinnedFrozen {
 
 impl Frozen for PinnedFrozen {
     fn regions(&self) -> &[Region] {
-        &self.regions
+        &self.laid.regions
     }
 
     fn bytes(&self) -> usize {
@@ -185,8 +191,8 @@ impl Frozen for PinnedFrozen {
     fn read(&self, index: usize, into: &mut [u8]) -> Result<(), BackendError> {
         let wrong =
             |problem| BackendError::WrongBuffer { buffer: "frozen state".to_owned(), problem };
-        if index >= self.regions.len() {
-            return Err(wrong(format!("has {} regions, not {index}", self.regions.len())));
+        if index >= self.ranges.len() {
+            return Err(wrong(format!("has {} regions, not {index}", self.ranges.len())));
         }
         let bytes = self.bytes_of(index);
         if bytes.len() != into.len() {
@@ -198,7 +204,7 @@ impl Frozen for PinnedFrozen {
     }
 
     fn host(&self, index: usize) -> Option<&[u8]> {
-        (index < self.regions.len()).then(|| self.bytes_of(index))
+        (index < self.ranges.len()).then(|| self.bytes_of(index))
     }
 
     fn residence(&self) -> Residence {

@@ -553,30 +553,28 @@ impl Program for CudaProgram {
         parts: &[Part<'_>],
     ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         let index = self.slot(slot)?;
-        let mut wanted = 0;
-        for part in parts {
-            wanted += check_regions(self.model(), part.regions)?;
-        }
+        let laid = parts.iter().map(|part| self.store.laid(part.regions));
+        let laid = laid.collect::<Result<Vec<_>, _>>()?;
+        let wanted = laid.iter().map(|laid| laid.bytes).sum::<usize>();
         let (used, budget) = self.store.usage();
         let refused = BackendError::CapsuleBudget { wanted, used, budget };
         if used.checked_add(wanted).is_none_or(|sum| sum > budget) {
             return Err(refused);
         }
-        let table = &self.resident.model.model().buffers;
         let mut reserved = Vec::with_capacity(parts.len());
         let memory = self.resident.slots[index].at();
         let (mut now, mut beside) = (Vec::new(), Vec::new());
-        let settled = parts.iter().filter(|part| part.settled).flat_map(|part| part.regions);
-        let many = settled.map(|region| region.bytes(table)).sum::<usize>() >= ASIDE
-            && self.options.beside > 0;
-        for Part { regions, settled } in parts {
-            let frozen = match self.store.reserve(regions) {
+        let settled = parts.iter().zip(&laid).filter(|(part, _)| part.settled);
+        let many =
+            settled.map(|(_, laid)| laid.bytes).sum::<usize>() >= ASIDE && self.options.beside > 0;
+        for (part, laid) in parts.iter().zip(laid) {
+            let frozen = match self.store.reserve(laid) {
                 Ok(frozen) => frozen,
                 // The reservation is in pieces: what is wanted is all of it.
                 Err(BackendError::CapsuleBudget { .. }) => return Err(refused),
                 Err(error) => return Err(error),
             };
-            let transfers = if *settled && many { &mut beside } else { &mut now };
+            let transfers = if part.settled && many { &mut beside } else { &mut now };
             transfers.extend(frozen.taken(memory));
             reserved.push(frozen);
         }
@@ -652,7 +650,7 @@ impl Program for CudaProgram {
         regions: &[Region],
         bytes: &[&[u8]],
     ) -> Result<Arc<dyn Frozen>, BackendError> {
-        check_regions(self.model(), regions)?;
+        let laid = self.store.laid(regions)?;
         let table = &self.resident.model.model().buffers;
         if regions.len() != bytes.len() {
             let problem = format!("{} regions, but bytes for {}", regions.len(), bytes.len());
@@ -667,7 +665,7 @@ impl Program for CudaProgram {
                 return Err(wrong(b, problem));
             }
         }
-        let mut frozen = self.store.reserve(regions)?;
+        let mut frozen = self.store.reserve(laid)?;
         for (i, part) in bytes.iter().enumerate() {
             self.upload(frozen.address(i), part)?;
         }
@@ -698,7 +696,7 @@ impl Program for CudaProgram {
         if to == Residence::Host {
             return Ok(Arc::clone(frozen));
         }
-        let mut moved = self.store.reserve(pinned.regions())?;
+        let mut moved = self.store.reserve(pinned.laid())?;
         pinned.fill(&mut moved)?;
         Ok(Arc::new(moved))
     }

@@ -7,7 +7,7 @@ use ampoule::{
 };
 use ampoule_backend::{
     Backend, BackendError, Frozen, LoadOptions, Part, Program, Region, Residence, SlotId,
-    fixed_regions, row_regions,
+    StateRegions,
 };
 use ampoule_cuda::bench::DriverCalls;
 use ampoule_cuda::{CudaBackend, CudaOptions, bench};
@@ -395,8 +395,7 @@ fn a_thawed_slot_goes_on_as_if_nothing_had_happened() {
     let mut runner = Runner::new(&backend, &built);
     let (first, second) = (runner.reset(), runner.reset());
     runner.prefill(first, &text(45), 64);
-    let mut regions = fixed_regions(&built.sealed);
-    regions.extend(row_regions(&built.sealed, &(0..45)));
+    let regions = StateRegions::of(&built.sealed).at(45);
     let frozen = runner.program.freeze(first, &regions).unwrap();
     let expected: Vec<u32> = (0..12).map(|_| runner.decode(first, 256)).collect();
     let logits = bits(&runner.logits(first));
@@ -431,10 +430,11 @@ fn the_capsule_budget_is_kept_and_given_back() {
     let built = model(DType::F32);
     let mut runner = Runner::new(&backend, &built);
     let slot = runner.reset();
-    let regions = fixed_regions(&built.sealed);
+    let state = StateRegions::of(&built.sealed);
+    let regions = state.fixed();
     let mut alive: Vec<Arc<dyn Frozen>> = Vec::new();
     let refused = loop {
-        match runner.program.freeze(slot, &regions) {
+        match runner.program.freeze(slot, regions) {
             Ok(frozen) => alive.push(frozen),
             Err(error) => break error,
         }
@@ -446,14 +446,14 @@ fn the_capsule_budget_is_kept_and_given_back() {
     alive.pop();
     // Room for one part, not for two: neither is made.
     let used = runner.program.frozen_bytes().0;
-    let part = Part { regions: &regions, settled: false };
+    let part = Part { regions, settled: false };
     match runner.program.freeze_parts(slot, &[part, part]) {
         Err(BackendError::CapsuleBudget { wanted, .. }) => assert_eq!(wanted, 2 * alive[0].bytes()),
         Err(error) => panic!("{error}"),
         Ok(_) => panic!("more than the budget"),
     }
     assert_eq!(runner.program.frozen_bytes().0, used);
-    alive.push(runner.program.freeze(slot, &regions).unwrap());
+    alive.push(runner.program.freeze(slot, regions).unwrap());
     alive.clear();
     assert_eq!(runner.program.frozen_bytes().0, 0);
 }
@@ -558,9 +558,10 @@ fn rows_copied_beside_replays_are_those_of_the_boundary() {
     let mut runner = Runner::of(&backend, &built, options);
     let (slot, other) = (runner.reset(), runner.reset());
     let table = &built.sealed.model().buffers;
-    let fixed = fixed_regions(&built.sealed);
+    let state = StateRegions::of(&built.sealed);
+    let fixed = state.fixed();
     // Rows of all the context, each of a text of its own, filled without reading 8192 tokens.
-    let whole = row_regions(&built.sealed, &(0..context));
+    let whole = state.rows(&(0..context));
     let pattern = |round: u64, region: &Region| -> Vec<u8> {
         let word = |i: usize| {
             (i as u64 * 0x9e37_79b9 + round * 7919 + u64::from(region.buffer.0)) as u8 & 0x3f
@@ -573,7 +574,7 @@ fn rows_copied_beside_replays_are_those_of_the_boundary() {
         let filled = runner.program.freeze_bytes(&whole, &parts).unwrap();
         runner.program.thaw(slot, &[filled]).unwrap();
         let parts =
-            [Part { regions: &fixed, settled: false }, Part { regions: &whole, settled: true }];
+            [Part { regions: fixed, settled: false }, Part { regions: &whole, settled: true }];
         let mut frozen = runner.program.freeze_parts(slot, &parts).unwrap();
         let rows = frozen.pop().unwrap();
         match round % 3 {
@@ -754,9 +755,8 @@ fn ten_thousand_capsules_leave_no_trace() {
     let mut refused = 0;
     let at_load = runner.program.counters().allocations;
     // As much page-locked memory as will ever be wanted: what is locked stays so.
-    let mut largest = fixed_regions(&built.sealed);
-    largest.extend(row_regions(&built.sealed, &(0..500)));
-    let largest = runner.program.freeze(slot, &largest).unwrap();
+    let state = StateRegions::of(&built.sealed);
+    let largest = runner.program.freeze(slot, &state.at(500)).unwrap();
     for _ in 0..210 {
         waiting.push(runner.program.relocate(&largest, Residence::Host).unwrap());
     }
@@ -772,9 +772,7 @@ fn ten_thousand_capsules_leave_no_trace() {
             let host = status_kib("VmRSS");
             before = Some((bench::free_memory(&backend).unwrap(), counters.allocations, host));
         }
-        let mut regions = fixed_regions(&built.sealed);
-        regions.extend(row_regions(&built.sealed, &(0..1 + pick(500))));
-        match runner.program.freeze(slot, &regions) {
+        match runner.program.freeze(slot, &state.at(1 + pick(500))) {
             Ok(frozen) => alive.push(frozen),
             Err(BackendError::CapsuleBudget { .. }) => {
                 refused += 1;

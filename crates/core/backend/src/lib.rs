@@ -292,24 +292,42 @@ pub struct StepTime {
     pub milliseconds: f64,
 }
 
-/// The regions of all Fixed State: what every boundary holds whole.
-pub fn fixed_regions(model: &Sealed) -> Vec<Region> {
-    state_regions(model, Growth::Fixed, |buffer| 0..model.buffer(buffer).rows())
+/// The State of a model as regions, looked up once: they are wanted at every boundary.
+#[derive(Clone, Debug)]
+pub struct StateRegions {
+    fixed: Vec<Region>,
+    growing: Vec<BufferId>,
 }
 
-/// Rows `rows` of every State buffer that grows by rows.
-pub fn row_regions(model: &Sealed, rows: &Range<usize>) -> Vec<Region> {
-    if rows.is_empty() {
-        return Vec::new();
+impl StateRegions {
+    /// Of this model's State.
+    pub fn of(model: &Sealed) -> Self {
+        let of_growth = |growth| {
+            let state = model.state().iter().copied();
+            state.filter(move |&id| model.buffer(id).growth() == Some(growth))
+        };
+        let whole = |buffer| Region { buffer, rows: 0..model.buffer(buffer).rows() };
+        Self {
+            fixed: of_growth(Growth::Fixed).map(whole).collect(),
+            growing: of_growth(Growth::Rows).collect(),
+        }
     }
-    state_regions(model, Growth::Rows, |_| rows.clone())
-}
 
-fn state_regions(
-    model: &Sealed,
-    growth: Growth,
-    rows: impl Fn(BufferId) -> Range<usize>,
-) -> Vec<Region> {
-    let of_growth = model.state().iter().filter(|&&id| model.buffer(id).growth() == Some(growth));
-    of_growth.map(|&buffer| Region { buffer, rows: rows(buffer) }).collect()
+    /// All Fixed State: what every boundary holds whole.
+    pub fn fixed(&self) -> &[Region] {
+        &self.fixed
+    }
+
+    /// Rows `rows` of every State buffer that grows by rows; nothing of no rows.
+    pub fn rows(&self, rows: &Range<usize>) -> Vec<Region> {
+        if rows.is_empty() {
+            return Vec::new();
+        }
+        self.growing.iter().map(|&buffer| Region { buffer, rows: rows.clone() }).collect()
+    }
+
+    /// All State of a slot that has read so many tokens.
+    pub fn at(&self, position: usize) -> Vec<Region> {
+        [self.fixed(), &self.rows(&(0..position))].concat()
+    }
 }

@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, OnceLock, Weak};
 
-use ampoule_backend::{BackendError, Frozen, Region, fixed_regions, row_regions};
+use ampoule_backend::{BackendError, Frozen, Region};
 use ampoule_capsule::{
     Digest, Fingerprint, History, LineageId, Manifest, Parent, Segment, StateLayout,
 };
@@ -237,10 +237,10 @@ impl Engine {
             parent = Some(self.attach(parent, link, &mut || rows(index))?);
         }
         let node = parent.ok_or(EngineError::NothingRead { slot: 0 })?;
-        let regions = fixed_regions(&self.model);
+        let regions = self.state.fixed();
         let bytes: Vec<&[u8]> =
             regions.iter().map(|r| fixed.tensor(self.tensor_index(r))).collect();
-        let fixed = self.program.freeze_bytes(&regions, &bytes).map_err(EngineError::from)?;
+        let fixed = self.program.freeze_bytes(regions, &bytes).map_err(EngineError::from)?;
         let fixed = Piece::new(PieceKind::Fixed, node.end(), fixed);
         Ok(Capsule::new(node, fixed, self.id))
     }
@@ -270,14 +270,14 @@ impl Engine {
         let bytes = |regions: &[Region]| -> usize {
             regions.iter().map(|region| region.bytes(self.buffers())).sum()
         };
-        let (mut lacks, mut wanted) = (Vec::new(), bytes(&fixed_regions(&self.model)));
+        let (mut lacks, mut wanted) = (Vec::new(), bytes(self.state.fixed()));
         let mut start = 0;
         for (index, link) in links.iter().enumerate() {
             let end = start + link.tokens.len();
             let same_rows = |node: &RowNode| node.tokens == link.tokens;
             let held = self.known.find(link.lineage, start as u32, same_rows);
             if held.is_none_or(|node| node.rows.as_ref().is_some_and(|rows| rows.is_away())) {
-                let regions = row_regions(&self.model, &(start..end));
+                let regions = self.state.rows(&(start..end));
                 wanted += bytes(&regions);
                 if !regions.is_empty() {
                     lacks.push(index);
@@ -336,8 +336,7 @@ impl Engine {
         let whole = |node: &RowNode| {
             same_parent(node) && node.tokens == link.tokens && node.events == events
         };
-        let regions =
-            row_regions(&self.model, &(start as usize..start as usize + link.tokens.len()));
+        let regions = self.state.rows(&(start as usize..start as usize + link.tokens.len()));
         let known = self.known.find(link.lineage, start, whole);
         // The same lineage over the same positions is the same rows, whatever was set beside them.
         let same_rows = |node: &RowNode| node.tokens == link.tokens;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use ampoule_backend::{
     Backend, BackendError, Counters, DeviceInfo, LoadOptions, Program, Progress, Region, SlotId,
+    StateRegions,
 };
 use ampoule_capsule::{
     Digest, Fingerprint, Growth, History, Labels, LineageScope, Origin, StateLayout, StateTensor,
@@ -129,6 +130,7 @@ pub(crate) struct Buffers {
 pub struct Engine {
     pub(crate) program: Box<dyn Program>,
     pub(crate) model: Arc<Sealed>,
+    pub(crate) state: StateRegions,
     pub(crate) buffers: Buffers,
     pub(crate) slots: HashMap<SlotId, Slot>,
     pub(crate) fingerprint: Fingerprint,
@@ -207,6 +209,7 @@ impl Engine {
         let id = NEXT_ENGINE.fetch_add(1, Ordering::Relaxed);
         Ok(Self {
             program,
+            state: StateRegions::of(&model),
             buffers,
             slots: HashMap::new(),
             fingerprint,
@@ -583,8 +586,7 @@ impl Engine {
     /// If there is no such slot or the device fails.
     pub fn state_bytes(&mut self, slot: SlotId) -> Result<Vec<(String, Vec<u8>)>, EngineError> {
         let position = self.slot(slot)?.position() as usize;
-        let mut regions = ampoule_backend::fixed_regions(&self.model);
-        regions.extend(ampoule_backend::row_regions(&self.model, &(0..position)));
+        let regions = self.state.at(position);
         let mut out = Vec::with_capacity(regions.len());
         for region in regions {
             let mut bytes = vec![0; region.bytes(&self.model.model().buffers)];
@@ -604,11 +606,9 @@ impl Engine {
         name: &str,
     ) -> Result<Option<Vec<u8>>, EngineError> {
         self.slot(slot)?;
-        let regions = ampoule_backend::fixed_regions(&self.model);
-        let Some(region) = regions.into_iter().find(|r| self.model.buffer(r.buffer).name == name)
-        else {
-            return Ok(None);
-        };
+        let mut regions = self.state.fixed().iter();
+        let named = regions.find(|r| self.model.buffer(r.buffer).name == name);
+        let Some(region) = named.cloned() else { return Ok(None) };
         let mut bytes = vec![0; region.bytes(&self.model.model().buffers)];
         self.read_state(slot, &region, &mut bytes)?;
         Ok(Some(bytes))
@@ -705,7 +705,7 @@ impl Engine {
         let held = entry.held.last().map_or(0, |n| n.end());
         let start = entry.position().max(held) as usize;
         let rows = start..(start + POISONED_ROWS).min(self.context);
-        let regions = ampoule_backend::row_regions(&self.model, &rows);
+        let regions = self.state.rows(&rows);
         if rows.is_empty() || regions.is_empty() {
             return Ok(());
         }

@@ -2,7 +2,7 @@
 
 use std::ops::{ControlFlow, RangeInclusive};
 
-use ampoule_backend::{BackendError, Region, fixed_regions, row_regions};
+use ampoule_backend::{BackendError, Region};
 use ampoule_capsule::{CapsuleFile, CapsuleHeader, CapsuleWriter, MAX_JOURNAL_BYTES, Manifest};
 use ampoule_plan::BufferTable;
 
@@ -97,11 +97,11 @@ impl Engine {
             let name = |r: &Region| &model.buffer(r.buffer).name;
             regions.iter().map(|r| file.tensor(name(r)).unwrap_or_default()).collect()
         };
-        let fixed = fixed_regions(&model);
-        let rows = row_regions(&model, &(0..position as usize));
+        let fixed = self.state.fixed();
+        let rows = self.state.rows(&(0..position as usize));
         let table = &model.model().buffers;
         self.has_room(fixed.iter().chain(&rows).map(|region| region.bytes(table)).sum())?;
-        let fixed = self.program.freeze_bytes(&fixed, &part(&fixed))?;
+        let fixed = self.program.freeze_bytes(fixed, &part(fixed))?;
         let fixed = Piece::new(PieceKind::Fixed, position, fixed);
         let rows = if rows.is_empty() {
             None

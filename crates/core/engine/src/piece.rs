@@ -148,11 +148,11 @@ impl Engine {
             return Ok((0, 0));
         }
         let table = &self.model.model().buffers;
-        let sum = |regions: Vec<Region>| regions.iter().map(|r| r.bytes(table)).sum();
+        let sum = |regions: &[Region]| regions.iter().map(|r| r.bytes(table)).sum();
         let (start, end) =
             (entry.position() as usize - entry.tail.len(), entry.position() as usize);
-        let rows = sum(ampoule_backend::row_regions(&self.model, &(start..end)));
-        Ok((rows, sum(ampoule_backend::fixed_regions(&self.model))))
+        let rows = sum(&self.state.rows(&(start..end)));
+        Ok((rows, sum(self.state.fixed())))
     }
 
     /// Moves a piece into the other memory, where there are two. All capsules that share it go on from there.

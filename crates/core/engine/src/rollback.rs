@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::{Arc, Weak};
 
-use ampoule_backend::{SlotId, fixed_regions};
+use ampoule_backend::SlotId;
 use ampoule_capsule::{History, Origin};
 
 use crate::EngineError;
@@ -121,7 +121,7 @@ impl Engine {
         if entry.tail.is_empty() || known {
             return Ok(false);
         }
-        let fixed = self.program.freeze(slot, &fixed_regions(&self.model));
+        let fixed = self.program.freeze(slot, self.state.fixed());
         let fixed = Piece::new(PieceKind::Fixed, position, self.survive(slot, fixed)?);
         self.slot_mut(slot)?.waypoints.push(Waypoint { position, events, fixed });
         Ok(true)

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ampoule_backend::{BackendError, Part, SlotId, fixed_regions, row_regions};
+use ampoule_backend::{BackendError, Part, SlotId};
 
 use crate::engine::{Engine, Slot};
 use crate::lineage::{Capsule, RowNode, missing};
@@ -29,22 +29,21 @@ impl Engine {
             if let Some(boundary) = chain.boundary().filter(|b| !b.fixed.is_away()) {
                 return Ok(Capsule(boundary));
             }
-            let fixed = self.program.freeze(slot, &fixed_regions(&self.model));
+            let fixed = self.program.freeze(slot, self.state.fixed());
             let fixed = Piece::new(PieceKind::Fixed, chain.end(), self.survive(slot, fixed)?);
             return Ok(Capsule::new(chain, fixed, self.id));
         }
         let (start, end) = (entry.chain.as_ref().map_or(0, |n| n.end()), entry.position());
-        let fixed = fixed_regions(&self.model);
-        let rows = row_regions(&self.model, &(start as usize..end as usize));
-        let both =
-            [Part { regions: &fixed, settled: false }, Part { regions: &rows, settled: true }];
-        let parts = if rows.is_empty() { &both[..1] } else { &both[..] };
-        let frozen = self.program.freeze_parts(slot, parts);
+        let rows = self.state.rows(&(start as usize..end as usize));
+        let fixed = Part { regions: self.state.fixed(), settled: false };
+        let both = [fixed, Part { regions: &rows, settled: true }];
+        let parts = if rows.is_empty() { 1 } else { 2 };
+        let frozen = self.program.freeze_parts(slot, &both[..parts]);
         let frozen = self.survive(slot, frozen)?;
         // A hash over all the tokens: a device copies meanwhile.
         let id = self.next_lineage(self.slot(slot)?, start)?;
-        if frozen.len() != parts.len() {
-            let problem = format!("{} parts were frozen, not {}", frozen.len(), parts.len());
+        if frozen.len() != parts {
+            let problem = format!("{} parts were frozen, not {parts}", frozen.len());
             let buffer = "frozen state".to_owned();
             return Err(BackendError::WrongBuffer { buffer, problem }.into());
         }

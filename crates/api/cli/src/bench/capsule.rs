@@ -7,7 +7,7 @@ use ampoule::{Ampoule, Capsule, Residence, SlotId, sample_tokens};
 use serde_json::{Value, json};
 
 use super::chart::{Chart, Series};
-use super::{Outcome, Times, evict};
+use super::{Outcome, Times, delay, evict};
 use crate::args::BenchArgs;
 use crate::hardware::Copier;
 use crate::output::{self, Progress, Table, figure, ms};
@@ -29,6 +29,7 @@ struct Reps {
     copy_fixed: Vec<f64>,
     stall: Vec<f64>,
     stall_of_all: Vec<f64>,
+    restore_delay: Vec<f64>,
 }
 
 pub(super) fn run(
@@ -99,10 +100,12 @@ pub(super) fn run(
             point[*name] = value;
         }
         let stalls = [
-            ("stall_of_the_next_token", Times::from(reps.stall)),
-            ("stall_of_eight_tokens", Times::from(reps.stall_of_all)),
+            ("stall_of_the_next_token", Some(Times::from(reps.stall))),
+            ("stall_of_eight_tokens", Some(Times::from(reps.stall_of_all))),
+            ("restore_delays_the_next_token", Times::of_some(reps.restore_delay)),
         ];
         for (name, times) in stalls {
+            let Some(times) = times else { continue };
             let none = || "-".to_owned();
             let (verb, bytes) = (name.replace('_', " "), output::bytes(all as u64));
             table.row([
@@ -194,7 +197,8 @@ fn stall(model: &mut Ampoule, slot: SlotId, tokens: &[u32], reps: &mut Reps) -> 
     Ok(())
 }
 
-/// Restores into other rows with nothing of the capsule in a cache, goes ahead and back, and imports the file.
+/// Restores into other rows with nothing of the capsule in a cache, goes ahead and back, and imports the file; and restores
+/// between two tokens.
 fn around(
     model: &mut Ampoule,
     slot: SlotId,
@@ -215,6 +219,8 @@ fn around(
     let position = capsule.position();
     timed(model, &mut reps.rollback, |m| Ok(m.engine.rollback(slot, position)?))?;
     timed(model, &mut reps.import, |m| Ok(m.engine.import(file)?))?;
+    evict(model, slot)?;
+    reps.restore_delay.extend(delay(model, slot, |m| Ok(m.engine.restore(slot, capsule)?))?);
     Ok(())
 }
 

@@ -11,15 +11,16 @@ mod ttft;
 mod turns;
 
 use std::path::Path;
+use std::time::Instant;
 
-use ampoule::{Ampoule, Error, SlotId, write_atomically};
+use ampoule::{Ampoule, Error, Residence, SlotId, write_atomically};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::args::{BenchArgs, BenchCommand, GlobalArgs, TurnsArgs};
 use crate::commands::load;
 use crate::hardware::Hardware;
-use crate::output::{self, Progress, Table};
+use crate::output::{self, Progress, Table, ms};
 use chart::Chart;
 
 /// Repeated measurements of one thing, in milliseconds.
@@ -30,6 +31,13 @@ pub(crate) struct Times {
     pub min_ms: f64,
     pub p99_ms: f64,
     pub reps_ms: Vec<f64>,
+}
+
+impl Times {
+    /// Of repetitions, if there were any.
+    pub(crate) fn of_some(reps: Vec<f64>) -> Option<Self> {
+        (!reps.is_empty()).then(|| Self::from(reps))
+    }
 }
 
 /// The value that `share` of all are not above; `sorted` is in order.
@@ -215,6 +223,26 @@ pub(crate) fn evict(model: &mut Ampoule, slot: SlotId) -> anyhow::Result<()> {
     model.engine.reset(slot)?;
     model.append(slot, &other)?;
     Ok(model.engine.synchronize()?)
+}
+
+/// How much later, in ms, a session's next token comes where `verb` goes before it. A token goes before either. `None` where
+/// a step waits for all that it computes: there it is the verb's own time, less than what steps differ by.
+pub(crate) fn delay(
+    model: &mut Ampoule,
+    slot: SlotId,
+    verb: impl FnOnce(&mut Ampoule) -> anyhow::Result<()>,
+) -> anyhow::Result<Option<f64>> {
+    if model.engine.residence() == Residence::Host {
+        return Ok(None);
+    }
+    model.engine.step(slot)?;
+    let start = Instant::now();
+    model.engine.step(slot)?;
+    let alone = ms(start.elapsed());
+    let start = Instant::now();
+    verb(model)?;
+    model.engine.step(slot)?;
+    Ok(Some(ms(start.elapsed()) - alone))
 }
 
 #[cfg(test)]

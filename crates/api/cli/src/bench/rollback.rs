@@ -7,7 +7,7 @@ use anyhow::ensure;
 use serde_json::json;
 
 use super::chart::{Chart, Series};
-use super::{Outcome, Times};
+use super::{Outcome, Times, delay};
 use crate::args::BenchArgs;
 use crate::hardware::Copier;
 use crate::output::{self, Progress, Table, figure, ms};
@@ -37,7 +37,7 @@ struct Session {
 struct Taken {
     time: f64,
     again: Option<f64>,
-    delay: f64,
+    delay: Option<f64>,
 }
 
 pub(super) fn run(
@@ -74,7 +74,7 @@ pub(super) fn run(
             if rep > 0 {
                 session.reps.push(taken.time);
                 session.again.extend(taken.again);
-                session.delay.push(taken.delay);
+                session.delay.extend(taken.delay);
                 bar.inc(1);
             }
         }
@@ -85,15 +85,14 @@ pub(super) fn run(
 }
 
 /// Reads a turn, decodes a reply and freezes the boundary at its end; then goes back to the boundary before it, and where
-/// `twice` is set at once once more. Then a token as it is and a token with a rollback before it, for the difference. The
-/// logits are compared at the end.
+/// `twice` is set at once once more; and again between two tokens. The logits are compared at the end.
 fn take_back(
     model: &mut Ampoule,
     session: &Session,
     copier: &mut Copier,
     twice: bool,
 ) -> anyhow::Result<Taken> {
-    let slot = session.slot;
+    let (slot, position) = (session.slot, session.prefix as u32);
     model.append(slot, &session.turn)?;
     model.engine.begin_reply(slot)?;
     for _ in 0..TURN.1 {
@@ -108,23 +107,15 @@ fn take_back(
     model.engine.synchronize()?;
     let mut timed = || -> anyhow::Result<f64> {
         let start = Instant::now();
-        model.engine.rollback(slot, session.prefix as u32)?;
+        model.engine.rollback(slot, position)?;
         model.engine.synchronize()?;
         Ok(ms(start.elapsed()))
     };
     let time = timed()?;
     let again = if twice { Some(timed()?) } else { None };
     drop(after);
-    // One token unmeasured: what is compared comes after a token both times.
-    model.engine.step(slot)?;
-    let start = Instant::now();
-    model.engine.step(slot)?;
-    let alone = start.elapsed();
-    let start = Instant::now();
-    model.engine.rollback(slot, session.prefix as u32)?;
-    model.engine.step(slot)?;
-    let delay = ms(start.elapsed()) - ms(alone);
-    model.engine.rollback(slot, session.prefix as u32)?;
+    let delay = delay(model, slot, |model| Ok(model.engine.rollback(slot, position)?))?;
+    model.engine.rollback(slot, position)?;
     let same = model.engine.logits(slot)? == session.logits;
     ensure!(same, "after a rollback to {} tokens the logits differ", session.prefix);
     Ok(Taken { time, again, delay })
@@ -145,7 +136,7 @@ fn outcome(sessions: Vec<Session>) -> Outcome {
     let (mut first, mut least, mut most) = (None, f64::INFINITY, 0.0_f64);
     for session in sessions {
         let (times, again) = (Times::from(session.reps), Times::from(session.again));
-        let delay = Times::from(session.delay);
+        let delay = Times::of_some(session.delay);
         let boundaries = session.boundaries.len();
         let fixed = session.boundaries.last().map_or(0, Capsule::fixed_bytes);
         let median = times.median_ms;
@@ -158,7 +149,7 @@ fn outcome(sessions: Vec<Session>) -> Outcome {
             figure(median),
             figure(times.min_ms),
             figure(again.median_ms),
-            figure(delay.median_ms),
+            delay.as_ref().map_or_else(|| "-".to_owned(), |delay| figure(delay.median_ms)),
             format!("{over:.3}"),
         ]);
         line.push((session.prefix as f64, median));

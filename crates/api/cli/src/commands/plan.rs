@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
-use ampoule::{Ampoule, Cost, CostPoint, Phase, Sealed, fixed_regions, row_regions};
+use ampoule::{Ampoule, Cost, CostPoint, Phase, Sealed, StateRegions};
 use anyhow::Context;
 use serde::Serialize;
 
@@ -55,9 +55,9 @@ pub(crate) fn check(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> 
     let sealed = plans(args, global)?;
     let model = sealed.model();
     let table = &model.buffers;
-    let bytes = |regions: Vec<_>| {
-        regions.iter().map(|r: &ampoule::Region| r.bytes(table) as u64).sum::<u64>()
-    };
+    let state = StateRegions::of(&sealed);
+    let bytes =
+        |regions: &[ampoule::Region]| regions.iter().map(|r| r.bytes(table) as u64).sum::<u64>();
     let shapes = model.plans.iter().map(|p| PlanShape {
         phase: p.key.phase.to_string(),
         tokens: p.key.tokens,
@@ -78,8 +78,8 @@ pub(crate) fn check(args: &PlanArgs, global: &GlobalArgs) -> anyhow::Result<()> 
             .filter(|(_, b)| b.role == ampoule::Role::Weight)
             .map(|(_, b)| b.bytes() as u64)
             .sum(),
-        state_fixed_bytes: bytes(fixed_regions(&sealed)),
-        state_bytes_per_position: bytes(row_regions(&sealed, &(0..1))),
+        state_fixed_bytes: bytes(state.fixed()),
+        state_bytes_per_position: bytes(&state.rows(&(0..1))),
     };
     if args.json {
         return output::json(&check);
