@@ -85,6 +85,13 @@ def main():
         "chunked_against_recurrent": goldens.distance(other.numpy(), logits.double().numpy()),
         "smallest_gap": min(gaps), "distinct": len(set(continued)),
     }
+    # The same forward in bfloat16, for scale: what a backend is held against that computes so.
+    low = goldens.all_logits(goldens.load(args.out, RECIPE, torch.bfloat16).to(args.device), on_device).cpu().double()
+    facts["if_computed_in_bfloat16"] = {
+        "frobenius": float(f"{((low - logits).norm() / logits.double().norm()).item():.3g}"),
+        "top_1": f"{(low.argmax(-1) == logits.argmax(-1)).sum().item()}/{TOKENS}",
+    }
+    stage("logits in bfloat16")
     if args.exact:
         exact = goldens.Reference(args.out).logits(ids)
         facts["float32_error"] = goldens.distance(logits.numpy(), exact)

@@ -99,7 +99,7 @@ pub fn run(
     let folder = options.goldens.as_deref();
     let checkpoints = folder.map_or_else(|| Ok(Vec::new()), goldens::checkpoints);
     match checkpoints {
-        Err(error) => checks.push(("golden".into(), Box::new(move || Err(error.to_string())))),
+        Err(error) => checks.push(("golden".into(), Box::new(move || Err(error.clone())))),
         Ok(found) => {
             if let Some(folder) = folder.filter(|_| found.is_empty()) {
                 let none = format!("{} has no checkpoints", folder.display());

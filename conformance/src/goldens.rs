@@ -31,17 +31,23 @@ pub fn folder() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/qwen35")
 }
 
-/// The checkpoints' folders, in order of name.
+/// The checkpoints' folders, in order of name: those in `folder`, or the folder itself where it is one.
 ///
 /// # Errors
-/// If the folder cannot be read.
-pub fn checkpoints(folder: &Path) -> std::io::Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder)? {
-        let path = entry?.path();
-        if path.join("expected.safetensors").exists() {
-            found.push(path);
-        }
+/// If the folder cannot be read, or there is no checkpoint with what is expected of it.
+pub fn checkpoints(folder: &Path) -> Result<Vec<PathBuf>, String> {
+    let failed = |e| format!("{}: {e}", folder.display());
+    let is_one = |path: &PathBuf| path.join("expected.safetensors").exists();
+    let mut found = vec![folder.to_path_buf()];
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        found.push(entry.map_err(failed)?.path());
+    }
+    found.retain(is_one);
+    if found.is_empty() {
+        let folder = folder.display();
+        return Err(format!(
+            "{folder}: there is no expected.safetensors, neither in it nor in a folder in it; see docs/goldens.md"
+        ));
     }
     found.sort();
     Ok(found)

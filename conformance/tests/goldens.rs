@@ -40,3 +40,13 @@ fn reference_equals_transformers() {
 fn cpu_equals_transformers() {
     hold(&CpuBackend::new(2));
 }
+
+#[test]
+fn a_folder_without_checkpoints_is_no_success() {
+    let empty = tempfile::tempdir().unwrap();
+    let error = goldens::checkpoints(empty.path()).unwrap_err();
+    assert!(error.contains("expected.safetensors"), "{error}");
+    assert!(goldens::checkpoints(&empty.path().join("none")).is_err());
+    let one = goldens::folder().join("base");
+    assert_eq!(goldens::checkpoints(&one).unwrap(), [one]);
+}

@@ -7,7 +7,7 @@ use ampoule::{Ampoule, Capsule, Residence, SlotId, sample_tokens};
 use serde_json::{Value, json};
 
 use super::chart::{Chart, Series};
-use super::{Outcome, Times, delay, evict};
+use super::{Outcome, Times, delay, evict, pace};
 use crate::args::BenchArgs;
 use crate::hardware::Copier;
 use crate::output::{self, Progress, Table, figure, ms};
@@ -176,15 +176,7 @@ fn take(
 fn stall(model: &mut Ampoule, slot: SlotId, tokens: &[u32], reps: &mut Reps) -> anyhow::Result<()> {
     model.engine.reset(slot)?;
     model.append(slot, tokens)?;
-    let mut plain = Vec::new();
-    for token in 0..=STALLED {
-        let start = Instant::now();
-        model.engine.step(slot)?;
-        if token > 0 {
-            plain.push(ms(start.elapsed()));
-        }
-    }
-    let plain = Times::from(plain).median_ms;
+    let plain = pace(model, slot)?;
     let start = Instant::now();
     let capsule = model.engine.snapshot(slot)?;
     model.engine.step(slot)?;
@@ -198,7 +190,7 @@ fn stall(model: &mut Ampoule, slot: SlotId, tokens: &[u32], reps: &mut Reps) -> 
 }
 
 /// Restores into other rows with nothing of the capsule in a cache, goes ahead and back, and imports the file; and restores
-/// between two tokens.
+/// between two tokens where that can be told from the steps.
 fn around(
     model: &mut Ampoule,
     slot: SlotId,
@@ -219,8 +211,10 @@ fn around(
     let position = capsule.position();
     timed(model, &mut reps.rollback, |m| Ok(m.engine.rollback(slot, position)?))?;
     timed(model, &mut reps.import, |m| Ok(m.engine.import(file)?))?;
-    evict(model, slot)?;
-    reps.restore_delay.extend(delay(model, slot, |m| Ok(m.engine.restore(slot, capsule)?))?);
+    if model.engine.residence() == Residence::Device {
+        evict(model, slot)?;
+        reps.restore_delay.push(delay(model, slot, |m| Ok(m.engine.restore(slot, capsule)?))?);
+    }
     Ok(())
 }
 

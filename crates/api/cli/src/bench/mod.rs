@@ -13,7 +13,7 @@ mod turns;
 use std::path::Path;
 use std::time::Instant;
 
-use ampoule::{Ampoule, Error, Residence, SlotId, write_atomically};
+use ampoule::{Ampoule, Error, SlotId, write_atomically};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -39,6 +39,9 @@ impl Times {
         (!reps.is_empty()).then(|| Self::from(reps))
     }
 }
+
+/// Tokens of which [`pace`] takes the median.
+const PACE: usize = 8;
 
 /// The value that `share` of all are not above; `sorted` is in order.
 fn quantile(sorted: &[f64], share: f64) -> f64 {
@@ -225,49 +228,68 @@ pub(crate) fn evict(model: &mut Ampoule, slot: SlotId) -> anyhow::Result<()> {
     Ok(model.engine.synchronize()?)
 }
 
-/// How much later, in ms, a session's next token comes where `verb` goes before it. A token goes before either. `None` where
-/// a step waits for all that it computes: there it is the verb's own time, less than what steps differ by.
+/// What one token after the other takes, in ms: the median of [`PACE`] after one that is not counted.
+pub(crate) fn pace(model: &mut Ampoule, slot: SlotId) -> anyhow::Result<f64> {
+    let mut times = Vec::with_capacity(PACE);
+    for token in 0..=PACE {
+        let start = Instant::now();
+        model.engine.step(slot)?;
+        if token > 0 {
+            times.push(ms(start.elapsed()));
+        }
+    }
+    Ok(Times::from(times).median_ms)
+}
+
+/// How much later, in ms, a session's next token comes where `verb` goes before it. Of use where a step does not wait for all
+/// that it computes; elsewhere it is the verb's own time, less what steps differ by.
 pub(crate) fn delay(
     model: &mut Ampoule,
     slot: SlotId,
     verb: impl FnOnce(&mut Ampoule) -> anyhow::Result<()>,
-) -> anyhow::Result<Option<f64>> {
-    if model.engine.residence() == Residence::Host {
-        return Ok(None);
-    }
-    model.engine.step(slot)?;
-    let start = Instant::now();
-    model.engine.step(slot)?;
-    let alone = ms(start.elapsed());
+) -> anyhow::Result<f64> {
+    let alone = pace(model, slot)?;
     let start = Instant::now();
     verb(model)?;
     model.engine.step(slot)?;
-    Ok(Some(ms(start.elapsed()) - alone))
+    Ok(ms(start.elapsed()) - alone)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::Times;
+    use std::time::Duration;
+
+    use ampoule::{Device, LoadOptions};
+
+    use super::*;
 
     #[test]
-    fn medians() {
+    fn medians_and_quantiles() {
         assert_eq!(Times::from(vec![3.0, 1.0, 2.0]).median_ms, 2.0);
         assert_eq!(Times::from(vec![4.0, 1.0, 2.0, 3.0]).median_ms, 2.5);
-        assert_eq!(Times::from(vec![4.0, 1.0]).min_ms, 1.0);
-        assert_eq!(Times::from(vec![]).median_ms, 0.0);
-    }
-}
-
-#[cfg(test)]
-mod times {
-    use super::Times;
-
-    #[test]
-    fn quantiles() {
         let times = Times::from((1..=200).rev().map(f64::from).collect::<Vec<_>>());
         assert_eq!((times.min_ms, times.median_ms, times.p99_ms), (1.0, 100.5, 198.0));
         let one = Times::from(vec![7.0]);
         assert_eq!((one.min_ms, one.median_ms, one.p99_ms), (7.0, 7.0, 7.0));
-        assert_eq!(Times::from(vec![]).p99_ms, 0.0);
+        let none = Times::from(vec![]);
+        assert_eq!((none.median_ms, none.p99_ms), (0.0, 0.0));
+        assert!(Times::of_some(vec![]).is_none());
+    }
+
+    #[test]
+    fn what_goes_before_a_token_makes_it_later() {
+        let options = LoadOptions { device: Device::Cpu, context: 256, ..LoadOptions::default() };
+        let mut model = Ampoule::load("random:qwen3.5-tiny", &options, &mut |_, _| {}).unwrap();
+        let slot = model.engine.create_slot().unwrap();
+        model.append(slot, &[1, 2, 3]).unwrap();
+        let pause = Duration::from_millis(300);
+        let later = delay(&mut model, slot, |_| {
+            std::thread::sleep(pause);
+            Ok(())
+        });
+        let later = later.unwrap();
+        assert!((250.0..2000.0).contains(&later), "{later}");
+        // A token before the pace, those of it, and one after the verb.
+        assert_eq!(model.engine.position(slot).unwrap() as usize, 3 + 1 + PACE + 1);
     }
 }

@@ -114,8 +114,13 @@ fn take_back(
     let time = timed()?;
     let again = if twice { Some(timed()?) } else { None };
     drop(after);
-    let delay = delay(model, slot, |model| Ok(model.engine.rollback(slot, position)?))?;
-    model.engine.rollback(slot, position)?;
+    let delay = if model.engine.residence() == Residence::Device {
+        let delay = delay(model, slot, |model| Ok(model.engine.rollback(slot, position)?))?;
+        model.engine.rollback(slot, position)?;
+        Some(delay)
+    } else {
+        None
+    };
     let same = model.engine.logits(slot)? == session.logits;
     ensure!(same, "after a rollback to {} tokens the logits differ", session.prefix);
     Ok(Taken { time, again, delay })
