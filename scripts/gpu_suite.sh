@@ -55,6 +55,9 @@ if [ "$mode" = full ]; then
     step racecheck $race "$bin/gpu_tests" --test-threads=1 decode_does_not_depend
     # Under a tool, timing algorithms would take most of the time and show nothing.
     step memcheck_decode env AMPOULE_CUDA_TUNE=0 compute-sanitizer --tool memcheck --error-exitcode 9 "$bin/gpu_tests" --test-threads=1 decode_does_not_depend
+    # Copies of state, by bulk copies and by threads.
+    step memcheck_copies env AMPOULE_CUDA_TUNE=0 compute-sanitizer --tool memcheck --error-exitcode 9 "$bin/gpu_tests" --test-threads=1 regions_of_any
+    step racecheck_copies $race "$bin/gpu_tests" --test-threads=1 regions_of_any
     step memcheck_ops in_parts env AMPOULE_CUDA_TUNE=0 compute-sanitizer --tool memcheck --error-exitcode 9
     step racecheck_ops in_parts $race
 fi

@@ -101,10 +101,6 @@ pub fn run(
     match checkpoints {
         Err(error) => checks.push(("golden".into(), Box::new(move || Err(error.clone())))),
         Ok(found) => {
-            if let Some(folder) = folder.filter(|_| found.is_empty()) {
-                let none = format!("{} has no checkpoints", folder.display());
-                checks.push(("golden".into(), Box::new(move || Err(none.clone()))));
-            }
             for checkpoint in found {
                 let name = checkpoint.file_name().unwrap_or_default().to_string_lossy().to_string();
                 let some = VerifyOptions { seed: 7, ..trials(few, 160) };

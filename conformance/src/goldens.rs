@@ -98,7 +98,12 @@ pub fn run(
     let mut model =
         Ampoule::load_on(backend, path, &options, &mut |_, _| {}).map_err(|e| text(&e))?;
     let mut report = GoldenReport {
-        name: checkpoint.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default(),
+        // Of `.` the last part is known only once it is resolved.
+        name: checkpoint
+            .canonicalize()
+            .ok()
+            .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()))
+            .unwrap_or_default(),
         rows: 0,
         max_error: 0.0,
         frobenius: 0.0,

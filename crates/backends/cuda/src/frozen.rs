@@ -24,7 +24,7 @@ const DOWNLOAD: usize = 4 << 20;
 pub(crate) struct CapsuleStore {
     pub(crate) resident: Arc<Resident>,
     /// All fixed state: at most boundaries nothing else is frozen, or this and rows.
-    fixed: Arc<Laid>,
+    fixed: Arc<RegionLayout>,
     ranges: Mutex<Ranges>,
     downloads: Mutex<Option<Downloader>>,
     pub(crate) pinned: PinnedPool,
@@ -56,7 +56,8 @@ impl CapsuleStore {
     pub(crate) fn new(resident: &Arc<Resident>, budget: usize) -> Result<Arc<Self>, BackendError> {
         let pool = Pool::new(if budget == 0 { 0 } else { resident.capsules.bytes() });
         let copies = Stream::new(&resident.device.context)?;
-        let fixed = Laid::new(resident, StateRegions::of(&resident.model).fixed().to_vec())?;
+        let fixed =
+            RegionLayout::new(resident, StateRegions::of(&resident.model).fixed().to_vec())?;
         Ok(Arc::new(Self {
             resident: Arc::clone(resident),
             fixed: Arc::new(fixed),
@@ -76,16 +77,19 @@ impl CapsuleStore {
     }
 
     /// How regions lie in a frozen range, after checking that they are of the model's State.
-    pub(crate) fn laid(&self, regions: &[Region]) -> Result<Arc<Laid>, BackendError> {
+    pub(crate) fn layout_of(&self, regions: &[Region]) -> Result<Arc<RegionLayout>, BackendError> {
         if regions == self.fixed.regions {
             return Ok(Arc::clone(&self.fixed));
         }
-        Ok(Arc::new(Laid::new(&self.resident, regions.to_vec())?))
+        Ok(Arc::new(RegionLayout::new(&self.resident, regions.to_vec())?))
     }
 
     /// Reserves room for regions; nothing is copied.
-    pub(crate) fn reserve(self: &Arc<Self>, laid: Arc<Laid>) -> Result<CudaFrozen, BackendError> {
-        let bytes = laid.bytes;
+    pub(crate) fn reserve(
+        self: &Arc<Self>,
+        layout: Arc<RegionLayout>,
+    ) -> Result<CudaFrozen, BackendError> {
+        let bytes = layout.bytes;
         let mut ranges = lock(&self.ranges);
         let refused =
             |used| BackendError::CapsuleBudget { wanted: bytes, used, budget: self.budget };
@@ -95,16 +99,16 @@ impl CapsuleStore {
         let at = if bytes == 0 {
             None
         } else {
-            Some(ranges.pool.allocate(laid.length).ok_or_else(|| refused(ranges.used))?)
+            Some(ranges.pool.allocate(layout.length).ok_or_else(|| refused(ranges.used))?)
         };
         ranges.used += bytes;
         drop(ranges);
-        Ok(CudaFrozen { store: Arc::clone(self), laid, at, ready: None, beside: false })
+        Ok(CudaFrozen { store: Arc::clone(self), layout, at, ready: None, beside: false })
     }
 }
 
 /// Regions, and how they lie in a frozen range.
-pub(crate) struct Laid {
+pub(crate) struct RegionLayout {
     pub(crate) regions: Vec<Region>,
     /// Of each region, from the start of the range.
     offsets: Vec<usize>,
@@ -118,7 +122,7 @@ pub(crate) struct Laid {
     pub(crate) bytes: usize,
 }
 
-impl Laid {
+impl RegionLayout {
     fn new(resident: &Resident, regions: Vec<Region>) -> Result<Self, BackendError> {
         let bytes = check_regions(&resident.model, &regions)?;
         let table = &resident.model.model().buffers;
@@ -200,7 +204,7 @@ fn pack(spans: &[Span]) -> Packed {
 /// Regions frozen on the device.
 pub(crate) struct CudaFrozen {
     pub(crate) store: Arc<CapsuleStore>,
-    pub(crate) laid: Arc<Laid>,
+    pub(crate) layout: Arc<RegionLayout>,
     /// Where in the reservation the range lies; none if nothing was frozen.
     at: Option<usize>,
     /// Recorded after the copy that filled it.
@@ -217,7 +221,7 @@ impl CudaFrozen {
 
     /// The device address of region `index`.
     pub(crate) fn address(&self, index: usize) -> u64 {
-        self.base() + self.laid.offsets[index] as u64
+        self.base() + self.layout.offsets[index] as u64
     }
 
     /// The device address of the range.
@@ -227,7 +231,7 @@ impl CudaFrozen {
 
     /// Whether no two of its regions overlap.
     pub(crate) fn is_apart(&self) -> bool {
-        self.laid.apart
+        self.layout.apart
     }
 
     /// The copies that fill it from the slot at `slot`.
@@ -238,7 +242,7 @@ impl CudaFrozen {
     /// The copies that put all of it into the slot at `slot`; of regions that overlap the later would have to win.
     pub(crate) fn whole(&self, slot: u64) -> impl Iterator<Item = Transfer> {
         let base = self.base();
-        self.laid.runs.iter().filter(|run| run.bytes > 0).map(move |run| Transfer {
+        self.layout.runs.iter().filter(|run| run.bytes > 0).map(move |run| Transfer {
             from: base + run.offset as u64,
             to: slot + run.in_slot as u64,
             bytes: run.bytes,
@@ -282,26 +286,26 @@ impl Drop for CudaFrozen {
         let mut ranges = lock(&self.store.ranges);
         // Where neither can be had the device may still write: nobody gets the range again.
         if let (Some(at), Ok(())) = (self.at, ordered) {
-            ranges.pool.release(at, self.laid.length);
+            ranges.pool.release(at, self.layout.length);
         }
-        ranges.used -= self.laid.bytes;
+        ranges.used -= self.layout.bytes;
     }
 }
 
 impl Frozen for CudaFrozen {
     fn regions(&self) -> &[Region] {
-        &self.laid.regions
+        &self.layout.regions
     }
 
     fn bytes(&self) -> usize {
-        self.laid.bytes
+        self.layout.bytes
     }
 
     fn read(&self, index: usize, into: &mut [u8]) -> Result<(), BackendError> {
         let wrong =
             |problem| BackendError::WrongBuffer { buffer: "frozen state".to_owned(), problem };
-        let Some(region) = self.laid.regions.get(index) else {
-            return Err(wrong(format!("has {} regions, not {index}", self.laid.regions.len())));
+        let Some(region) = self.layout.regions.get(index) else {
+            return Err(wrong(format!("has {} regions, not {index}", self.layout.regions.len())));
         };
         let bytes = region.bytes(&self.store.resident.model.model().buffers);
         if bytes != into.len() {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use ampoule_backend::{BackendError, Frozen, Region, Residence};
 
 use crate::driver::{Context, Event, PinnedMemory, device_error};
-use crate::frozen::{CapsuleStore, CudaFrozen, Laid};
+use crate::frozen::{CapsuleStore, CudaFrozen, RegionLayout};
 use crate::pool::{ALIGNMENT, Pool};
 
 /// Least and most bytes that are page-locked at a time, unless more are wanted at once: 20 ms at most.
@@ -101,7 +101,7 @@ fn give_back(slabs: &mut [Slab], ranges: &[Range]) {
 /// Regions in host memory.
 pub(crate) struct PinnedFrozen {
     store: Arc<CapsuleStore>,
-    laid: Arc<Laid>,
+    layout: Arc<RegionLayout>,
     /// Of each region.
     ranges: Vec<Range>,
 }
@@ -118,9 +118,10 @@ impl PinnedFrozen {
         let store = &frozen.store;
         let table = &store.resident.model.model().buffers;
         let sizes: Vec<usize> =
-            frozen.laid.regions.iter().map(|region| region.bytes(table)).collect();
+            frozen.layout.regions.iter().map(|region| region.bytes(table)).collect();
         let ranges = store.pinned.allocate(&store.resident.device.context, &sizes)?;
-        let mut this = Self { store: Arc::clone(store), laid: Arc::clone(&frozen.laid), ranges };
+        let mut this =
+            Self { store: Arc::clone(store), layout: Arc::clone(&frozen.layout), ranges };
         frozen.awaited(&store.copies)?;
         let mut enqueued = Ok(());
         for (index, range) in this.ranges.iter().enumerate() {
@@ -144,8 +145,8 @@ impl PinnedFrozen {
     }
 
     /// What it holds, and how that lies in a range on the device.
-    pub(crate) fn laid(&self) -> Arc<Laid> {
-        Arc::clone(&self.laid)
+    pub(crate) fn layout(&self) -> Arc<RegionLayout> {
+        Arc::clone(&self.layout)
     }
 
     /// Whether it was frozen by the program of this store.
@@ -181,7 +182,7 @@ impl PinnedFrozen {
 
 impl Frozen for PinnedFrozen {
     fn regions(&self) -> &[Region] {
-        &self.laid.regions
+        &self.layout.regions
     }
 
     fn bytes(&self) -> usize {

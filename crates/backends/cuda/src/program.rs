@@ -553,9 +553,9 @@ impl Program for CudaProgram {
         parts: &[Part<'_>],
     ) -> Result<Vec<Arc<dyn Frozen>>, BackendError> {
         let index = self.slot(slot)?;
-        let laid = parts.iter().map(|part| self.store.laid(part.regions));
-        let laid = laid.collect::<Result<Vec<_>, _>>()?;
-        let wanted = laid.iter().map(|laid| laid.bytes).sum::<usize>();
+        let layouts = parts.iter().map(|part| self.store.layout_of(part.regions));
+        let layouts = layouts.collect::<Result<Vec<_>, _>>()?;
+        let wanted = layouts.iter().map(|layout| layout.bytes).sum::<usize>();
         let (used, budget) = self.store.usage();
         let refused = BackendError::CapsuleBudget { wanted, used, budget };
         if used.checked_add(wanted).is_none_or(|sum| sum > budget) {
@@ -564,11 +564,11 @@ impl Program for CudaProgram {
         let mut reserved = Vec::with_capacity(parts.len());
         let memory = self.resident.slots[index].at();
         let (mut now, mut beside) = (Vec::new(), Vec::new());
-        let settled = parts.iter().zip(&laid).filter(|(part, _)| part.settled);
-        let many =
-            settled.map(|(_, laid)| laid.bytes).sum::<usize>() >= ASIDE && self.options.beside > 0;
-        for (part, laid) in parts.iter().zip(laid) {
-            let frozen = match self.store.reserve(laid) {
+        let settled = parts.iter().zip(&layouts).filter(|(part, _)| part.settled);
+        let many = settled.map(|(_, layout)| layout.bytes).sum::<usize>() >= ASIDE
+            && self.options.beside > 0;
+        for (part, layout) in parts.iter().zip(layouts) {
+            let frozen = match self.store.reserve(layout) {
                 Ok(frozen) => frozen,
                 // The reservation is in pieces: what is wanted is all of it.
                 Err(BackendError::CapsuleBudget { .. }) => return Err(refused),
@@ -650,7 +650,7 @@ impl Program for CudaProgram {
         regions: &[Region],
         bytes: &[&[u8]],
     ) -> Result<Arc<dyn Frozen>, BackendError> {
-        let laid = self.store.laid(regions)?;
+        let layout = self.store.layout_of(regions)?;
         let table = &self.resident.model.model().buffers;
         if regions.len() != bytes.len() {
             let problem = format!("{} regions, but bytes for {}", regions.len(), bytes.len());
@@ -665,7 +665,7 @@ impl Program for CudaProgram {
                 return Err(wrong(b, problem));
             }
         }
-        let mut frozen = self.store.reserve(laid)?;
+        let mut frozen = self.store.reserve(layout)?;
         for (i, part) in bytes.iter().enumerate() {
             self.upload(frozen.address(i), part)?;
         }
@@ -696,7 +696,7 @@ impl Program for CudaProgram {
         if to == Residence::Host {
             return Ok(Arc::clone(frozen));
         }
-        let mut moved = self.store.reserve(pinned.laid())?;
+        let mut moved = self.store.reserve(pinned.layout())?;
         pinned.fill(&mut moved)?;
         Ok(Arc::new(moved))
     }

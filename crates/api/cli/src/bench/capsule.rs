@@ -7,7 +7,7 @@ use ampoule::{Ampoule, Capsule, Residence, SlotId, sample_tokens};
 use serde_json::{Value, json};
 
 use super::chart::{Chart, Series};
-use super::{Outcome, Times, delay, evict, pace};
+use super::{Outcome, Times, delay, evict, pace, step};
 use crate::args::BenchArgs;
 use crate::hardware::Copier;
 use crate::output::{self, Progress, Table, figure, ms};
@@ -47,19 +47,19 @@ pub(super) fn run(
         let mut reps = Reps::default();
         let (mut capsule, mut file) = take(model, slot, &tokens, &mut Reps::default())?;
         let (fixed, all) = (capsule.fixed_bytes(), capsule.fixed_bytes() + capsule.row_bytes());
-        let mut copier = Copier::new(all);
         // Where state lies in a device's memory, so does what it is compared with.
-        let device = model.engine.residence() == Residence::Device;
-        if device {
+        let host = model.engine.residence() == Residence::Host;
+        let mut copier = host.then(|| Copier::new(all));
+        if !host {
             reps.copy = Ampoule::gpu_copies(all, args.reps)?;
             reps.copy_fixed = Ampoule::gpu_copies(fixed, args.reps)?;
         }
         for _ in 0..args.reps {
             drop((capsule, file));
             (capsule, file) = take(model, slot, &tokens, &mut reps)?;
-            around(model, slot, (&capsule, &file), ahead, &mut copier, &mut reps)?;
+            around(model, slot, (&capsule, &file), ahead, copier.as_mut(), &mut reps)?;
             stall(model, slot, &tokens, &mut reps)?;
-            if !device {
+            if let Some(copier) = &mut copier {
                 reps.copy.push(copier.copy(all));
                 reps.copy_fixed.push(copier.copy(fixed));
             }
@@ -176,7 +176,7 @@ fn take(
 fn stall(model: &mut Ampoule, slot: SlotId, tokens: &[u32], reps: &mut Reps) -> anyhow::Result<()> {
     model.engine.reset(slot)?;
     model.append(slot, tokens)?;
-    let plain = pace(model, slot)?;
+    let plain = pace(model, &mut step(slot))?;
     let start = Instant::now();
     let capsule = model.engine.snapshot(slot)?;
     model.engine.step(slot)?;
@@ -196,12 +196,13 @@ fn around(
     slot: SlotId,
     (capsule, file): (&Capsule, &[u8]),
     ahead: usize,
-    copier: &mut Copier,
+    copier: Option<&mut Copier>,
     reps: &mut Reps,
 ) -> anyhow::Result<()> {
     evict(model, slot)?;
-    // On a GPU the prompt that was read meanwhile has seen to that; what a host's program needs stays in its caches.
-    if model.engine.residence() == Residence::Host {
+    // On a GPU the weights that were read for it have taken the caches over, unless the model is so small that it fits there.
+    let device = copier.is_none();
+    if let Some(copier) = copier {
         copier.sweep();
     }
     timed(model, &mut reps.restore, |m| Ok(m.engine.restore(slot, capsule)?))?;
@@ -211,9 +212,10 @@ fn around(
     let position = capsule.position();
     timed(model, &mut reps.rollback, |m| Ok(m.engine.rollback(slot, position)?))?;
     timed(model, &mut reps.import, |m| Ok(m.engine.import(file)?))?;
-    if model.engine.residence() == Residence::Device {
+    if device {
         evict(model, slot)?;
-        reps.restore_delay.push(delay(model, slot, |m| Ok(m.engine.restore(slot, capsule)?))?);
+        reps.restore_delay
+            .push(delay(model, step(slot), |m| Ok(m.engine.restore(slot, capsule)?))?);
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use anyhow::ensure;
 use serde_json::json;
 
 use super::chart::{Chart, Series};
-use super::{Outcome, Times, delay};
+use super::{Outcome, Times, delay, step};
 use crate::args::BenchArgs;
 use crate::hardware::Copier;
 use crate::output::{self, Progress, Table, figure, ms};
@@ -64,13 +64,16 @@ pub(super) fn run(
     }
     bar.finish_and_clear();
     let bar = progress.count(args.reps * sessions.len(), "rollback");
-    let mut copier = Copier::new(0);
+    // Where state lies in a GPU's memory nothing is swept: the weights that a turn reads have taken its caches over, unless
+    // the model is so small that it fits there, too.
+    let host = model.engine.residence() == Residence::Host;
+    let mut copier = host.then(|| Copier::new(0));
     // Once for each, unmeasured; then in turns, so that whatever else the machine does meets all of them.
     for rep in 0..=args.reps {
         let first = rep % sessions.len();
         sessions.rotate_left(first);
         for session in &mut sessions {
-            let taken = take_back(model, session, &mut copier, rep % 2 == 1)?;
+            let taken = take_back(model, session, copier.as_mut(), rep % 2 == 1)?;
             if rep > 0 {
                 session.reps.push(taken.time);
                 session.again.extend(taken.again);
@@ -85,11 +88,11 @@ pub(super) fn run(
 }
 
 /// Reads a turn, decodes a reply and freezes the boundary at its end; then goes back to the boundary before it, and where
-/// `twice` is set at once once more; and again between two tokens. The logits are compared at the end.
+/// `twice` is set at once once more; and on a GPU again between two tokens. The logits are compared after either.
 fn take_back(
     model: &mut Ampoule,
     session: &Session,
-    copier: &mut Copier,
+    copier: Option<&mut Copier>,
     twice: bool,
 ) -> anyhow::Result<Taken> {
     let (slot, position) = (session.slot, session.prefix as u32);
@@ -99,9 +102,9 @@ fn take_back(
         model.engine.step(slot)?;
     }
     let after = model.engine.snapshot(slot)?;
-    // Nothing of any session lies in a cache: else the one with the shortest context would keep more of its own. On a GPU the
-    // weights that the turn has read have seen to that.
-    if model.engine.residence() == Residence::Host {
+    // Nothing of any session lies in a cache: else the one with the shortest context would keep more of its own.
+    let device = copier.is_none();
+    if let Some(copier) = copier {
         copier.sweep();
     }
     model.engine.synchronize()?;
@@ -114,16 +117,21 @@ fn take_back(
     let time = timed()?;
     let again = if twice { Some(timed()?) } else { None };
     drop(after);
-    let delay = if model.engine.residence() == Residence::Device {
-        let delay = delay(model, slot, |model| Ok(model.engine.rollback(slot, position)?))?;
-        model.engine.rollback(slot, position)?;
-        Some(delay)
-    } else {
-        None
+    let check = |model: &mut Ampoule| -> anyhow::Result<()> {
+        let same = model.engine.logits(slot)? == session.logits;
+        ensure!(same, "after a rollback to {position} tokens the logits differ");
+        Ok(())
     };
-    let same = model.engine.logits(slot)? == session.logits;
-    ensure!(same, "after a rollback to {} tokens the logits differ", session.prefix);
-    Ok(Taken { time, again, delay })
+    check(model)?;
+    let mut later = None;
+    if device {
+        later = Some(delay(model, step(slot), |m| Ok(m.engine.rollback(slot, position)?))?);
+        let read = model.engine.position(slot)?;
+        ensure!(read == position + 1, "after a rollback and a token the slot stands at {read}");
+        model.engine.rollback(slot, position)?;
+        check(model)?;
+    }
+    Ok(Taken { time, again, delay: later })
 }
 
 fn outcome(sessions: Vec<Session>) -> Outcome {
@@ -158,11 +166,15 @@ fn outcome(sessions: Vec<Session>) -> Outcome {
             format!("{over:.3}"),
         ]);
         line.push((session.prefix as f64, median));
-        points.push(json!({
+        let mut point = json!({
             "context": session.prefix, "boundaries": boundaries, "fixed_bytes": fixed,
             "turn_tokens": session.turn.len() + TURN.1, "rollback": times, "again": again,
-            "next_token_later_by": delay, "over_first": over, "logits_equal": true,
-        }));
+            "over_first": over, "logits_equal": true,
+        });
+        if let Some(delay) = delay {
+            point["next_token_later_by"] = json!(delay);
+        }
+        points.push(point);
     }
     let spread = most / least;
     let same = spread <= SAME;
