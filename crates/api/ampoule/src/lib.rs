@@ -51,7 +51,7 @@ pub use ampoule_capsule::{
     CapsuleError, CapsuleFile, CapsuleHeader, Component, LineageError, Manifest,
 };
 pub use ampoule_cuda::GpuInfo;
-pub use ampoule_cuda::bench::GpuBandwidth;
+pub use ampoule_cuda::bench::{GpuBandwidth, PlainCopy};
 pub use ampoule_engine::{
     Capsule, Control, Counters, DeviceInfo, Digest, Engine, EngineError, EngineOptions,
     Fingerprint, FinishReason, History, Identity, LineageId, Origin, PieceKind, PrefillProgress,

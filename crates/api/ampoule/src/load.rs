@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ampoule_backend::{Backend, BackendError, DeviceInfo, LoadOptions as BackendOptions, StepTime};
 use ampoule_cpu::CpuBackend;
-use ampoule_cuda::bench::{self, GpuBandwidth};
+use ampoule_cuda::bench::{self, GpuBandwidth, PlainCopy};
 use ampoule_cuda::{CudaBackend, GpuInfo};
 use ampoule_engine::{Capsule, Engine, EngineOptions, Identity, SlotId};
 use ampoule_models::chat::ChatTemplate;
@@ -245,12 +245,12 @@ impl Ampoule {
         bench::bandwidth(&CudaBackend::new(0)?)
     }
 
-    /// Milliseconds of so many copies of `bytes` within the memory of the first GPU, by the driver.
+    /// A copy of `bytes` within the memory of the first GPU, by the driver.
     ///
     /// # Errors
     /// If there is no GPU, or its memory is short.
-    pub fn gpu_copies(bytes: usize, repeats: usize) -> Result<Vec<f64>, BackendError> {
-        bench::plain_copies(&CudaBackend::new(0)?, bytes, repeats)
+    pub fn gpu_copy(bytes: usize) -> Result<PlainCopy, BackendError> {
+        PlainCopy::new(&CudaBackend::new(0)?, bytes)
     }
 
     /// Loads a model and times its decode step at a position, launch by launch and as a whole.

@@ -1,14 +1,72 @@
 //! Ceilings that kernels are held against.
 
+use std::sync::Arc;
+
 use ampoule_backend::BackendError;
 use cudarc::driver::sys;
 
 use crate::CudaBackend;
 pub use crate::driver::DriverCalls;
-use crate::driver::{DeviceMemory, Event, Launch, PinnedMemory, Stream, check, launch};
+use crate::driver::{Context, DeviceMemory, Event, Launch, PinnedMemory, Stream, check, launch};
 use crate::launch::args;
 
-/// Milliseconds of one device-to-device copy of `bytes` by the driver: the median of `repeats`.
+/// A copy of so many bytes within a device's memory, by the driver: what copies of State are held against.
+pub struct PlainCopy {
+    from: DeviceMemory,
+    to: DeviceMemory,
+    stream: Arc<Stream>,
+    context: Arc<Context>,
+    bytes: usize,
+}
+
+impl PlainCopy {
+    /// Takes memory for both ends.
+    ///
+    /// # Errors
+    /// If memory is short or the device fails.
+    pub fn new(backend: &CudaBackend, bytes: usize) -> Result<Self, BackendError> {
+        let context = &backend.device().context;
+        let from = DeviceMemory::new(context, bytes, "a copy")?;
+        let to = DeviceMemory::new(context, bytes, "a copy")?;
+        let stream = Stream::new(context)?;
+        // SAFETY: the whole allocations.
+        unsafe {
+            stream.fill(from.at(), 0x3f80_1234, bytes / 4)?;
+            stream.fill(to.at(), 0, bytes / 4)?;
+        }
+        stream.synchronize()?;
+        Ok(Self { from, to, stream, context: Arc::clone(context), bytes })
+    }
+
+    fn enqueue(&self) -> Result<(), BackendError> {
+        // SAFETY: both allocations have `bytes`.
+        unsafe { self.stream.copy(self.to.at(), self.from.at(), self.bytes) }
+    }
+
+    /// Copies, and waits until that is done.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn run(&self) -> Result<(), BackendError> {
+        self.enqueue()?;
+        self.stream.synchronize()
+    }
+
+    /// Copies; milliseconds on the device, between two events.
+    ///
+    /// # Errors
+    /// If the device fails.
+    pub fn timed(&self) -> Result<f64, BackendError> {
+        let (start, end) = (Event::new(&self.context, true)?, Event::new(&self.context, true)?);
+        start.record(&self.stream)?;
+        self.enqueue()?;
+        end.record(&self.stream)?;
+        end.synchronize()?;
+        Ok(f64::from(end.milliseconds_since(&start)?))
+    }
+}
+
+/// Milliseconds of one device-to-device copy of `bytes` by the driver: the median of `repeats` (at least one).
 ///
 /// # Errors
 /// If memory is short or the device fails.
@@ -17,40 +75,11 @@ pub fn plain_copy(
     bytes: usize,
     repeats: usize,
 ) -> Result<f64, BackendError> {
-    let mut times = plain_copies(backend, bytes, repeats)?;
+    let copy = PlainCopy::new(backend, bytes)?;
+    let times = (0..repeats.max(1)).map(|_| copy.timed());
+    let mut times = times.collect::<Result<Vec<_>, _>>()?;
     times.sort_by(f64::total_cmp);
     Ok(times[times.len() / 2])
-}
-
-/// Milliseconds of each of `repeats` (at least one) device-to-device copies of `bytes` by the driver.
-///
-/// # Errors
-/// If memory is short or the device fails.
-pub fn plain_copies(
-    backend: &CudaBackend,
-    bytes: usize,
-    repeats: usize,
-) -> Result<Vec<f64>, BackendError> {
-    let context = &backend.device().context;
-    let from = DeviceMemory::new(context, bytes, "a copy")?;
-    let to = DeviceMemory::new(context, bytes, "a copy")?;
-    let stream = Stream::new(context)?;
-    // SAFETY: the whole allocations.
-    unsafe {
-        stream.fill(from.at(), 0x3f80_1234, bytes / 4)?;
-        stream.fill(to.at(), 0, bytes / 4)?;
-    }
-    let mut times = Vec::new();
-    for _ in 0..repeats.max(1) {
-        let (start, end) = (Event::new(context, true)?, Event::new(context, true)?);
-        start.record(&stream)?;
-        // SAFETY: both allocations have `bytes`.
-        unsafe { stream.copy(to.at(), from.at(), bytes)? };
-        end.record(&stream)?;
-        end.synchronize()?;
-        times.push(f64::from(end.milliseconds_since(&start)?));
-    }
-    Ok(times)
 }
 
 /// What the memory of a device reaches, in GB/s (10^9 bytes a second).

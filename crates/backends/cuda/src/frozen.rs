@@ -10,6 +10,7 @@ use ampoule_plan::BufferId;
 
 use crate::device::Limits;
 use crate::driver::{Event, Launch, Stream};
+use crate::kernels::COPY_KERNELS;
 use crate::launch::arguments::Piece;
 use crate::launch::{Launcher, args};
 use crate::memory::{ALIGNMENT, Resident};
@@ -384,13 +385,6 @@ const BULK_TILES: u32 = 12;
 /// 64 MiB: from so many on, blocks of threads move larger tiles.
 const MANY_VECTORS: i64 = 4 << 20;
 
-/// Kernels that copy: by bulk copies, by threads, beside replays; for tables of 8, 96 and 960 pieces.
-const COPY_KERNELS: [[&str; 3]; 3] = [
-    ["copy_bulk_8", "copy_bulk_96", "copy_bulk_960"],
-    ["copy_regions_8", "copy_regions_96", "copy_regions_960"],
-    ["copy_beside_8", "copy_beside_96", "copy_beside_960"],
-];
-
 fn launch_copy<const ENDS: usize, const N: usize>(
     resident: &Resident,
     stream: &Stream,
@@ -421,13 +415,13 @@ fn launch_copy<const ENDS: usize, const N: usize>(
         all += units(t) as i64;
         table.first[i + 1] = all;
     }
-    let names = COPY_KERNELS[if bulk { 0 } else { 1 + usize::from(beside > 0) }];
-    let name = names[match N {
+    let row = if bulk { 0 } else { 1 + usize::from(beside > 0) };
+    let column = match N {
         8 => 0,
         96 => 1,
         _ => 2,
-    }];
-    let kernel = resident.device.kernels.find(name)?;
+    };
+    let (kernel, name) = (resident.device.kernels.copy(row, column), COPY_KERNELS[row][column]);
     let how = if bulk {
         // A ring begins at a multiple of 128.
         let limit = kernel.shared_limit.saturating_sub(128);

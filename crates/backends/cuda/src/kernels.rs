@@ -147,6 +147,13 @@ const DYNAMIC: &[&str] = &[
     "sample",
 ];
 
+/// Kernels that copy: by bulk copies, by threads, beside replays; for tables of 8, 96 and 960 pieces.
+pub(crate) const COPY_KERNELS: [[&str; 3]; 3] = [
+    ["copy_bulk_8", "copy_bulk_96", "copy_bulk_960"],
+    ["copy_regions_8", "copy_regions_96", "copy_regions_960"],
+    ["copy_beside_8", "copy_beside_96", "copy_beside_960"],
+];
+
 /// A kernel and the most shared memory a launch may ask for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Kernel {
@@ -157,6 +164,8 @@ pub(crate) struct Kernel {
 /// Every kernel, compiled for one device.
 pub(crate) struct Kernels {
     by_name: HashMap<&'static str, Kernel>,
+    /// Those of [`COPY_KERNELS`]: a restore looks nothing up by name.
+    copies: [[Kernel; 3]; 3],
     /// Keeps the functions valid.
     #[allow(dead_code)]
     modules: Vec<Module>,
@@ -201,7 +210,24 @@ impl Kernels {
             }
             modules.push(module);
         }
-        Ok(Self { by_name, modules })
+        let of_name = |name| {
+            by_name
+                .get(name)
+                .copied()
+                .ok_or_else(|| device_error(format!("there is no kernel '{name}'")))
+        };
+        let mut copies = [[of_name(COPY_KERNELS[0][0])?; 3]; 3];
+        for (names, kernels) in COPY_KERNELS.iter().zip(&mut copies) {
+            for (name, kernel) in names.iter().zip(kernels) {
+                *kernel = of_name(name)?;
+            }
+        }
+        Ok(Self { by_name, copies, modules })
+    }
+
+    /// The kernel of this row and column of [`COPY_KERNELS`].
+    pub(crate) const fn copy(&self, row: usize, column: usize) -> Kernel {
+        self.copies[row][column]
     }
 
     /// The kernel called `name`.

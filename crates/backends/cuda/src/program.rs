@@ -608,14 +608,11 @@ impl Program for CudaProgram {
 
     fn thaw(&mut self, slot: SlotId, parts: &[Arc<dyn Frozen>]) -> Result<(), BackendError> {
         let index = self.slot(slot)?;
-        let own = |part: &'_ Arc<dyn Frozen>| -> bool {
-            part.as_any().downcast_ref::<CudaFrozen>().is_some_and(|f| f.is_of(&self.store))
-        };
-        if !parts.iter().all(own) {
-            return Err(BackendError::ForeignState);
+        let mut frozen = Vec::with_capacity(parts.len());
+        for part in parts {
+            let own: Option<&CudaFrozen> = part.as_any().downcast_ref();
+            frozen.push(own.filter(|f| f.is_of(&self.store)).ok_or(BackendError::ForeignState)?);
         }
-        let frozen: Vec<&CudaFrozen> =
-            parts.iter().filter_map(|p| p.as_any().downcast_ref()).collect();
         self.settle(index)?;
         for part in &frozen {
             part.settle()?;

@@ -1,6 +1,6 @@
 //! Slots, prefill and decode.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -132,7 +132,8 @@ pub struct Engine {
     pub(crate) model: Arc<Sealed>,
     pub(crate) state: StateRegions,
     pub(crate) buffers: Buffers,
-    pub(crate) slots: HashMap<SlotId, Slot>,
+    /// Few: an ordered map finds one in fewer cache lines than a hash does.
+    pub(crate) slots: BTreeMap<SlotId, Slot>,
     pub(crate) fingerprint: Fingerprint,
     pub(crate) layout: StateLayout,
     pub(crate) scope: LineageScope,
@@ -211,7 +212,7 @@ impl Engine {
             program,
             state: StateRegions::of(&model),
             buffers,
-            slots: HashMap::new(),
+            slots: BTreeMap::new(),
             fingerprint,
             layout,
             scope,

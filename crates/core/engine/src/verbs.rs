@@ -114,10 +114,11 @@ impl Engine {
     ) -> Result<Vec<Arc<RowNode>>, EngineError> {
         let entry = self.slots.get(&slot).ok_or(EngineError::NoSuchSlot { slot: slot.0 })?;
         let lacks = missing(&entry.held, node);
-        let pieces = lacks.iter().filter_map(|n| n.rows.as_deref()).chain([fixed]);
-        let parts = pieces.map(Piece::frozen).collect::<Result<Vec<_>, _>>()?;
-        let parts = parts.into_iter().map(|part| self.here(part)).collect::<Result<Vec<_>, _>>();
-        let parts = self.survive(slot, parts)?;
+        let mut parts = Vec::with_capacity(lacks.len() + 1);
+        for piece in lacks.iter().filter_map(|n| n.rows.as_deref()).chain([fixed]) {
+            let part = self.here(piece.frozen()?);
+            parts.push(self.survive(slot, part)?);
+        }
         let thawed = self.program.thaw(slot, &parts);
         self.survive(slot, thawed)?;
         let entry = self.slots.get_mut(&slot).ok_or(EngineError::NoSuchSlot { slot: slot.0 })?;

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
-use ampoule::{Ampoule, Capsule, Residence, SlotId, sample_tokens};
+use ampoule::{Ampoule, Capsule, PlainCopy, Residence, SlotId, sample_tokens};
 use serde_json::{Value, json};
 
 use super::chart::{Chart, Series};
@@ -14,6 +14,12 @@ use crate::output::{self, Progress, Table, figure, ms};
 
 /// Tokens decoded before a rollback unless --suffix says otherwise.
 pub(super) const TOKENS: usize = 8;
+/// What copies plainly where state lies.
+enum Copies {
+    Host(Copier),
+    Device { all: PlainCopy, fixed: PlainCopy },
+}
+
 /// Tokens over which what a snapshot costs decoding is added up.
 const STALLED: usize = 8;
 
@@ -27,6 +33,8 @@ struct Reps {
     import: Vec<f64>,
     copy: Vec<f64>,
     copy_fixed: Vec<f64>,
+    awaited: Vec<f64>,
+    awaited_fixed: Vec<f64>,
     stall: Vec<f64>,
     stall_of_all: Vec<f64>,
     restore_delay: Vec<f64>,
@@ -47,38 +55,44 @@ pub(super) fn run(
         let mut reps = Reps::default();
         let (mut capsule, mut file) = take(model, slot, &tokens, &mut Reps::default())?;
         let (fixed, all) = (capsule.fixed_bytes(), capsule.fixed_bytes() + capsule.row_bytes());
-        // Where state lies in a device's memory, so does what it is compared with.
-        let host = model.engine.residence() == Residence::Host;
-        let mut copier = host.then(|| Copier::new(all));
-        if !host {
-            reps.copy = Ampoule::gpu_copies(all, args.reps)?;
-            reps.copy_fixed = Ampoule::gpu_copies(fixed, args.reps)?;
-        }
+        let mut copies = if model.engine.residence() == Residence::Host {
+            Copies::Host(Copier::new(all))
+        } else {
+            Copies::Device { all: Ampoule::gpu_copy(all)?, fixed: Ampoule::gpu_copy(fixed)? }
+        };
         for _ in 0..args.reps {
             drop((capsule, file));
             (capsule, file) = take(model, slot, &tokens, &mut reps)?;
-            around(model, slot, (&capsule, &file), ahead, copier.as_mut(), &mut reps)?;
+            around(model, slot, (&capsule, &file), ahead, &mut copies, &mut reps)?;
             stall(model, slot, &tokens, &mut reps)?;
-            if let Some(copier) = &mut copier {
-                reps.copy.push(copier.copy(all));
-                reps.copy_fixed.push(copier.copy(fixed));
-            }
+            let (whole, part) = match &mut copies {
+                Copies::Host(copier) => (copier.copy(all), copier.copy(fixed)),
+                Copies::Device { all, fixed } => (all.timed()?, fixed.timed()?),
+            };
+            reps.copy.push(whole);
+            reps.copy_fixed.push(part);
             bar.inc(1);
         }
         let (copy, copy_fixed) = (Times::from(reps.copy), Times::from(reps.copy_fixed));
+        // Verbs are held against a copy that is called and waited for as they are.
+        let awaited = Times::of_some(reps.awaited).unwrap_or_else(|| copy.clone());
+        let awaited_fixed =
+            Times::of_some(reps.awaited_fixed).unwrap_or_else(|| copy_fixed.clone());
         let mut point = json!({
             "prefix": prefix,
             "capsule": { "fixed_bytes": fixed, "row_bytes": all - fixed, "bytes": all, "file_bytes": file.len() },
             "copy": measured(&copy, all, None),
             "copy_fixed": measured(&copy_fixed, fixed, None),
+            "copy_awaited": measured(&awaited, all, None),
+            "copy_fixed_awaited": measured(&awaited_fixed, fixed, None),
         });
         let row_bytes = all - fixed;
         let delta = fixed + row_bytes / prefix;
         let verbs = [
-            ("snapshot", Times::from(reps.snapshot), all, Some(&copy)),
-            ("snapshot_of_one_more_token", Times::from(reps.delta), delta, Some(&copy_fixed)),
-            ("restore", Times::from(reps.restore), all, Some(&copy)),
-            ("rollback", Times::from(reps.rollback), fixed, Some(&copy_fixed)),
+            ("snapshot", Times::from(reps.snapshot), all, Some(&awaited)),
+            ("snapshot_of_one_more_token", Times::from(reps.delta), delta, Some(&awaited_fixed)),
+            ("restore", Times::from(reps.restore), all, Some(&awaited)),
+            ("rollback", Times::from(reps.rollback), fixed, Some(&awaited_fixed)),
             ("export", Times::from(reps.export), file.len(), None),
             ("import", Times::from(reps.import), file.len(), None),
         ];
@@ -119,7 +133,7 @@ pub(super) fn run(
             ]);
             point[name] = json!({ "bytes": all, "ms": times });
         }
-        let medians = [&verbs[0].1, &verbs[2].1, &verbs[3].1, &copy].map(|t| t.median_ms);
+        let medians = [&verbs[0].1, &verbs[2].1, &verbs[3].1, &awaited].map(|t| t.median_ms);
         for (line, median) in lines.iter_mut().zip(medians) {
             line.push((prefix as f64, median));
         }
@@ -196,23 +210,30 @@ fn around(
     slot: SlotId,
     (capsule, file): (&Capsule, &[u8]),
     ahead: usize,
-    copier: Option<&mut Copier>,
+    copies: &mut Copies,
     reps: &mut Reps,
 ) -> anyhow::Result<()> {
     evict(model, slot)?;
-    // On a GPU the weights that were read for it have taken the caches over, unless the model is so small that it fits there.
-    let device = copier.is_none();
-    if let Some(copier) = copier {
-        copier.sweep();
+    match copies {
+        Copies::Host(copier) => copier.sweep(),
+        Copies::Device { all, .. } => {
+            timed(model, &mut reps.awaited, |_| Ok(all.run()?))?;
+            // The weights that are read for it take the GPU's caches over, unless the model is so small that it fits there.
+            evict(model, slot)?;
+        }
     }
     timed(model, &mut reps.restore, |m| Ok(m.engine.restore(slot, capsule)?))?;
     for _ in 0..ahead {
         model.engine.step(slot)?;
     }
     let position = capsule.position();
+    if let Copies::Device { fixed, .. } = copies {
+        timed(model, &mut reps.awaited_fixed, |_| Ok(fixed.run()?))?;
+        model.engine.step(slot)?;
+    }
     timed(model, &mut reps.rollback, |m| Ok(m.engine.rollback(slot, position)?))?;
     timed(model, &mut reps.import, |m| Ok(m.engine.import(file)?))?;
-    if device {
+    if matches!(copies, Copies::Device { .. }) {
         evict(model, slot)?;
         reps.restore_delay
             .push(delay(model, step(slot), |m| Ok(m.engine.restore(slot, capsule)?))?);

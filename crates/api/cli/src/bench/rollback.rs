@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use ampoule::{Ampoule, Capsule, Residence, SlotId, sample_tokens};
+use ampoule::{Ampoule, Capsule, PlainCopy, Residence, SlotId, sample_tokens};
 use anyhow::ensure;
 use serde_json::json;
 
@@ -31,6 +31,8 @@ struct Session {
     again: Vec<f64>,
     /// How much later the next token comes where a rollback goes before it.
     delay: Vec<f64>,
+    /// Of the driver's copy of as many bytes, asked for and waited for as the rollback is.
+    copy: Vec<f64>,
 }
 
 /// What one repetition measured, in ms.
@@ -38,6 +40,14 @@ struct Taken {
     time: f64,
     again: Option<f64>,
     delay: Option<f64>,
+    copy: Option<f64>,
+}
+
+/// What is needed beside a session: on the host, memory to walk over; on a GPU, where the weights that a turn reads have taken the
+/// caches over (unless the model is so small that it fits there), the driver's copy of as many bytes.
+enum Beside {
+    Host(Copier),
+    Device(PlainCopy),
 }
 
 pub(super) fn run(
@@ -59,25 +69,28 @@ pub(super) fn run(
         }
         let logits = model.engine.logits(slot)?;
         let turn = sample_tokens(model, args.suffix.unwrap_or(TURN.0), 7)?;
-        let (reps, again, delay) = (Vec::new(), Vec::new(), Vec::new());
-        sessions.push(Session { prefix, slot, boundaries, logits, turn, reps, again, delay });
+        let (reps, again, delay, copy) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        sessions.push(Session { prefix, slot, boundaries, logits, turn, reps, again, delay, copy });
     }
     bar.finish_and_clear();
     let bar = progress.count(args.reps * sessions.len(), "rollback");
-    // Where state lies in a GPU's memory nothing is swept: the weights that a turn reads have taken its caches over, unless
-    // the model is so small that it fits there, too.
-    let host = model.engine.residence() == Residence::Host;
-    let mut copier = host.then(|| Copier::new(0));
+    let mut beside = if model.engine.residence() == Residence::Host {
+        Beside::Host(Copier::new(0))
+    } else {
+        let fixed = sessions.iter().filter_map(|s| s.boundaries.last()).map(Capsule::fixed_bytes);
+        Beside::Device(Ampoule::gpu_copy(fixed.max().unwrap_or(0))?)
+    };
     // Once for each, unmeasured; then in turns, so that whatever else the machine does meets all of them.
     for rep in 0..=args.reps {
         let first = rep % sessions.len();
         sessions.rotate_left(first);
         for session in &mut sessions {
-            let taken = take_back(model, session, copier.as_mut(), rep % 2 == 1)?;
+            let taken = take_back(model, session, &mut beside, rep % 2 == 1)?;
             if rep > 0 {
                 session.reps.push(taken.time);
                 session.again.extend(taken.again);
                 session.delay.extend(taken.delay);
+                session.copy.extend(taken.copy);
                 bar.inc(1);
             }
         }
@@ -92,7 +105,7 @@ pub(super) fn run(
 fn take_back(
     model: &mut Ampoule,
     session: &Session,
-    copier: Option<&mut Copier>,
+    beside: &mut Beside,
     twice: bool,
 ) -> anyhow::Result<Taken> {
     let (slot, position) = (session.slot, session.prefix as u32);
@@ -103,8 +116,7 @@ fn take_back(
     }
     let after = model.engine.snapshot(slot)?;
     // Nothing of any session lies in a cache: else the one with the shortest context would keep more of its own.
-    let device = copier.is_none();
-    if let Some(copier) = copier {
+    if let Beside::Host(copier) = beside {
         copier.sweep();
     }
     model.engine.synchronize()?;
@@ -123,15 +135,22 @@ fn take_back(
         Ok(())
     };
     check(model)?;
-    let mut later = None;
-    if device {
+    let (mut later, mut copy) = (None, None);
+    if let Beside::Device(plain) = beside {
+        // Asked for as the rollback was, after a wait for a step.
+        model.engine.step(slot)?;
+        model.engine.synchronize()?;
+        let start = Instant::now();
+        plain.run()?;
+        copy = Some(ms(start.elapsed()));
+        model.engine.rollback(slot, position)?;
         later = Some(delay(model, step(slot), |m| Ok(m.engine.rollback(slot, position)?))?);
         let read = model.engine.position(slot)?;
         ensure!(read == position + 1, "after a rollback and a token the slot stands at {read}");
         model.engine.rollback(slot, position)?;
         check(model)?;
     }
-    Ok(Taken { time, again, delay: later })
+    Ok(Taken { time, again, delay: later, copy })
 }
 
 fn outcome(sessions: Vec<Session>) -> Outcome {
@@ -143,13 +162,17 @@ fn outcome(sessions: Vec<Session>) -> Outcome {
         "least ms",
         "again ms",
         "next token later by ms",
+        "driver's copy ms",
         "x first",
     ]);
     let (mut points, mut line) = (Vec::new(), Vec::new());
     let (mut first, mut least, mut most) = (None, f64::INFINITY, 0.0_f64);
     for session in sessions {
         let (times, again) = (Times::from(session.reps), Times::from(session.again));
-        let delay = Times::of_some(session.delay);
+        let (delay, copy) = (Times::of_some(session.delay), Times::of_some(session.copy));
+        let cell = |times: &Option<Times>| {
+            times.as_ref().map_or_else(|| "-".to_owned(), |times| figure(times.median_ms))
+        };
         let boundaries = session.boundaries.len();
         let fixed = session.boundaries.last().map_or(0, Capsule::fixed_bytes);
         let median = times.median_ms;
@@ -162,7 +185,8 @@ fn outcome(sessions: Vec<Session>) -> Outcome {
             figure(median),
             figure(times.min_ms),
             figure(again.median_ms),
-            delay.as_ref().map_or_else(|| "-".to_owned(), |delay| figure(delay.median_ms)),
+            cell(&delay),
+            cell(&copy),
             format!("{over:.3}"),
         ]);
         line.push((session.prefix as f64, median));
@@ -171,8 +195,10 @@ fn outcome(sessions: Vec<Session>) -> Outcome {
             "turn_tokens": session.turn.len() + TURN.1, "rollback": times, "again": again,
             "over_first": over, "logits_equal": true,
         });
-        if let Some(delay) = delay {
-            point["next_token_later_by"] = json!(delay);
+        for (key, times) in [("next_token_later_by", delay), ("copy_awaited", copy)] {
+            if let Some(times) = times {
+                point[key] = json!(times);
+            }
         }
         points.push(point);
     }

@@ -33,6 +33,8 @@ pub(crate) use args;
 /// Most token rows of the decode kernels.
 pub(crate) const DECODE_ROWS: usize = 8;
 const BLOCK: u32 = 256;
+/// Most parameters of a kernel besides the slot's place.
+const MOST_ARGUMENTS: usize = 12;
 
 /// Enqueues the kernels of one plan, for whatever slot is entered when they run.
 pub(crate) struct Launcher<'a> {
@@ -197,12 +199,19 @@ impl<'a> Launcher<'a> {
             )));
         }
         let home = self.resident.home();
-        let mut arguments = arguments.to_vec();
-        arguments.push((&raw const home).cast_mut().cast());
+        let mut all = [std::ptr::null_mut(); MOST_ARGUMENTS + 1];
+        let Some(room) = all.get_mut(..=arguments.len()) else {
+            let most = MOST_ARGUMENTS;
+            return Err(
+                self.unsupported(format!("kernel '{name}' takes more than {most} arguments"))
+            );
+        };
+        room[..arguments.len()].copy_from_slice(arguments);
+        room[arguments.len()] = (&raw const home).cast_mut().cast();
         // SAFETY: the callers in this module pass each kernel's parameters in order, as its source declares them; all
         // addresses (of State: offsets in a slot) come from the resident arenas, which the captured graph keeps alive, and
         // the plan's check holds every view inside its buffer.
-        unsafe { driver::launch(stream, kernel.function, name, how, &mut arguments) }
+        unsafe { driver::launch(stream, kernel.function, name, how, room) }
     }
 
     /// A launch that may begin early, where the device can.
