@@ -85,12 +85,15 @@ def report(log):
 
 
 def main():
+    only = sys.argv[1:]
+    known = {path.stem for path in KERNELS.glob("*.cu")} | set(ARCHITECTURES)
+    if unknown := [word for word in only if word not in known]:
+        sys.exit(f"unknown: {' '.join(unknown)}\nusage: cuda_check.py [KERNEL|ARCHITECTURE]...  of {' '.join(sorted(known))}")
     nvrtc = load_nvrtc()
     major, minor = ctypes.c_int(), ctypes.c_int()
     nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
     print(f"NVRTC {major.value}.{minor.value}")
     common = (KERNELS / "common.cuh").read_text()
-    only = sys.argv[1:]
     jobs = [
         (architecture, path)
         for architecture in ARCHITECTURES

@@ -3,8 +3,10 @@
 #
 #     scripts/gpu_suite.sh OUT [quick]
 #
-# Writes logs and JSON to OUT, prints a summary, and exits with 1 if anything failed.
+# Writes logs and JSON to OUT, prints a summary, and exits with 1 if anything failed. Two minutes on an H100 with `quick`; without
+# it also compute-sanitizer, of the CUDA toolkit, for twenty more.
 set -u
+[ $# -gt 0 ] || { echo "usage: scripts/gpu_suite.sh OUT [quick]" >&2; exit 2; }
 out=$1
 mode=${2:-full}
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -35,6 +37,11 @@ in_parts() {
     return $verdict
 }
 export AMPOULE_REQUIRE_GPU=1
+if ! "$bin/ampoule" generate --model "$root/assets/ampoule-nano" --device cuda --prompt hello --max-tokens 1 > "$out/first.txt" 2>&1; then
+    echo "a first token on the GPU: FAILED" >&2
+    cat "$out/first.txt" >&2
+    exit 1
+fi
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1
 step gpu_tests "$bin/gpu_tests" --test-threads=1
 step goldens "$bin/goldens" --backend cuda --folder "$root/conformance/golden/qwen35"

@@ -170,6 +170,12 @@ fn check(shape: &DecoderShape, options: &BuildOptions) -> Result<(), BuildError>
         return fail("a size is zero");
     }
     let limit = 1 << 24;
+    if options.context > limit {
+        return fail(&format!(
+            "a context of {} tokens is larger than any: at most {limit}",
+            options.context
+        ));
+    }
     if positive.iter().chain(&options.prefill).any(|&n| n > limit) || shape.mixers.len() > 1024 {
         return fail("a size is larger than anything real: check the configuration");
     }

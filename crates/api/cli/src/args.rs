@@ -814,7 +814,8 @@ pub(crate) struct BenchArgs {
     /// Tokens of the prefix; several separated by commas.
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "512,1024,2048", value_parser = size)]
     pub(crate) prefix: Vec<usize>,
-    /// Tokens read after the prefix (ttft), or decoded at each context (decode: 32 unless given).
+    /// Tokens read after the prefix (ttft: 24 unless given), decoded at each context (decode: 32), taken back (capsule: 8), or read in
+    /// the turn that is taken back (rollback: 24).
     #[arg(long, value_name = "N", value_parser = above_zero)]
     pub(crate) suffix: Option<usize>,
     /// Repetitions.

@@ -400,6 +400,17 @@ fn benches_record_everything() {
 }
 
 #[test]
+fn a_bench_without_a_folder_for_its_results_does_not_begin() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("none").join("bench.json");
+    for kind in ["decode", "start", "turns"] {
+        let more = ["--out", text(&out)];
+        let said = error(1, &format!("bench {kind} --model {TINY}"), &more);
+        assert!(said.contains("there is no folder") && !said.contains("loading"), "{said}");
+    }
+}
+
+#[test]
 fn the_demo_checks_its_claims() {
     let text = stdout(&format!("demo --fast --model {TINY}"), &[]);
     assert!(text.matches('✓').count() >= 15, "{text}");

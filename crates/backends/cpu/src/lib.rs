@@ -71,6 +71,7 @@ impl Backend for CpuBackend {
                 mathematics_digest()
             ),
             description: format!("CPU, {} threads, {}", self.threads, self.isa),
+            remarks: Vec::new(),
         }
     }
 

@@ -8,6 +8,7 @@
 //! `profile` runs a decode step and a short prefill between the marks of `ncu --profile-from-start off`.
 
 use std::collections::HashMap;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -472,10 +473,30 @@ fn model(backend: &CudaBackend, label: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-fn main() -> Result<(), Failure> {
+/// What can be measured.
+const PARTS: &[&str] = &["launch", "gemv", "copy", "attention", "delta", "sample", "model"];
+
+fn main() -> ExitCode {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(unknown) = wanted.iter().find(|word| !PARTS.contains(&word.as_str())) {
+        eprintln!(
+            "error: there is no '{unknown}'\nusage: bench_kernels [PART...]  of {}",
+            PARTS.join(", ")
+        );
+        return ExitCode::from(2);
+    }
+    match run(&wanted) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            eprintln!("error: {problem}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(wanted: &[String]) -> Result<(), Failure> {
     let wants = |name: &str| wanted.is_empty() || wanted.iter().any(|w| w == name);
-    let on = CudaOptions::from_environment();
+    let on = CudaOptions::from_environment()?;
     let found = CudaBackend::discover()?;
     let ordinal = found.first().map_or(0, |g| g.ordinal);
     let backend = CudaBackend::with_options(ordinal, on)?;

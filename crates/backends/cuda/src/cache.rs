@@ -43,11 +43,13 @@ impl Cache {
         Some(bytes)
     }
 
-    /// Stores under the key. A cache that cannot be written is no error: the next start compiles again.
-    pub(crate) fn store(&self, key: &str, bytes: &[u8]) {
-        if let Some(path) = self.path(key) {
-            let _ = publish(&path, bytes);
-        }
+    /// Stores under the key. Where that cannot be done the next start compiles again; a sentence says so.
+    pub(crate) fn store(&self, key: &str, bytes: &[u8]) -> Result<(), String> {
+        let Some(path) = self.path(key) else {
+            return Err("compiled kernels are not kept: name a folder in AMPOULE_CACHE".to_owned());
+        };
+        publish(&path, bytes)
+            .map_err(|error| format!("compiled kernels are not kept: {}: {error}", path.display()))
     }
 
     fn path(&self, key: &str) -> Option<PathBuf> {
@@ -84,8 +86,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::at(folder.path());
         assert_eq!(cache.load("a"), None);
-        cache.store("a", b"kernel");
-        cache.store("a", b"kernel");
+        cache.store("a", b"kernel").unwrap();
+        cache.store("a", b"kernel").unwrap();
         assert_eq!(cache.load("a").as_deref(), Some(&b"kernel"[..]));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
@@ -94,7 +96,7 @@ mod tests {
     fn any_flipped_bit_or_truncation_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::at(folder.path());
-        cache.store("a", b"kernel");
+        cache.store("a", b"kernel").unwrap();
         let path = folder.path().join("a.cubin");
         let whole = fs::read(&path).unwrap();
         for i in 0..whole.len() {
@@ -105,7 +107,7 @@ mod tests {
             fs::write(&path, &whole[..i]).unwrap();
             assert_eq!(cache.load("a"), None, "length {i}");
         }
-        cache.store("a", b"kernel");
+        cache.store("a", b"kernel").unwrap();
         assert!(cache.load("a").is_some());
     }
 
@@ -117,7 +119,7 @@ mod tests {
                 scope.spawn(|| {
                     let cache = Cache::at(folder.path());
                     for _ in 0..20 {
-                        cache.store("a", &[7; 4096]);
+                        cache.store("a", &[7; 4096]).unwrap();
                         if let Some(bytes) = cache.load("a") {
                             assert_eq!(bytes, [7; 4096]);
                         }
@@ -143,7 +145,7 @@ mod tests {
                         assert!(bytes == content(key), "key {key}");
                         loaded += 1;
                     }
-                    cache.store(&key.to_string(), &content(key));
+                    cache.store(&key.to_string(), &content(key)).unwrap();
                 }
             }
             assert!(loaded > 0);
@@ -177,19 +179,22 @@ mod tests {
         assert!(damages > 0);
         let cache = Cache::at(folder.path());
         for key in 0..3 {
-            cache.store(&key.to_string(), &content(key));
+            cache.store(&key.to_string(), &content(key)).unwrap();
             assert!(cache.load(&key.to_string()) == Some(content(key)));
         }
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3, "temporary files are left");
     }
 
     #[test]
-    fn a_folder_that_cannot_be_written_is_no_error() {
+    fn a_folder_that_cannot_be_written_is_said() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("file");
         fs::write(&file, b"").unwrap();
-        let cache = Cache::at(&file.join("below"));
-        cache.store("a", b"kernel");
-        assert_eq!(cache.load("a"), None);
+        for cache in [Cache::at(&file), Cache::at(&file.join("below"))] {
+            let problem = cache.store("a", b"kernel").unwrap_err();
+            assert!(problem.contains("not kept") && problem.contains("a.cubin"), "{problem}");
+            assert_eq!(cache.load("a"), None);
+        }
+        assert!(Cache { folder: None }.store("a", b"kernel").is_err());
     }
 }

@@ -68,7 +68,7 @@ pub(crate) fn cubin(
     cache: &Cache,
     name: &str,
     architecture: &str,
-) -> Result<Vec<u8>, BackendError> {
+) -> Result<Compiled, BackendError> {
     let Some((_, text)) = SOURCES.iter().find(|(n, _)| *n == name) else {
         return Err(error(format!("there is no kernel source '{name}'")));
     };
@@ -76,11 +76,19 @@ pub(crate) fn cubin(
     let (major, minor) = version()?;
     let key = cache_key(&source, architecture, (major, minor));
     if let Some(cubin) = cache.load(&key) {
-        return Ok(cubin);
+        return Ok(Compiled { cubin, not_kept: None });
     }
     let cubin = compile(&source, name, architecture)?;
-    cache.store(&key, &cubin);
-    Ok(cubin)
+    let not_kept = cache.store(&key, &cubin).err();
+    Ok(Compiled { cubin, not_kept })
+}
+
+/// A compiled source.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Compiled {
+    pub(crate) cubin: Vec<u8>,
+    /// Why the cache does not have it now.
+    pub(crate) not_kept: Option<String>,
 }
 
 fn cache_key(source: &str, architecture: &str, version: (i32, i32)) -> String {
@@ -209,7 +217,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::at(folder.path());
         let first = cubin(&cache, "gemm", "sm_80").unwrap();
-        assert_eq!(&first[..4], b"\x7fELF");
+        assert_eq!(&first.cubin[..4], b"\x7fELF");
+        assert_eq!(first.not_kept, None);
         assert_eq!(cubin(&cache, "gemm", "sm_80").unwrap(), first);
         let entries = || std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().path());
         let entry = entries().next().unwrap();

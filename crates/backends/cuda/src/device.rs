@@ -78,27 +78,42 @@ impl Default for CudaOptions {
 }
 
 impl CudaOptions {
-    /// The defaults, changed by the environment.
-    #[must_use]
-    pub fn from_environment() -> Self {
-        let on = |name: &str| std::env::var(name).map_or(true, |v| v != "0");
-        let number = |name: &str, default: u32| {
-            std::env::var(name).ok().and_then(|v| v.parse().ok()).unwrap_or(default)
+    /// The defaults, changed by the environment (docs/gpu-testing.md).
+    ///
+    /// # Errors
+    /// If a variable has a value that it cannot have.
+    pub fn from_environment() -> Result<Self, BackendError> {
+        Self::of(&|name| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned()))
+    }
+
+    fn of(variable: &dyn Fn(&str) -> Option<String>) -> Result<Self, BackendError> {
+        let switch = |name: &str, default: bool| match variable(name).as_deref() {
+            None | Some("") => Ok(default),
+            Some("0") => Ok(false),
+            Some("1") => Ok(true),
+            Some(other) => Err(device_error(format!("{name} is '{other}': it can be 0 or 1"))),
+        };
+        let on = |name: &str| switch(name, true);
+        let number = |name: &str, default: u32| match variable(name).as_deref() {
+            None | Some("") => Ok(default),
+            Some(value) => value
+                .parse()
+                .map_err(|_| device_error(format!("{name} is '{value}': it must be a number"))),
         };
         let defaults = Self::default();
-        Self {
-            fusion: on("AMPOULE_CUDA_FUSION"),
-            programmatic_launch: on("AMPOULE_CUDA_PDL"),
-            tune: on("AMPOULE_CUDA_TUNE"),
-            cublaslt: on("AMPOULE_CUDA_CUBLASLT"),
-            gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks).max(1),
-            chain: on("AMPOULE_CUDA_CHAIN"),
-            chain_depth: number("AMPOULE_CUDA_CHAIN_DEPTH", defaults.chain_depth),
-            chain_near: number("AMPOULE_CUDA_CHAIN_NEAR", defaults.chain_near).max(1),
-            bulk_copies: on("AMPOULE_CUDA_BULK"),
-            beside: number("AMPOULE_CUDA_BESIDE", defaults.beside),
-            trace: std::env::var("AMPOULE_CUDA_TRACE").is_ok_and(|v| v != "0"),
-        }
+        Ok(Self {
+            fusion: on("AMPOULE_CUDA_FUSION")?,
+            programmatic_launch: on("AMPOULE_CUDA_PDL")?,
+            tune: on("AMPOULE_CUDA_TUNE")?,
+            cublaslt: on("AMPOULE_CUDA_CUBLASLT")?,
+            gemv_blocks: number("AMPOULE_CUDA_GEMV_BLOCKS", defaults.gemv_blocks)?.max(1),
+            chain: on("AMPOULE_CUDA_CHAIN")?,
+            chain_depth: number("AMPOULE_CUDA_CHAIN_DEPTH", defaults.chain_depth)?,
+            chain_near: number("AMPOULE_CUDA_CHAIN_NEAR", defaults.chain_near)?.max(1),
+            bulk_copies: on("AMPOULE_CUDA_BULK")?,
+            beside: number("AMPOULE_CUDA_BESIDE", defaults.beside)?,
+            trace: switch("AMPOULE_CUDA_TRACE", false)?,
+        })
     }
 }
 
@@ -176,7 +191,7 @@ impl CudaBackend {
     /// # Errors
     /// If [`Self::discover`] fails, there is no such GPU, or the kernels do not compile.
     pub fn new(ordinal: usize) -> Result<Self, BackendError> {
-        Self::with_options(ordinal, CudaOptions::from_environment())
+        Self::with_options(ordinal, CudaOptions::from_environment()?)
     }
 
     /// The backend on the GPU with this number.
@@ -229,6 +244,12 @@ impl CudaBackend {
         self.shared.lt_missing.as_deref()
     }
 
+    /// What its user should know: that prefill is slow, that every start compiles the kernels.
+    fn remarks(&self) -> impl Iterator<Item = String> {
+        let slow = self.without_cublaslt().map(|why| format!("prefill is slow: {why}"));
+        slow.into_iter().chain(self.shared.kernels.not_kept.clone())
+    }
+
     pub(crate) const fn device(&self) -> &Arc<Device> {
         &self.shared
     }
@@ -240,6 +261,7 @@ impl Backend for CudaBackend {
         let nvrtc = compile::version().map_or("none".to_owned(), |(a, b)| format!("{a}.{b}"));
         let lt = self.shared.lt.as_ref().map_or("none".to_owned(), |lt| lt.version().to_string());
         let digest = compile::source_digest().to_hex();
+        let remarks: Vec<String> = self.remarks().collect();
         DeviceInfo {
             backend: "cuda",
             class: format!("cuda sm_{major}{minor} {}", self.gpu.name),
@@ -253,8 +275,13 @@ impl Backend for CudaBackend {
                 self.gpu.name,
                 self.gpu.multiprocessors,
                 self.gpu.memory >> 30,
-                self.without_cublaslt().map_or(String::new(), |why| format!(" ({why})"))
+                if remarks.is_empty() {
+                    String::new()
+                } else {
+                    format!(" ({})", remarks.join("; "))
+                }
             ),
+            remarks,
         }
     }
 
@@ -305,4 +332,25 @@ fn describe(ordinal: i32) -> Result<GpuInfo, BackendError> {
         multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
         memory: memory as u64,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variables_have_values_that_they_can_have() {
+        let of = |name: &'static str, value: &'static str| {
+            CudaOptions::of(&|asked| (asked == name).then(|| value.to_owned()))
+        };
+        assert!(!of("AMPOULE_CUDA_FUSION", "0").unwrap().fusion);
+        assert!(of("AMPOULE_CUDA_FUSION", "1").unwrap().fusion);
+        assert!(of("AMPOULE_CUDA_TRACE", "1").unwrap().trace);
+        assert_eq!(of("AMPOULE_CUDA_BESIDE", "3").unwrap().beside, 3);
+        assert_eq!(of("OTHER", "no").unwrap(), CudaOptions::default());
+        for (name, value) in [("AMPOULE_CUDA_FUSION", "no"), ("AMPOULE_CUDA_BESIDE", "foo")] {
+            let problem = of(name, value).unwrap_err().to_string();
+            assert!(problem.contains(name) && problem.contains(value), "{problem}");
+        }
+    }
 }

@@ -166,6 +166,8 @@ pub(crate) struct Kernels {
     by_name: HashMap<&'static str, Kernel>,
     /// Those of [`COPY_KERNELS`]: a restore looks nothing up by name.
     copies: [[Kernel; 3]; 3],
+    /// Why what was compiled is not in the cache.
+    pub(crate) not_kept: Option<String>,
     /// Keeps the functions valid.
     #[allow(dead_code)]
     modules: Vec<Module>,
@@ -193,10 +195,12 @@ impl Kernels {
         });
         let mut by_name = HashMap::new();
         let mut modules = Vec::new();
+        let mut not_kept = None;
         for ((source, names), cubin) in NAMES.iter().zip(compiled) {
-            let cubin =
+            let compiled =
                 cubin.map_err(|_| device_error(format!("compiling '{source}' panicked")))??;
-            let module = Module::load(context, &cubin, source)?;
+            not_kept = not_kept.or(compiled.not_kept);
+            let module = Module::load(context, &compiled.cubin, source)?;
             for name in *names {
                 let function = module.function(name)?;
                 let mut shared_limit = 0;
@@ -222,7 +226,7 @@ impl Kernels {
                 *kernel = of_name(name)?;
             }
         }
-        Ok(Self { by_name, copies, modules })
+        Ok(Self { by_name, copies, not_kept, modules })
     }
 
     /// The kernel of this row and column of [`COPY_KERNELS`].

@@ -108,15 +108,13 @@ pub(crate) fn nvrtc() -> Result<(), BackendError> {
     let found = FOUND.get_or_init(|| {
         // SAFETY: loading NVRTC runs its initialisers, which are made for that.
         let present = || unsafe { nvrtc::sys::is_culib_present() };
-        if !present() {
-            preload(&["libnvrtc-builtins.so.13", "libnvrtc.so.13"]);
-        }
-        if !present() {
-            return Err(not_found("libnvrtc.so.13", "nvidia-cuda-nvrtc"));
-        }
+        let files = ["libnvrtc-builtins.so.13", "libnvrtc.so.13"];
+        find(&files, "nvidia-cuda-nvrtc", present)?;
         // SAFETY: the library is present, so this does not panic.
-        missing(unsafe { nvrtc::sys::culib() }, NVRTC_SYMBOLS)
-            .map_or(Ok(()), |s| Err(format!("libnvrtc lacks {s}: CUDA 12 or newer is needed")))
+        missing(unsafe { nvrtc::sys::culib() }, NVRTC_SYMBOLS).map_or(Ok(()), |s| {
+            let file = mapped("libnvrtc.so");
+            Err(format!("{file} lacks {s}: CUDA 13 is needed"))
+        })
     });
     found.clone().map_err(|problem| unavailable("NVRTC", problem))
 }
@@ -127,15 +125,12 @@ pub(crate) fn cublaslt() -> Result<(), BackendError> {
     let found = FOUND.get_or_init(|| {
         // SAFETY: loading cuBLASLt runs its initialisers, which are made for that.
         let present = || unsafe { cublaslt::sys::is_culib_present() };
-        if !present() {
-            preload(&["libcublasLt.so.13"]);
-        }
-        if !present() {
-            return Err(not_found("libcublasLt.so.13", "nvidia-cublas"));
-        }
+        find(&["libcublasLt.so.13"], "nvidia-cublas", present)?;
         // SAFETY: the library is present, so this does not panic.
-        missing(unsafe { cublaslt::sys::culib() }, CUBLASLT_SYMBOLS)
-            .map_or(Ok(()), |s| Err(format!("libcublasLt lacks {s}")))
+        missing(unsafe { cublaslt::sys::culib() }, CUBLASLT_SYMBOLS).map_or(Ok(()), |s| {
+            let file = mapped("libcublasLt.so");
+            Err(format!("{file} lacks {s}: CUDA 13 is needed"))
+        })
     });
     found.clone().map_err(|problem| unavailable("cuBLASLt", problem))
 }
@@ -144,10 +139,39 @@ fn unavailable(library: &str, problem: String) -> BackendError {
     BackendError::Device { device: library.to_owned(), problem }
 }
 
-fn not_found(file: &str, package: &str) -> String {
-    format!(
-        "{file} was not found: install the CUDA toolkit or `pip install {package}`, or name its folder in {LIBS_VARIABLE}"
-    )
+/// Makes the last of `files` one that the loader finds by name: first from the folders named for us, then from wherever the
+/// loader looks, then from where CUDA is usually installed. A sentence if there is none.
+fn find(files: &[&str], package: &str, present: impl Fn() -> bool) -> Result<(), String> {
+    let (named, usual) = folders();
+    let mut problems: Vec<String> = named
+        .iter()
+        .filter(|folder| !folder.is_dir())
+        .map(|folder| format!("'{}' in {LIBS_VARIABLE} is no folder", folder.display()))
+        .collect();
+    problems.extend(preload(files, &named));
+    if present() {
+        return Ok(());
+    }
+    problems.extend(preload(files, &usual));
+    if present() {
+        return Ok(());
+    }
+    let file = files.last().unwrap_or(&"");
+    let there = named.iter().chain(&usual).filter(|folder| folder.is_dir());
+    let mut looked = vec!["the loader's path".to_owned()];
+    looked.extend(there.map(|folder| folder.display().to_string()));
+    let told = [vec![looked.join(", ")], problems].concat().join("; ");
+    Err(format!(
+        "{file} was not found: install the CUDA 13 toolkit or `pip install {package}`, or name its folder in {LIBS_VARIABLE} \
+         (looked for in {told})"
+    ))
+}
+
+/// The file that a library was loaded from; its name where the system does not tell.
+fn mapped(name: &str) -> String {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap_or_default();
+    let path = maps.lines().filter_map(|line| line.find('/').map(|at| &line[at..]));
+    path.into_iter().find(|path| path.contains(name)).unwrap_or(name).to_owned()
 }
 
 /// The first symbol the library lacks.
@@ -158,9 +182,10 @@ fn missing(library: &libloading::Library, symbols: &[&'static str]) -> Option<&'
     })
 }
 
-/// Loads libraries by absolute path, so that later loads by name find them. They stay loaded.
-fn preload(files: &[&str]) {
-    let folders = folders();
+/// Loads libraries by absolute path, so that later loads by name find them. They stay loaded. Says which files were there
+/// and could not be loaded.
+fn preload(files: &[&str], folders: &[PathBuf]) -> Vec<String> {
+    let mut problems = Vec::new();
     for file in files {
         for path in folders.iter().flat_map(|folder| matching(folder, file)) {
             // SAFETY: loading NVIDIA's libraries runs their initialisers, which are made for that.
@@ -168,12 +193,16 @@ fn preload(files: &[&str]) {
                 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
                 Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL)
             };
-            if let Ok(library) = opened {
-                std::mem::forget(library);
-                break;
+            match opened {
+                Ok(library) => {
+                    std::mem::forget(library);
+                    break;
+                }
+                Err(error) => problems.push(format!("{} does not load: {error}", path.display())),
             }
         }
     }
+    problems
 }
 
 /// Files of the folder called `file` or `file.something`.
@@ -192,21 +221,22 @@ fn matching(folder: &Path, file: &str) -> Vec<PathBuf> {
     found
 }
 
-fn folders() -> Vec<PathBuf> {
+/// The folders named for us, and the usual ones.
+fn folders() -> (Vec<PathBuf>, Vec<PathBuf>) {
     let split = |name: &str| -> Vec<PathBuf> {
-        std::env::var_os(name).map(|v| std::env::split_paths(&v).collect()).unwrap_or_default()
+        let value = std::env::var_os(name);
+        let mut all: Vec<PathBuf> =
+            value.map(|v| std::env::split_paths(&v).collect()).unwrap_or_default();
+        all.retain(|folder| !folder.as_os_str().is_empty());
+        all
     };
-    search_folders(
-        &split(LIBS_VARIABLE),
-        &split("LD_LIBRARY_PATH"),
-        &python_packages(&split("PATH")),
-    )
+    let usual = usual_folders(&split("LD_LIBRARY_PATH"), &python_packages(&split("PATH")));
+    (split(LIBS_VARIABLE), usual)
 }
 
-/// Where to look, in order: folders named for us, the loader's, the toolkit's, Python packages of NVIDIA.
-fn search_folders(named: &[PathBuf], loader: &[PathBuf], packages: &[PathBuf]) -> Vec<PathBuf> {
-    let mut folders = named.to_vec();
-    folders.extend_from_slice(loader);
+/// Where to look, in order: the loader's folders, the toolkit's, Python packages of NVIDIA.
+fn usual_folders(loader: &[PathBuf], packages: &[PathBuf]) -> Vec<PathBuf> {
+    let mut folders = loader.to_vec();
     for base in ["/usr/local/cuda", "/usr/local/cuda-13", "/usr/local/cuda-13.0", "/opt/cuda"] {
         folders.push(Path::new(base).join("lib64"));
         folders.push(Path::new(base).join("targets/x86_64-linux/lib"));
@@ -218,7 +248,6 @@ fn search_folders(named: &[PathBuf], loader: &[PathBuf], packages: &[PathBuf]) -
         inside.sort();
         folders.extend(inside);
     }
-    folders.retain(|f| !f.as_os_str().is_empty());
     folders
 }
 
@@ -284,14 +313,32 @@ mod tests {
     }
 
     #[test]
-    fn python_packages_are_searched_after_named_folders() {
+    fn python_packages_are_searched_last() {
         let root = tempfile::tempdir().unwrap();
         let packages = root.path().join("site-packages");
         std::fs::create_dir_all(packages.join("nvidia/cu13/lib")).unwrap();
-        let named = vec![root.path().join("mine")];
-        let folders = search_folders(&named, &[], std::slice::from_ref(&packages));
-        assert_eq!(folders.first(), named.first());
+        let loader = vec![root.path().join("mine")];
+        let folders = usual_folders(&loader, std::slice::from_ref(&packages));
+        assert_eq!(folders.first(), loader.first());
         assert_eq!(folders.last(), Some(&packages.join("nvidia/cu13/lib")));
+    }
+
+    #[test]
+    fn a_file_that_does_not_load_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("libnvrtc.so.13");
+        std::fs::write(&file, b"no library").unwrap();
+        let problems = preload(&["libnvrtc.so.13"], &[root.path().to_path_buf()]);
+        assert_eq!(problems.len(), 1);
+        assert!(problems[0].contains(file.to_str().unwrap()), "{problems:?}");
+        // Nothing that is there is called so.
+        let none = find(&["libampoule-none.so.13"], "a-package", || false).unwrap_err();
+        for words in
+            ["libampoule-none.so.13 was not found", "`pip install a-package`", LIBS_VARIABLE]
+        {
+            assert!(none.contains(words), "{none}");
+        }
+        assert_eq!(mapped("libampoule-none.so"), "libampoule-none.so");
     }
 
     #[test]

@@ -21,6 +21,11 @@ use ampoule_reference::ReferenceBackend;
 
 const VOCABULARY: usize = 512;
 
+/// Those of the environment.
+fn options() -> CudaOptions {
+    CudaOptions::from_environment().unwrap()
+}
+
 /// The backend, or `None` after a sentence that says why not.
 fn gpu(options: CudaOptions) -> Option<CudaBackend> {
     let opened = CudaBackend::discover().and_then(|found| {
@@ -155,7 +160,7 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 
 #[test]
 fn logits_are_those_of_the_reference() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     for (dtype, allowed) in [(DType::F32, 1e-4), (DType::BF16, 3e-2), (DType::F16, 1e-2)] {
         let built = model(dtype);
         let mut ours = Runner::new(&backend, &built);
@@ -222,7 +227,7 @@ fn fusion_chains_and_early_launch_change_no_bit() {
 /// takes, and the tiny model does not have.
 #[test]
 fn prefill_of_wide_heads_is_near_decode() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     let built = model_with_context("random:qwen3.5-0.8b", DType::BF16, 1024);
     let mut runner = Runner::new(&backend, &built);
     let (read, decoded) = (runner.reset(), runner.reset());
@@ -289,7 +294,7 @@ impl WeightSource for Random {
 /// Up to eight rows go through a matrix-vector product together; each must get the bits that it gets alone.
 #[test]
 fn a_row_of_a_product_has_the_bits_it_has_alone() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     let (bf16, f16, f32) = (DType::BF16, DType::F16, DType::F32);
     for (weights, operand) in [(bf16, bf16), (f16, f16), (bf16, f32), (f32, f32), (f16, bf16)] {
         for (n, k) in [(700, 264), (512, 4096), (130, 12_288)] {
@@ -346,7 +351,7 @@ fn a_row_of_a_product_has_the_bits_it_has_alone() {
 
 #[test]
 fn prefill_does_not_depend_on_how_it_is_cut() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     for dtype in [DType::F32, DType::BF16] {
         let built = model(dtype);
         let mut runner = Runner::new(&backend, &built);
@@ -374,7 +379,7 @@ fn prefill_does_not_depend_on_how_it_is_cut() {
 
 #[test]
 fn decode_does_not_depend_on_the_context_bucket() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     let built = model(DType::BF16);
     let mut runner = Runner::new(&backend, &built);
     let slot = runner.reset();
@@ -390,7 +395,7 @@ fn decode_does_not_depend_on_the_context_bucket() {
 
 #[test]
 fn a_thawed_slot_goes_on_as_if_nothing_had_happened() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     let built = model(DType::BF16);
     let mut runner = Runner::new(&backend, &built);
     let (first, second) = (runner.reset(), runner.reset());
@@ -426,7 +431,7 @@ fn a_thawed_slot_goes_on_as_if_nothing_had_happened() {
 
 #[test]
 fn the_capsule_budget_is_kept_and_given_back() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     let built = model(DType::F32);
     let mut runner = Runner::new(&backend, &built);
     let slot = runner.reset();
@@ -462,7 +467,7 @@ fn the_capsule_budget_is_kept_and_given_back() {
 /// turns between four.
 #[test]
 fn a_step_of_the_engine_is_one_graph_and_nothing_else() {
-    if gpu(CudaOptions::from_environment()).is_none() {
+    if gpu(options()).is_none() {
         return;
     }
     let options = LoadForUse {
@@ -506,7 +511,7 @@ fn a_step_of_the_engine_is_one_graph_and_nothing_else() {
 /// Four sessions take turns on one set of graphs; each must be what it is alone, in a program with one slot.
 #[test]
 fn slots_share_graphs_and_nothing_else() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     for dtype in [DType::F32, DType::BF16] {
         let built = model(dtype);
         let texts: Vec<Vec<u32>> = (0..4)
@@ -551,7 +556,7 @@ fn slots_share_graphs_and_nothing_else() {
 /// overwrites the rows, or takes the room of what was dropped, right afterwards.
 #[test]
 fn rows_copied_beside_replays_are_those_of_the_boundary() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     let context = 8192;
     let built = model_with_context("random:qwen3.5-0.8b", DType::BF16, context);
     let options = LoadOptions { slots: 2, capsule_bytes: 768 << 20 };
@@ -615,7 +620,7 @@ fn rows_copied_beside_replays_are_those_of_the_boundary() {
 fn regions_of_any_size_are_copied_whole_and_nothing_else_is() {
     copy_regions_of_any_size(&ReferenceBackend, 200);
     for bulk_copies in [true, false] {
-        let options = CudaOptions { bulk_copies, ..CudaOptions::from_environment() };
+        let options = CudaOptions { bulk_copies, ..options() };
         let Some(backend) = gpu(options) else { return };
         // More than all multiprocessors' rings of a bulk copy hold.
         copy_regions_of_any_size(&backend, 16_000);
@@ -700,7 +705,7 @@ fn copy_regions_of_any_size(backend: &dyn Backend, large: usize) {
 
 #[test]
 fn a_decode_step_is_one_launch_and_one_wait() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     let built = model(DType::BF16);
     let mut runner = Runner::new(&backend, &built);
     let slot = runner.reset();
@@ -738,7 +743,7 @@ fn contents(frozen: &Arc<dyn Frozen>, table: &BufferTable) -> Vec<u8> {
 
 #[test]
 fn ten_thousand_capsules_leave_no_trace() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     let built = model(DType::BF16);
     let mut runner = Runner::new(&backend, &built);
     let slot = runner.reset();
@@ -831,7 +836,7 @@ fn ten_thousand_capsules_leave_no_trace() {
 
 #[test]
 fn launches_are_timed_and_cover_the_plan() {
-    let Some(backend) = gpu(CudaOptions::from_environment()) else { return };
+    let Some(backend) = gpu(options()) else { return };
     let built = model(DType::BF16);
     let mut runner = Runner::new(&backend, &built);
     let slot = runner.reset();

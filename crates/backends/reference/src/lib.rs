@@ -35,6 +35,7 @@ impl Backend for ReferenceBackend {
                 mathematics_digest()
             ),
             description: "scalar interpreter, one thread".to_owned(),
+            remarks: Vec::new(),
         }
     }
 

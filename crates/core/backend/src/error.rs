@@ -8,7 +8,7 @@ use crate::WeightError;
 pub enum BackendError {
     /// Memory is short.
     #[error(
-        "{what} needs {wanted} bytes, but only {available} are available; load a smaller model, a shorter context or fewer slots"
+        "{what} needs {wanted} bytes, but only {available} are available; load a smaller model, a shorter context, fewer slots or with less room for capsules"
     )]
     OutOfMemory {
         /// What was to be allocated.

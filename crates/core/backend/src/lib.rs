@@ -35,6 +35,8 @@ pub struct DeviceInfo {
     pub kernels: String,
     /// For people: the device's name, cores, memory.
     pub description: String,
+    /// For people: what makes it slower than it could be, a sentence each; part of the description, too.
+    pub remarks: Vec<String>,
 }
 
 /// Names one slot of a program.

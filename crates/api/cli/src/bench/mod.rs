@@ -14,6 +14,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use ampoule::{Ampoule, Error, SlotId, write_atomically};
+use anyhow::bail;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -108,6 +109,7 @@ pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<
         BenchCommand::Serve(args) => return serve::run(&args, global),
     };
     let progress = Progress::new(args.json);
+    args.output().check()?;
     let longest = args.prefix.iter().copied().max().unwrap_or(1);
     let enough = (longest + args.suffix.unwrap_or(suffix) + 33).next_multiple_of(256);
     let slots = if name == "rollback" { args.prefix.len() } else { 1 };
@@ -118,6 +120,7 @@ pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<
 }
 
 fn run_start(args: &BenchArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+    args.output().check()?;
     let progress = Progress::new(args.json);
     let longest = args.prefix.iter().copied().max().unwrap_or(1);
     let context = match global.context {
@@ -132,6 +135,7 @@ fn run_start(args: &BenchArgs, global: &GlobalArgs) -> anyhow::Result<()> {
 }
 
 fn run_turns(args: &TurnsArgs, global: &GlobalArgs) -> anyhow::Result<()> {
+    args.output().check()?;
     let progress = Progress::new(args.json);
     let global = GlobalArgs { slots: 2, ..global.clone() };
     // Messages of up to 200 tokens (or 600 bytes), replies of up to 72.
@@ -146,6 +150,23 @@ struct Leave<'a> {
     json: bool,
     out: Option<&'a Path>,
     svg: Option<&'a Path>,
+}
+
+impl Leave<'_> {
+    /// Refuses a folder that is not there before anything is measured.
+    fn check(&self) -> anyhow::Result<()> {
+        for path in [self.out, self.svg].into_iter().flatten() {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+            if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+                bail!(
+                    "cannot create '{}': there is no folder '{}'",
+                    path.display(),
+                    folder.display()
+                );
+            }
+        }
+        Ok(())
+    }
 }
 
 impl BenchArgs {

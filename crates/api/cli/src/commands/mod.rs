@@ -35,6 +35,9 @@ pub(crate) fn load(
     if let Some(fault) = loaded.gpu_fault() {
         note(format!("the GPU is not used, the CPU is: {fault}"));
     }
+    for remark in &loaded.engine.device().remarks {
+        note(remark);
+    }
     if let Some(trained) = loaded.trained_context()
         && loaded.engine.context() > trained
     {
