@@ -232,9 +232,15 @@ impl Ampoule {
     /// The GPUs that can be used, or a sentence that says why there are none.
     ///
     /// # Errors
-    /// If there is no driver, no NVRTC or no GPU.
+    /// If there is no driver or no GPU.
     pub fn gpus() -> Result<Vec<GpuInfo>, BackendError> {
-        CudaBackend::discover()
+        CudaBackend::gpus()
+    }
+
+    /// Whether a load with these options would first compile kernels for the GPU: up to a minute, once.
+    pub fn would_compile(options: &LoadOptions) -> bool {
+        matches!(options.device, Device::Auto | Device::Cuda)
+            && CudaBackend::would_compile(0).unwrap_or(false)
     }
 
     /// What the memory of the first GPU reaches; takes about a second.

@@ -43,6 +43,11 @@ impl Cache {
         Some(bytes)
     }
 
+    /// Whether something is stored under the key.
+    pub(crate) fn has(&self, key: &str) -> bool {
+        self.path(key).is_some_and(|path| path.exists())
+    }
+
     /// Stores under the key. Where that cannot be done the next start compiles again; a sentence says so.
     pub(crate) fn store(&self, key: &str, bytes: &[u8]) -> Result<(), String> {
         let Some(path) = self.path(key) else {
@@ -89,6 +94,7 @@ mod tests {
         cache.store("a", b"kernel").unwrap();
         cache.store("a", b"kernel").unwrap();
         assert_eq!(cache.load("a").as_deref(), Some(&b"kernel"[..]));
+        assert!(cache.has("a") && !cache.has("b"));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
     }
 

@@ -83,6 +83,13 @@ pub(crate) fn cubin(
     Ok(Compiled { cubin, not_kept })
 }
 
+/// Whether the cache has all sources, compiled for this architecture.
+pub(crate) fn is_cached(cache: &Cache, architecture: &str) -> Result<bool, BackendError> {
+    let version = version()?;
+    let has = |text: &str| cache.has(&cache_key(&format!("{COMMON}{text}"), architecture, version));
+    Ok(SOURCES.iter().all(|(_, text)| has(text)))
+}
+
 /// A compiled source.
 #[derive(Debug, PartialEq)]
 pub(crate) struct Compiled {
@@ -230,6 +237,12 @@ mod tests {
         std::fs::write(&entry, bytes).unwrap();
         assert_eq!(cubin(&cache, "gemm", "sm_80").unwrap(), first);
         assert_eq!(std::fs::read(&entry).unwrap(), whole);
+        assert!(!is_cached(&cache, "sm_80").unwrap());
+        for (_, text) in SOURCES {
+            let key = cache_key(&format!("{COMMON}{text}"), "sm_80", version().unwrap());
+            cache.store(&key, b"kernels").unwrap();
+        }
+        assert!(is_cached(&cache, "sm_80").unwrap() && !is_cached(&cache, "sm_90a").unwrap());
         let failed = compile("__global__ void k() { nonsense; }", "bad", "sm_80").unwrap_err();
         assert!(failed.to_string().contains("nonsense"), "{failed}");
     }

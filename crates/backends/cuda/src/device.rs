@@ -9,6 +9,7 @@ use ampoule_backend::{
 use ampoule_plan::Sealed;
 use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
+use crate::cache::Cache;
 use crate::driver::{Context, Event, check, device_attribute, device_error};
 use crate::kernels::Kernels;
 use crate::lt::Lt;
@@ -164,6 +165,16 @@ impl CudaBackend {
     /// # Errors
     /// A sentence that says what is missing: the driver, a GPU of compute capability 8.0 or newer, or NVRTC.
     pub fn discover() -> Result<Vec<GpuInfo>, BackendError> {
+        let found = Self::gpus()?;
+        libs::nvrtc()?;
+        Ok(found)
+    }
+
+    /// The GPUs that the backend could use if NVRTC is there.
+    ///
+    /// # Errors
+    /// As [`Self::discover`], but for NVRTC.
+    pub fn gpus() -> Result<Vec<GpuInfo>, BackendError> {
         libs::driver()?;
         // SAFETY: libcuda is loaded.
         check(unsafe { sys::cuInit(0) }, "starting the driver")?;
@@ -182,8 +193,22 @@ impl CudaBackend {
             });
             return Err(device_error(problem));
         }
-        libs::nvrtc()?;
         Ok(usable)
+    }
+
+    /// Whether the backend would have to compile its kernels for the GPU with this number, because the cache lacks some.
+    ///
+    /// # Errors
+    /// If [`Self::discover`] fails, or there is no such GPU.
+    pub fn would_compile(ordinal: usize) -> Result<bool, BackendError> {
+        let (major, minor) = Self::find(ordinal)?.capability;
+        compile::is_cached(&Cache::of_user(), &compile::architecture(major, minor))
+            .map(|cached| !cached)
+    }
+
+    fn find(ordinal: usize) -> Result<GpuInfo, BackendError> {
+        let found = Self::discover()?.into_iter().find(|g| g.ordinal == ordinal);
+        found.ok_or_else(|| device_error(format!("there is no usable GPU {ordinal}")))
     }
 
     /// The backend on the GPU with this number, with the options of the environment.
@@ -199,9 +224,7 @@ impl CudaBackend {
     /// # Errors
     /// As [`Self::new`].
     pub fn with_options(ordinal: usize, options: CudaOptions) -> Result<Self, BackendError> {
-        let Some(gpu) = Self::discover()?.into_iter().find(|g| g.ordinal == ordinal) else {
-            return Err(device_error(format!("there is no usable GPU {ordinal}")));
-        };
+        let gpu = Self::find(ordinal)?;
         let context = Context::retain(device_of(ordinal as i32)?)?;
         let limits = Limits {
             multiprocessors: gpu.multiprocessors as u32,

@@ -161,7 +161,7 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
     if let Some(version) = &doctor.nvidia_driver {
         output::line(format!("driver     NVIDIA {version}"))?;
     }
-    for g in &doctor.gpus {
+    for (number, g) in doctor.gpus.iter().enumerate() {
         let memory = output::bytes(g.memory_bytes);
         let what = format!(
             "{}, sm {}, {} multiprocessors, {memory}",
@@ -169,7 +169,7 @@ pub(crate) fn run(args: &DoctorArgs, global: &GlobalArgs) -> anyhow::Result<()> 
         );
         let speed = |v: Option<f64>| v.map_or_else(|| "not measured".to_owned(), figure);
         output::line(format!(
-            "gpu        {what}; GB/s: read {}, copy {} (read and written), to host {}, from host {}",
+            "gpu {number}      {what}; GB/s: read {}, copy {} (read and written), to host {}, from host {}",
             speed(g.read_gb_s),
             speed(g.copy_gb_s),
             speed(g.to_host_gb_s),

@@ -28,8 +28,12 @@ pub(crate) fn load(
     progress: Progress,
 ) -> anyhow::Result<Ampoule> {
     let path = model.resolve()?;
+    let options = global.load_options(enough);
+    if Ampoule::would_compile(&options) {
+        note("compiling kernels for the GPU: up to a minute, once");
+    }
     let bar = progress.bytes("loading");
-    let loaded = Ampoule::load(&path, &global.load_options(enough), &mut follow(&bar));
+    let loaded = Ampoule::load(&path, &options, &mut follow(&bar));
     bar.finish_and_clear();
     let loaded = loaded?;
     if let Some(fault) = loaded.gpu_fault() {
