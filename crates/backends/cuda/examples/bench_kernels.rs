@@ -473,8 +473,9 @@ fn model(backend: &CudaBackend, label: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What can be measured.
-const PARTS: &[&str] = &["launch", "gemv", "copy", "attention", "delta", "sample", "model"];
+/// What can be asked for; all but the last where nothing is.
+const PARTS: &[&str] =
+    &["launch", "gemv", "copy", "attention", "delta", "sample", "model", "profile"];
 
 fn main() -> ExitCode {
     let wanted: Vec<String> = std::env::args().skip(1).collect();

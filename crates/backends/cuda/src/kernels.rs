@@ -214,16 +214,10 @@ impl Kernels {
             }
             modules.push(module);
         }
-        let of_name = |name| {
-            by_name
-                .get(name)
-                .copied()
-                .ok_or_else(|| device_error(format!("there is no kernel '{name}'")))
-        };
-        let mut copies = [[of_name(COPY_KERNELS[0][0])?; 3]; 3];
+        let mut copies = [[named(&by_name, COPY_KERNELS[0][0])?; 3]; 3];
         for (names, kernels) in COPY_KERNELS.iter().zip(&mut copies) {
             for (name, kernel) in names.iter().zip(kernels) {
-                *kernel = of_name(name)?;
+                *kernel = named(&by_name, name)?;
             }
         }
         Ok(Self { by_name, copies, not_kept, modules })
@@ -236,11 +230,13 @@ impl Kernels {
 
     /// The kernel called `name`.
     pub(crate) fn find(&self, name: &str) -> Result<Kernel, BackendError> {
-        self.by_name
-            .get(name)
-            .copied()
-            .ok_or_else(|| device_error(format!("there is no kernel '{name}'")))
+        named(&self.by_name, name)
     }
+}
+
+fn named(by_name: &HashMap<&'static str, Kernel>, name: &str) -> Result<Kernel, BackendError> {
+    let kernel = by_name.get(name).copied();
+    kernel.ok_or_else(|| device_error(format!("there is no kernel '{name}'")))
 }
 
 /// Lets a kernel without shared memory run where others have it: a multiprocessor divides its cache anew only when it is idle,

@@ -142,7 +142,7 @@ fn unavailable(library: &str, problem: String) -> BackendError {
 /// Makes the last of `files` one that the loader finds by name: first from the folders named for us, then from wherever the
 /// loader looks, then from where CUDA is usually installed. A sentence if there is none.
 fn find(files: &[&str], package: &str, present: impl Fn() -> bool) -> Result<(), String> {
-    let (named, usual) = folders();
+    let named = folders(LIBS_VARIABLE);
     let mut problems: Vec<String> = named
         .iter()
         .filter(|folder| !folder.is_dir())
@@ -152,6 +152,8 @@ fn find(files: &[&str], package: &str, present: impl Fn() -> bool) -> Result<(),
     if present() {
         return Ok(());
     }
+    // Looking for every Python takes a while: only where it is needed.
+    let usual = usual_folders(&folders("LD_LIBRARY_PATH"), &python_packages(&folders("PATH")));
     problems.extend(preload(files, &usual));
     if present() {
         return Ok(());
@@ -221,17 +223,10 @@ fn matching(folder: &Path, file: &str) -> Vec<PathBuf> {
     found
 }
 
-/// The folders named for us, and the usual ones.
-fn folders() -> (Vec<PathBuf>, Vec<PathBuf>) {
-    let split = |name: &str| -> Vec<PathBuf> {
-        let value = std::env::var_os(name);
-        let mut all: Vec<PathBuf> =
-            value.map(|v| std::env::split_paths(&v).collect()).unwrap_or_default();
-        all.retain(|folder| !folder.as_os_str().is_empty());
-        all
-    };
-    let usual = usual_folders(&split("LD_LIBRARY_PATH"), &python_packages(&split("PATH")));
-    (split(LIBS_VARIABLE), usual)
+/// The folders that a variable names.
+fn folders(variable: &str) -> Vec<PathBuf> {
+    let value = std::env::var_os(variable).unwrap_or_default();
+    std::env::split_paths(&value).filter(|folder| !folder.as_os_str().is_empty()).collect()
 }
 
 /// Where to look, in order: the loader's folders, the toolkit's, Python packages of NVIDIA.
