@@ -136,7 +136,7 @@ pub fn bandwidth(backend: &CudaBackend) -> Result<GpuBandwidth, BackendError> {
     let read_ms = fastest(backend, &stream, 9, || {
         let (from, vectors, out) = (memory.at(), (bytes / 16) as i64, memory.at());
         // SAFETY: the kernel's parameters in their order; it reads the allocation, and its first word is `out`.
-        unsafe { launch(&stream, kernel.function, "read_all", how, args![from, vectors, out]) }
+        unsafe { launch(&stream, kernel.function, "read_all", how, args![from, vectors, out].0) }
     })?;
     // SAFETY: both ranges are `link` bytes long and outlive the copies, which `fastest` waits for.
     let to_host_ms = fastest(backend, &stream, 5, || unsafe {

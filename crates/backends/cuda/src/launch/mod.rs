@@ -24,17 +24,24 @@ use arguments::{MatrixView, WordView};
 pub(crate) use attention::{attention_workspace, decodes_by_splits};
 pub(crate) use linear::{gemv_fits, product_shape};
 
-/// Pointers to the arguments, which must be places (locals or fields).
+/// Pointers to a kernel's arguments as the driver takes them, in the order of its parameters, and one place more: every kernel of
+/// a plan has the slot's place as its last parameter, which [`Launcher::go_on`] fills in. Made by `args!`.
+pub(crate) struct Arguments<'a>(pub(crate) &'a mut [*mut c_void]);
+
+/// [`Arguments`] of these places (locals or fields).
 macro_rules! args {
-    ($($place:expr),* $(,)?) => { &mut [$( (&raw const $place).cast_mut().cast::<std::ffi::c_void>() ),*] };
+    ($($place:expr),* $(,)?) => {
+        $crate::launch::Arguments(&mut [
+            $( (&raw const $place).cast_mut().cast::<std::ffi::c_void>(), )*
+            std::ptr::null_mut(),
+        ])
+    };
 }
 pub(crate) use args;
 
 /// Most token rows of the decode kernels.
 pub(crate) const DECODE_ROWS: usize = 8;
 const BLOCK: u32 = 256;
-/// Most parameters of a kernel besides the slot's place.
-const MOST_ARGUMENTS: usize = 12;
 
 /// Enqueues the kernels of one plan, for whatever slot is entered when they run.
 pub(crate) struct Launcher<'a> {
@@ -177,7 +184,7 @@ impl<'a> Launcher<'a> {
         &self,
         name: &str,
         how: Launch,
-        arguments: &mut [*mut c_void],
+        arguments: Arguments<'_>,
     ) -> Result<(), BackendError> {
         let kernel = self.resident.device.kernels.find(name)?;
         self.go_on(&self.resident.stream, kernel, name, how, arguments)
@@ -190,7 +197,7 @@ impl<'a> Launcher<'a> {
         kernel: Kernel,
         name: &str,
         how: Launch,
-        arguments: &mut [*mut c_void],
+        arguments: Arguments<'_>,
     ) -> Result<(), BackendError> {
         if how.shared > 0 && how.shared > kernel.shared_limit {
             return Err(self.unsupported(format!(
@@ -199,19 +206,14 @@ impl<'a> Launcher<'a> {
             )));
         }
         let home = self.resident.home();
-        let mut all = [std::ptr::null_mut(); MOST_ARGUMENTS + 1];
-        let Some(room) = all.get_mut(..=arguments.len()) else {
-            let most = MOST_ARGUMENTS;
-            return Err(
-                self.unsupported(format!("kernel '{name}' takes more than {most} arguments"))
-            );
-        };
-        room[..arguments.len()].copy_from_slice(arguments);
-        room[arguments.len()] = (&raw const home).cast_mut().cast();
+        let Arguments(pointers) = arguments;
+        if let Some(last) = pointers.last_mut() {
+            *last = (&raw const home).cast_mut().cast();
+        }
         // SAFETY: the callers in this module pass each kernel's parameters in order, as its source declares them; all
         // addresses (of State: offsets in a slot) come from the resident arenas, which the captured graph keeps alive, and
         // the plan's check holds every view inside its buffer.
-        unsafe { driver::launch(stream, kernel.function, name, how, room) }
+        unsafe { driver::launch(stream, kernel.function, name, how, pointers) }
     }
 
     /// A launch that may begin early, where the device can.
