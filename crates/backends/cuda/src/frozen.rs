@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ampoule_backend::{BackendError, Frozen, Region, Residence, StateRegions, check_regions};
-use ampoule_plan::BufferId;
+use ampoule_plan::{BufferId, Sealed};
 
 use crate::device::Limits;
 use crate::driver::{Event, Launch, Stream};
 use crate::kernels::COPY_KERNELS;
 use crate::launch::arguments::Piece;
 use crate::launch::{Launcher, args};
-use crate::memory::{ALIGNMENT, Resident};
+use crate::memory::{ALIGNMENT, Layout, Resident};
 use crate::pinned::PinnedPool;
 use crate::pool::Pool;
 use crate::staging::Downloader;
@@ -26,10 +26,14 @@ pub(crate) struct CapsuleStore {
     pub(crate) resident: Arc<Resident>,
     /// All fixed state: at most boundaries nothing else is frozen, or this and rows.
     fixed: Arc<RegionLayout>,
+    /// What grows by rows, in the order of the model's State.
+    growing: Vec<Growing>,
     ranges: Mutex<Ranges>,
     downloads: Mutex<Option<Downloader>>,
     pub(crate) pinned: PinnedPool,
     pub(crate) copies: Arc<Stream>,
+    /// Events that marked copies to ranges that are given back.
+    spare: Mutex<Vec<Event>>,
     /// Whether rows may still be on their way on `copies` that nobody has waited for.
     pub(crate) beside: AtomicBool,
     budget: usize,
@@ -57,15 +61,17 @@ impl CapsuleStore {
     pub(crate) fn new(resident: &Arc<Resident>, budget: usize) -> Result<Arc<Self>, BackendError> {
         let pool = Pool::new(if budget == 0 { 0 } else { resident.capsules.bytes() });
         let copies = Stream::new(&resident.device.context)?;
-        let fixed =
-            RegionLayout::new(resident, StateRegions::of(&resident.model).fixed().to_vec())?;
+        let (model, places) = (&resident.model, &resident.layout);
+        let fixed = RegionLayout::new(model, places, StateRegions::of(model).fixed())?;
         Ok(Arc::new(Self {
             resident: Arc::clone(resident),
             fixed: Arc::new(fixed),
+            growing: Growing::of(model, places),
             ranges: Mutex::new(Ranges { pool, used: 0 }),
             downloads: Mutex::new(None),
             pinned: PinnedPool::default(),
             copies,
+            spare: Mutex::default(),
             beside: AtomicBool::new(false),
             budget,
             synchronizations: AtomicU64::new(0),
@@ -82,7 +88,20 @@ impl CapsuleStore {
         if regions == self.fixed.regions {
             return Ok(Arc::clone(&self.fixed));
         }
-        Ok(Arc::new(RegionLayout::new(&self.resident, regions.to_vec())?))
+        let Resident { model, layout, .. } = &*self.resident;
+        let rows = RegionLayout::of_rows(&self.growing, regions);
+        Ok(Arc::new(rows.map_or_else(|| RegionLayout::new(model, layout, regions), Ok)?))
+    }
+
+    /// Keeps an event for the next copy, once nobody else holds it. Streams that were told to wait for it do so for what it
+    /// marked then.
+    pub(crate) fn done_with(&self, event: Arc<Event>) {
+        lock(&self.spare).extend(Arc::into_inner(event));
+    }
+
+    /// An event without timing.
+    pub(crate) fn event(&self) -> Result<Event, BackendError> {
+        lock(&self.spare).pop().map_or_else(|| Event::new(&self.resident.device.context, false), Ok)
     }
 
     /// Reserves room for regions; nothing is copied.
@@ -109,6 +128,7 @@ impl CapsuleStore {
 }
 
 /// Regions, and how they lie in a frozen range.
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct RegionLayout {
     pub(crate) regions: Vec<Region>,
     /// Of each region, from the start of the range.
@@ -123,22 +143,70 @@ pub(crate) struct RegionLayout {
     pub(crate) bytes: usize,
 }
 
+/// A State buffer that grows by rows, as far as freezing it has to know: the model's own table is large, and in no cache when a
+/// boundary is reached.
+struct Growing {
+    buffer: BufferId,
+    rows: usize,
+    row_bytes: usize,
+    /// From the start of a slot's memory.
+    in_slot: usize,
+}
+
+impl Growing {
+    fn of(model: &Sealed, places: &Layout) -> Vec<Self> {
+        let table = &model.model().buffers;
+        let all =
+            StateRegions::of(model).rows(&(0..1)).into_iter().map(|Region { buffer, .. }| Self {
+                buffer,
+                rows: table[buffer].rows(),
+                row_bytes: table[buffer].row_bytes(),
+                in_slot: places.place(buffer).offset,
+            });
+        all.collect()
+    }
+}
+
 impl RegionLayout {
-    fn new(resident: &Resident, regions: Vec<Region>) -> Result<Self, BackendError> {
-        let bytes = check_regions(&resident.model, &regions)?;
-        let table = &resident.model.model().buffers;
+    fn new(model: &Sealed, places: &Layout, regions: &[Region]) -> Result<Self, BackendError> {
+        check_regions(model, regions)?;
+        let table = &model.model().buffers;
         let span = |region: &Region| {
             let buffer = &table[region.buffer];
             Span {
-                in_slot: resident.layout.place(region.buffer).offset
+                in_slot: places.place(region.buffer).offset
                     + region.rows.start * buffer.row_bytes(),
                 bytes: region.bytes(table),
                 whole: region.rows == (0..buffer.rows()),
             }
         };
-        let Packed { offsets, runs, length } = pack(&regions.iter().map(span).collect::<Vec<_>>());
-        let apart = apart(std::iter::once(&regions[..]));
-        Ok(Self { regions, offsets, runs, apart, length, bytes })
+        let spans: Vec<Span> = regions.iter().map(span).collect();
+        Ok(Self::packed(regions, &spans, apart(std::iter::once(regions))))
+    }
+
+    /// The same of the same rows of everything that grows, as at a boundary; nothing of other regions.
+    fn of_rows(growing: &[Growing], regions: &[Region]) -> Option<Self> {
+        let rows = regions.first()?.rows.clone();
+        let span = |(region, of): (&Region, &Growing)| {
+            let fits = region.buffer == of.buffer && region.rows == rows && rows.end <= of.rows;
+            fits.then(|| Span {
+                in_slot: of.in_slot + rows.start * of.row_bytes,
+                bytes: rows.len() * of.row_bytes,
+                whole: rows == (0..of.rows),
+            })
+        };
+        if regions.len() != growing.len() || rows.start > rows.end {
+            return None;
+        }
+        let spans: Option<Vec<Span>> = regions.iter().zip(growing).map(span).collect();
+        // They are of different buffers.
+        Some(Self::packed(regions, &spans?, true))
+    }
+
+    fn packed(regions: &[Region], spans: &[Span], apart: bool) -> Self {
+        let Packed { offsets, runs, length } = pack(spans);
+        let bytes = spans.iter().map(|span| span.bytes).sum();
+        Self { regions: regions.to_vec(), offsets, runs, apart, length, bytes }
     }
 }
 
@@ -252,7 +320,7 @@ impl CudaFrozen {
 
     /// Marks the copies enqueued so far on the program's stream as those that fill it.
     pub(crate) fn filled(&mut self) -> Result<(), BackendError> {
-        let event = Event::new(&self.store.resident.device.context, false)?;
+        let event = self.store.event()?;
         event.record(&self.store.resident.stream)?;
         self.filled_at(Arc::new(event), false);
         Ok(())
@@ -290,6 +358,10 @@ impl Drop for CudaFrozen {
             ranges.pool.release(at, self.layout.length);
         }
         ranges.used -= self.layout.bytes;
+        drop(ranges);
+        if let Some(event) = self.ready.take() {
+            self.store.done_with(event);
+        }
     }
 }
 
@@ -539,6 +611,44 @@ mod tests {
         assert_eq!(odd.offsets, [3, 22]);
         // In another order they do not follow each other.
         assert_eq!(pack(&[whole(60_672, 4096), whole(512, 60_000)]).runs.len(), 2);
+    }
+
+    #[test]
+    fn rows_at_a_boundary_lie_as_any_regions() {
+        let dtype = ampoule_plan::DType::BF16;
+        let options = ampoule_models::decoder::BuildOptions {
+            context: 64,
+            prefill: vec![1, 32],
+            score: 32,
+            decode_contexts: vec![64],
+            precision: ampoule_models::decoder::Precision { activation: dtype, kv_cache: dtype },
+        };
+        let files = ampoule_models::model::ModelFiles::open("random:qwen3.5-tiny").unwrap();
+        let sealed = files.build(&options).unwrap().sealed;
+        let (places, state) = (Layout::new(&sealed), StateRegions::of(&sealed));
+        let growing = Growing::of(&sealed, &places);
+        let all = state.at(64);
+        let whole = all.last().unwrap().rows.end;
+        for rows in [0..1, 0..17, 5..6, 3..whole, 0..whole, whole - 1..whole] {
+            let regions = state.rows(&rows);
+            let layout = RegionLayout::of_rows(&growing, &regions).unwrap();
+            assert_eq!(layout, RegionLayout::new(&sealed, &places, &regions).unwrap(), "{rows:?}");
+            assert_eq!((layout.regions.len(), layout.apart), (growing.len(), true));
+        }
+        // Anything else is looked up.
+        let mut other = state.rows(&(0..9));
+        other[1].rows = 0..8;
+        let mut swapped = state.rows(&(0..9));
+        swapped.swap(0, 1);
+        let few = state.rows(&(0..9))[1..].to_vec();
+        let beyond = state.rows(&(0..whole + 1));
+        #[expect(clippy::reversed_empty_ranges)]
+        let reversed =
+            state.rows(&(0..9)).into_iter().map(|r| Region { rows: 9..0, ..r }).collect();
+        for regions in [other, swapped, few, beyond, reversed, all, Vec::new()] {
+            assert_eq!(RegionLayout::of_rows(&growing, &regions), None, "{regions:?}");
+        }
+        assert!(RegionLayout::new(&sealed, &places, &state.rows(&(0..whole + 1))).is_err());
     }
 
     #[test]

@@ -277,7 +277,9 @@ impl CudaProgram {
         {
             self.resident.stream.wait(copied)?;
         }
-        self.slots[slot].copied = None;
+        if let Some(copied) = self.slots[slot].copied.take() {
+            self.store.done_with(copied);
+        }
         Ok(())
     }
 
@@ -562,27 +564,28 @@ impl Program for CudaProgram {
             return Err(refused);
         }
         let mut reserved = Vec::with_capacity(parts.len());
-        let memory = self.resident.slots[index].at();
-        let (mut now, mut beside) = (Vec::new(), Vec::new());
         let settled = parts.iter().zip(&layouts).filter(|(part, _)| part.settled);
         let many = settled.map(|(_, layout)| layout.bytes).sum::<usize>() >= ASIDE
             && self.options.beside > 0;
-        for (part, layout) in parts.iter().zip(layouts) {
-            let frozen = match self.store.reserve(layout) {
+        for layout in layouts {
+            reserved.push(match self.store.reserve(layout) {
                 Ok(frozen) => frozen,
                 // The reservation is in pieces: what is wanted is all of it.
                 Err(BackendError::CapsuleBudget { .. }) => return Err(refused),
                 Err(error) => return Err(error),
-            };
-            let transfers = if part.settled && many { &mut beside } else { &mut now };
-            transfers.extend(frozen.taken(memory));
-            reserved.push(frozen);
+            });
         }
         // Before anything is enqueued: what is reserved may only be given back when nothing is on its way to it.
-        let context = &self.resident.device.context;
-        let copied = Arc::new(Event::new(context, false)?);
-        let aside = if many { Some(Arc::new(Event::new(context, false)?)) } else { None };
-        copy(&self.resident, &now)?;
+        let copied = Arc::new(self.store.event()?);
+        let aside = if many { Some(Arc::new(self.store.event()?)) } else { None };
+        let memory = self.resident.slots[index].at();
+        let taken = |later: bool| -> Vec<Transfer> {
+            let parts = reserved.iter().zip(parts);
+            let parts = parts.filter(|(_, part)| (part.settled && many) == later);
+            parts.flat_map(|(frozen, _)| frozen.taken(memory)).collect()
+        };
+        // What else there is to do is done while the device copies this.
+        copy(&self.resident, &taken(false))?;
         copied.record(&self.resident.stream)?;
         if let Some(aside) = &aside {
             // Behind all replays so far, and before what rewinds the slot.
@@ -590,13 +593,15 @@ impl Program for CudaProgram {
             self.store.beside.store(true, Ordering::Relaxed);
             let enqueued = copies
                 .wait(&copied)
-                .and_then(|()| copy_on(&self.resident, copies, self.options.beside, &beside))
+                .and_then(|()| copy_on(&self.resident, copies, self.options.beside, &taken(true)))
                 .and_then(|()| aside.record(copies));
             if let Err(error) = enqueued {
                 let _ = copies.synchronize();
                 return Err(error);
             }
-            self.slots[index].copied = Some(Arc::clone(aside));
+            if let Some(before) = self.slots[index].copied.replace(Arc::clone(aside)) {
+                self.store.done_with(before);
+            }
         }
         let finished = reserved.into_iter().zip(parts).map(|(mut frozen, part)| {
             let aside = aside.as_ref().filter(|_| part.settled);

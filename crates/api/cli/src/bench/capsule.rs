@@ -67,7 +67,13 @@ pub(super) fn run(
             stall(model, slot, &tokens, &mut reps)?;
             let (whole, part) = match &mut copies {
                 Copies::Host(copier) => (copier.copy(all), copier.copy(fixed)),
-                Copies::Device { all, fixed } => (all.timed()?, fixed.timed()?),
+                Copies::Device { all, fixed } => {
+                    // Alone on the device: a step goes on after its token is known.
+                    evict(model, slot)?;
+                    let whole = all.timed()?;
+                    evict(model, slot)?;
+                    (whole, fixed.timed()?)
+                }
             };
             reps.copy.push(whole);
             reps.copy_fixed.push(part);
