@@ -33,6 +33,7 @@ struct Reps {
     import: Vec<f64>,
     copy: Vec<f64>,
     copy_fixed: Vec<f64>,
+    after_prefill: Vec<f64>,
     awaited: Vec<f64>,
     awaited_fixed: Vec<f64>,
     stall: Vec<f64>,
@@ -64,7 +65,7 @@ pub(super) fn run(
             drop((capsule, file));
             (capsule, file) = take(model, slot, &tokens, &mut reps)?;
             around(model, slot, (&capsule, &file), ahead, &mut copies, &mut reps)?;
-            stall(model, slot, &tokens, &mut reps)?;
+            stall(model, slot, &tokens, &copies, &mut reps)?;
             let (whole, part) = match &mut copies {
                 Copies::Host(copier) => (copier.copy(all), copier.copy(fixed)),
                 Copies::Device { all, fixed } => {
@@ -80,7 +81,8 @@ pub(super) fn run(
             bar.inc(1);
         }
         let (copy, copy_fixed) = (Times::from(reps.copy), Times::from(reps.copy_fixed));
-        // Verbs are held against a copy that is called and waited for as they are.
+        // Verbs are held against a copy that is called and waited for as they are, after the same work.
+        let after_prefill = Times::of_some(reps.after_prefill).unwrap_or_else(|| copy.clone());
         let awaited = Times::of_some(reps.awaited).unwrap_or_else(|| copy.clone());
         let awaited_fixed =
             Times::of_some(reps.awaited_fixed).unwrap_or_else(|| copy_fixed.clone());
@@ -89,13 +91,14 @@ pub(super) fn run(
             "capsule": { "fixed_bytes": fixed, "row_bytes": all - fixed, "bytes": all, "file_bytes": file.len() },
             "copy": measured(&copy, all, None),
             "copy_fixed": measured(&copy_fixed, fixed, None),
+            "copy_awaited_after_prefill": measured(&after_prefill, all, None),
             "copy_awaited": measured(&awaited, all, None),
             "copy_fixed_awaited": measured(&awaited_fixed, fixed, None),
         });
         let row_bytes = all - fixed;
         let delta = fixed + row_bytes / prefix;
         let verbs = [
-            ("snapshot", Times::from(reps.snapshot), all, Some(&awaited)),
+            ("snapshot", Times::from(reps.snapshot), all, Some(&after_prefill)),
             ("snapshot_of_one_more_token", Times::from(reps.delta), delta, Some(&awaited_fixed)),
             ("restore", Times::from(reps.restore), all, Some(&awaited)),
             ("rollback", Times::from(reps.rollback), fixed, Some(&awaited_fixed)),
@@ -192,10 +195,19 @@ fn take(
 }
 
 /// What a first snapshot of a session costs who waits for its tokens: the next one, and the next eight together, beyond the time
-/// that tokens take otherwise.
-fn stall(model: &mut Ampoule, slot: SlotId, tokens: &[u32], reps: &mut Reps) -> anyhow::Result<()> {
+/// that tokens take otherwise. And what a plain copy takes where `take` makes that snapshot: when a prompt has been read.
+fn stall(
+    model: &mut Ampoule,
+    slot: SlotId,
+    tokens: &[u32],
+    copies: &Copies,
+    reps: &mut Reps,
+) -> anyhow::Result<()> {
     model.engine.reset(slot)?;
     model.append(slot, tokens)?;
+    if let Copies::Device { all, .. } = copies {
+        timed(model, &mut reps.after_prefill, |_| Ok(all.run()?))?;
+    }
     let plain = pace(model, &mut step(slot))?;
     let start = Instant::now();
     let capsule = model.engine.snapshot(slot)?;
