@@ -3,13 +3,11 @@
 // logits f32 [1, V], counts u32 [1, V], adjusted f32 [1, V]. Floor: 12 bytes a token of the vocabulary; the rest is latency.
 // One cooperative launch: every block keeps its slice of the vocabulary in shared memory, thresholds come from radix
 // selection over monotone integer keys (11, 11, 10 bits), all sums are of integers, so no result depends on an order.
-// Loads of a slice are on their way at once, and nobody waits for the others where only the end is to be told: the last block ends.
 // The token goes to the plan's Output and, as one 64-bit word with the launch's number, to mapped host memory.
 
 #define THREADS 512
 #define BINS 2048
 #define MIRRORS 64
-#define TOGETHER 8  // loads of a thread on their way
 
 struct SampleWork {
     u32 arrived;
@@ -63,18 +61,6 @@ __device__ __forceinline__ void grid_barrier(SampleWork* w) {
         __threadfence();
     }
     __syncthreads();
-}
-
-// Whether all other blocks have come here: what they wrote before is there then.
-__device__ __forceinline__ bool last_to_come(SampleWork* w, u32* last) {
-    if (threadIdx.x == 0) {
-        __threadfence();
-        *last = atomicAdd(&w->arrived, 1u) == gridDim.x - 1;
-        if (*last) w->arrived = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    return *last;
 }
 
 __device__ __forceinline__ u64 block_best(u64 v, u64* part) {
@@ -172,7 +158,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const __grid_consta
     __shared__ u64 bins[BINS];
     __shared__ u64 part[THREADS / 32];
     __shared__ Chosen result;
-    __shared__ u32 last;
     pdl_wait();
     pdl_launch();
     SampleWork* w = p.work;
@@ -181,30 +166,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const __grid_consta
     const int first = blockIdx.x * p.slice;
     const int n = p.vocabulary - first < p.slice ? p.vocabulary - first : p.slice;
 
-    const int forced = *p.forced;
-    const int bias = threadIdx.x < p.biases ? p.bias_tokens[threadIdx.x] : -1;
-    for (int base = threadIdx.x; base < n; base += THREADS * TOGETHER) {
-        float logit[TOGETHER];
-        u32 count[TOGETHER];
-#pragma unroll
-        for (int j = 0; j < TOGETHER; ++j) {
-            const int i = base + j * THREADS;
-            logit[j] = i < n ? p.logits[first + i] : 0.f;
-            count[j] = i < n ? p.counts[first + i] : 0;
-        }
-#pragma unroll
-        for (int j = 0; j < TOGETHER; ++j) {
-            const int i = base + j * THREADS;
-            float l = logit[j];
-            const u32 c = count[j], times = c & 0x7fffffffu;
-            if (c != 0 && repetition != 1.f) l = l > 0.f ? __fdiv_rn(l, repetition) : __fmul_rn(l, repetition);
-            if (times) l = __fsub_rn(l, __fadd_rn(__fmul_rn(frequency, (float)times), presence));
-            if (i < n) a[i] = l;
-        }
+    for (int i = threadIdx.x; i < n; i += THREADS) {
+        float l = p.logits[first + i];
+        u32 c = p.counts[first + i];
+        u32 times = c & 0x7fffffffu;
+        if (c != 0 && repetition != 1.f) l = l > 0.f ? __fdiv_rn(l, repetition) : __fmul_rn(l, repetition);
+        if (times) l = __fsub_rn(l, __fadd_rn(__fmul_rn(frequency, (float)times), presence));
+        a[i] = l;
     }
     // Bias in the order of its entries: a token's entries all belong to one thread. Most blocks have none.
-    bool biased = bias >= first && bias < first + n;
-    for (int b = threadIdx.x + THREADS; b < p.biases; b += THREADS) {
+    bool biased = false;
+    for (int b = threadIdx.x; b < p.biases; b += THREADS) {
         int i = p.bias_tokens[b] - first;
         biased |= i >= 0 && i < n;
     }
@@ -225,14 +197,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const __grid_consta
     }
     best = block_best(best, part);
     if (threadIdx.x == 0 && n > 0) atomicMax(&w->best[launch & 1], best);
+    grid_barrier(w);
+    best = *(volatile u64*)&w->best[launch & 1];
+    const float top = sort_value((u32)(best >> 32));
+    const int forced = *p.forced;
+    int token = (int)(0xffffffffu - (u32)best);
     u32 used = 0;  // histograms touched
-    float top = -INFINITY;
-    const bool draws = forced < 0 && temperature != 0.f;
-    if (draws) {
-        grid_barrier(w);
-        top = sort_value((u32)(*(volatile u64*)&w->best[launch & 1] >> 32));
-    }
-    if (top != -INFINITY) {
+
+    if (forced >= 0) {
+        token = forced;
+    } else if (top == -INFINITY) {
+        token = 0;
+    } else if (temperature != 0.f) {
         u32 floor_key = 0;  // keys below it are dropped
         for (int stage = 0; stage < 2; ++stage) {
             // Stage 0: top-k, weight 1 each. Stage 1: top-p, weight by mass.
@@ -291,16 +267,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) sample(const __grid_consta
         }
         drawn = block_best(drawn, part);
         if (threadIdx.x == 0 && drawn) atomicMax(&w->drawn, drawn);
+        grid_barrier(w);
+        if (blockIdx.x == 0) {
+            drawn = *(volatile u64*)&w->drawn;
+            if (drawn) token = (int)(0xffffffffu - (u32)drawn);
+        }
     }
-    if (!last_to_come(w, &last)) return;
+    if (blockIdx.x != 0) return;
+    __syncthreads();
     if (threadIdx.x == 0) {
-        best = *(volatile u64*)&w->best[launch & 1];
-        const u64 drawn = *(volatile u64*)&w->drawn;
-        const bool any = sort_value((u32)(best >> 32)) != -INFINITY;
-        const int token = forced >= 0 ? forced : any ? (int)(0xffffffffu - (u32)(drawn ? drawn : best)) : 0;
-        // One word tells the host everything, so nothing has to come before it.
-        *(volatile u64*)(p.mirror + launch % MIRRORS) = (launch + 1) << 32 | (u32)token;
         *p.token = token;
+        *(volatile u64*)(p.mirror + launch % MIRRORS) = (launch + 1) << 32 | (u32)token;
+        __threadfence_system();
         if (token >= 0 && token < p.vocabulary) {
             u32 c = p.counts[token];
             if ((c & 0x7fffffffu) != 0x7fffffffu) p.counts[token] = c + 1;
