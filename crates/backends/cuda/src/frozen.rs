@@ -32,7 +32,7 @@ pub(crate) struct CapsuleStore {
     downloads: Mutex<Option<Downloader>>,
     pub(crate) pinned: PinnedPool,
     pub(crate) copies: Arc<Stream>,
-    /// Events that marked copies to ranges that are given back.
+    /// Events whose copies nobody asks about any more; at most as many as were in use at once.
     spare: Mutex<Vec<Event>>,
     /// Whether rows may still be on their way on `copies` that nobody has waited for.
     pub(crate) beside: AtomicBool,

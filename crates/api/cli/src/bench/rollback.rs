@@ -137,12 +137,14 @@ fn take_back(
     check(model)?;
     let (mut later, mut copy) = (None, None);
     if let Beside::Device(plain) = beside {
-        // Asked for as the rollback was, after a wait for a step.
+        // Asked for as the rollback was, after a step, a snapshot and a wait for both.
         model.engine.step(slot)?;
+        let after = model.engine.snapshot(slot)?;
         model.engine.synchronize()?;
         let start = Instant::now();
         plain.run()?;
         copy = Some(ms(start.elapsed()));
+        drop(after);
         model.engine.rollback(slot, position)?;
         later = Some(delay(model, step(slot), |m| Ok(m.engine.rollback(slot, position)?))?);
         let read = model.engine.position(slot)?;
