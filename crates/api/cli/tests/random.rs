@@ -411,6 +411,24 @@ fn a_bench_without_a_folder_for_its_results_does_not_begin() {
 }
 
 #[test]
+fn a_bench_without_room_for_its_prefix_does_not_begin() {
+    for kind in ["ttft", "decode", "capsule", "rollback", "tiers"] {
+        let words = format!("bench {kind} --model {TINY} --context 512 --prefix 128,4000");
+        let said = error(1, &words, &[]);
+        assert!(said.contains("context of 512 tokens has no room for a prefix of 4000"), "{said}");
+        assert!(said.contains("--context 4"), "what would be enough: {said}");
+    }
+}
+
+#[test]
+fn a_rollback_at_one_context_is_held_against_no_other() {
+    let value = json(&format!("bench rollback --model {TINY} --prefix 200 --reps 2"), &[]);
+    let points = value["points"].as_array().expect("points");
+    assert_eq!(points.len(), 1, "{value}");
+    assert_eq!(points[0]["context"], 200);
+}
+
+#[test]
 fn the_demo_checks_its_claims() {
     let text = stdout(&format!("demo --fast --model {TINY}"), &[]);
     assert!(text.matches('✓').count() >= 15, "{text}");

@@ -615,16 +615,7 @@ mod tests {
 
     #[test]
     fn rows_at_a_boundary_lie_as_any_regions() {
-        let dtype = ampoule_plan::DType::BF16;
-        let options = ampoule_models::decoder::BuildOptions {
-            context: 64,
-            prefill: vec![1, 32],
-            score: 32,
-            decode_contexts: vec![64],
-            precision: ampoule_models::decoder::Precision { activation: dtype, kv_cache: dtype },
-        };
-        let files = ampoule_models::model::ModelFiles::open("random:qwen3.5-tiny").unwrap();
-        let sealed = files.build(&options).unwrap().sealed;
+        let sealed = crate::memory::tests::tiny();
         let (places, state) = (Layout::new(&sealed), StateRegions::of(&sealed));
         let growing = Growing::of(&sealed, &places);
         let all = state.at(64);

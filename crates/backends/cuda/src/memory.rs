@@ -283,14 +283,14 @@ pub(crate) const fn capsule_reservation(budget: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use ampoule_models::decoder::{BuildOptions, Precision};
     use ampoule_models::model::ModelFiles;
 
     use super::*;
 
-    #[test]
-    fn state_of_fixed_size_lies_together() {
+    /// A small hybrid with room for 64 tokens.
+    pub(crate) fn tiny() -> Arc<Sealed> {
         let dtype = DType::BF16;
         let options = BuildOptions {
             context: 64,
@@ -299,10 +299,15 @@ mod tests {
             decode_contexts: vec![64],
             precision: Precision { activation: dtype, kv_cache: dtype },
         };
-        let built = ModelFiles::open("random:qwen3.5-tiny").unwrap().build(&options).unwrap();
-        let layout = Layout::new(&built.sealed);
+        ModelFiles::open("random:qwen3.5-tiny").unwrap().build(&options).unwrap().sealed
+    }
+
+    #[test]
+    fn state_of_fixed_size_lies_together() {
+        let sealed = tiny();
+        let layout = Layout::new(&sealed);
         let (mut end, mut rows) = ([0; 2], layout.slot);
-        for (id, buffer) in built.sealed.model().buffers.iter() {
+        for (id, buffer) in sealed.model().buffers.iter() {
             let place = layout.place(id);
             assert_eq!(place.offset % ALIGNMENT, 0);
             let after = place.offset + bytes_of(place.dtype, buffer.elements());

@@ -14,7 +14,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use ampoule::{Ampoule, Error, SlotId, write_atomically};
-use anyhow::bail;
+use anyhow::{bail, ensure};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -111,10 +111,18 @@ pub(crate) fn run(command: BenchCommand, global: &GlobalArgs) -> anyhow::Result<
     let progress = Progress::new(args.json);
     args.output().check()?;
     let longest = args.prefix.iter().copied().max().unwrap_or(1);
-    let enough = (longest + args.suffix.unwrap_or(suffix) + 33).next_multiple_of(256);
+    let needed = longest + args.suffix.unwrap_or(suffix);
+    let enough = (needed + 33).next_multiple_of(256);
     let slots = if name == "rollback" { args.prefix.len() } else { 1 };
     let global = GlobalArgs { slots, ..global.clone() };
     let mut model = load(&args.model.model, &global, Some(enough), progress)?;
+    let context = model.engine.context();
+    ensure!(
+        needed <= context,
+        "a context of {context} tokens has no room for a prefix of {longest} and {} more; give --context {enough}, or a shorter \
+         --prefix",
+        needed - longest
+    );
     let outcome = run(&mut model, &args, progress)?;
     leave(name, &model, args.reps, outcome, &args.output())
 }

@@ -204,13 +204,17 @@ fn outcome(sessions: Vec<Session>) -> Outcome {
         }
         points.push(point);
     }
-    let spread = most / least;
-    let same = spread <= SAME;
-    points.push(json!({ "slowest_over_fastest": spread, "within": SAME, "same": same }));
-    let text = vec![format!(
-        "the slowest context takes {spread:.3} times as long as the fastest: {}",
-        if same { "the same within 20 %" } else { "NOT the same within 20 %" }
-    )];
+    let mut text = Vec::new();
+    // Of one context there is nothing to tell apart.
+    if points.len() > 1 {
+        let spread = most / least;
+        let same = spread <= SAME;
+        points.push(json!({ "slowest_over_fastest": spread, "within": SAME, "same": same }));
+        text.push(format!(
+            "the slowest context takes {spread:.3} times as long as the fastest: {}",
+            if same { "the same within 20 %" } else { "NOT the same within 20 %" }
+        ));
+    }
     let chart = Chart {
         title: "Rollback by one turn".to_owned(),
         x: "tokens of context".to_owned(),
