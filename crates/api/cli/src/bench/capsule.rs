@@ -216,15 +216,19 @@ fn stall(
     if let Copies::Device { all, .. } = copies {
         plain(model, &mut reps.after_prefill, all)?;
     }
-    let plain = pace(model, &mut step(slot))?;
+    // Tokens come faster and faster after a prefill, so those before and those after are looked at.
+    let before = pace(model, &mut step(slot))?;
     let start = Instant::now();
     let capsule = model.engine.snapshot(slot)?;
     model.engine.step(slot)?;
-    reps.stall.push(ms(start.elapsed()) - plain);
+    let next = ms(start.elapsed());
     for _ in 1..STALLED {
         model.engine.step(slot)?;
     }
-    reps.stall_of_all.push(ms(start.elapsed()) - plain * STALLED as f64);
+    let all = ms(start.elapsed());
+    let plain = f64::midpoint(before, pace(model, &mut step(slot))?);
+    reps.stall.push(next - plain);
+    reps.stall_of_all.push(all - plain * STALLED as f64);
     drop(capsule);
     Ok(())
 }
