@@ -43,10 +43,10 @@ export AMPOULE_REQUIRE_GPU=1
 step doctor "$bin/ampoule" doctor --json
 step gpu_tests "$bin/gpu_tests" --test-threads=1 --nocapture
 bench decode-9b decode --prefix 128,2048,16000 --suffix 64 --reps 5
-bench ttft-9b ttft --slots 2 --prefix 2048,16000 --suffix 24 --reps 9
-bench capsules-9b capsule --slots 2 --capsule-mib 8192 --prefix 2048,16384 --reps 9
+bench ttft-9b ttft --prefix 2048,16000 --suffix 24 --reps 9
+bench capsules-9b capsule --capsule-mib 8192 --prefix 2048,16384 --reps 9
 bench rollback-9b rollback --capsule-mib 16000 --prefix 1024,4096,16384
-bench tiers-9b tiers --slots 2 --capsule-mib 3000 --prefix 2048,16000
+bench tiers-9b tiers --capsule-mib 3000 --prefix 2048,16000
 bench start-9b start --reps 3
 roofline roofline-9b-128 128
 roofline roofline-9b-16k 16384
