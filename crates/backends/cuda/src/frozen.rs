@@ -26,8 +26,8 @@ pub(crate) struct CapsuleStore {
     pub(crate) resident: Arc<Resident>,
     /// All fixed state: at most boundaries nothing else is frozen, or this and rows.
     fixed: Arc<RegionLayout>,
-    /// What grows by rows, in the order of the model's State.
-    growing: Vec<Growing>,
+    /// What grows by rows: the model's own table is large, and in no cache when a boundary is reached.
+    growing: Vec<Extent>,
     ranges: Mutex<Ranges>,
     downloads: Mutex<Option<Downloader>>,
     pub(crate) pinned: PinnedPool,
@@ -66,7 +66,7 @@ impl CapsuleStore {
         Ok(Arc::new(Self {
             resident: Arc::clone(resident),
             fixed: Arc::new(fixed),
-            growing: Growing::of(model, places),
+            growing: Extent::growing(model, places),
             ranges: Mutex::new(Ranges { pool, used: 0 }),
             downloads: Mutex::new(None),
             pinned: PinnedPool::default(),
@@ -95,8 +95,10 @@ impl CapsuleStore {
 
     /// Keeps an event for the next copy, once nobody else holds it. Streams that were told to wait for it do so for what it
     /// marked then.
-    pub(crate) fn done_with(&self, event: Arc<Event>) {
-        lock(&self.spare).extend(Arc::into_inner(event));
+    pub(crate) fn done_with(&self, event: Option<Arc<Event>>) {
+        if let Some(event) = event.and_then(Arc::into_inner) {
+            lock(&self.spare).push(event);
+        }
     }
 
     /// An event without timing.
@@ -143,9 +145,8 @@ pub(crate) struct RegionLayout {
     pub(crate) bytes: usize,
 }
 
-/// A State buffer that grows by rows, as far as freezing it has to know: the model's own table is large, and in no cache when a
-/// boundary is reached.
-struct Growing {
+/// A State buffer, as far as freezing it has to know.
+struct Extent {
     buffer: BufferId,
     rows: usize,
     row_bytes: usize,
@@ -153,47 +154,42 @@ struct Growing {
     in_slot: usize,
 }
 
-impl Growing {
-    fn of(model: &Sealed, places: &Layout) -> Vec<Self> {
-        let table = &model.model().buffers;
-        let all =
-            StateRegions::of(model).rows(&(0..1)).into_iter().map(|Region { buffer, .. }| Self {
-                buffer,
-                rows: table[buffer].rows(),
-                row_bytes: table[buffer].row_bytes(),
-                in_slot: places.place(buffer).offset,
-            });
-        all.collect()
+impl Extent {
+    fn of(model: &Sealed, places: &Layout, buffer: BufferId) -> Self {
+        let found = &model.model().buffers[buffer];
+        let (rows, row_bytes) = (found.rows(), found.row_bytes());
+        Self { buffer, rows, row_bytes, in_slot: places.place(buffer).offset }
+    }
+
+    /// Those of what grows by rows, in the order of the model's State.
+    fn growing(model: &Sealed, places: &Layout) -> Vec<Self> {
+        let all = StateRegions::of(model).rows(&(0..1));
+        all.iter().map(|region| Self::of(model, places, region.buffer)).collect()
+    }
+
+    fn span(&self, rows: &Range<usize>) -> Span {
+        Span {
+            in_slot: self.in_slot + rows.start * self.row_bytes,
+            bytes: rows.len() * self.row_bytes,
+            whole: *rows == (0..self.rows),
+        }
     }
 }
 
 impl RegionLayout {
     fn new(model: &Sealed, places: &Layout, regions: &[Region]) -> Result<Self, BackendError> {
         check_regions(model, regions)?;
-        let table = &model.model().buffers;
-        let span = |region: &Region| {
-            let buffer = &table[region.buffer];
-            Span {
-                in_slot: places.place(region.buffer).offset
-                    + region.rows.start * buffer.row_bytes(),
-                bytes: region.bytes(table),
-                whole: region.rows == (0..buffer.rows()),
-            }
-        };
+        let span = |r: &Region| Extent::of(model, places, r.buffer).span(&r.rows);
         let spans: Vec<Span> = regions.iter().map(span).collect();
         Ok(Self::packed(regions, &spans, apart(std::iter::once(regions))))
     }
 
     /// The same of the same rows of everything that grows, as at a boundary; nothing of other regions.
-    fn of_rows(growing: &[Growing], regions: &[Region]) -> Option<Self> {
+    fn of_rows(growing: &[Extent], regions: &[Region]) -> Option<Self> {
         let rows = regions.first()?.rows.clone();
-        let span = |(region, of): (&Region, &Growing)| {
+        let span = |(region, of): (&Region, &Extent)| {
             let fits = region.buffer == of.buffer && region.rows == rows && rows.end <= of.rows;
-            fits.then(|| Span {
-                in_slot: of.in_slot + rows.start * of.row_bytes,
-                bytes: rows.len() * of.row_bytes,
-                whole: rows == (0..of.rows),
-            })
+            fits.then(|| of.span(&rows))
         };
         if regions.len() != growing.len() || rows.start > rows.end {
             return None;
@@ -359,9 +355,7 @@ impl Drop for CudaFrozen {
         }
         ranges.used -= self.layout.bytes;
         drop(ranges);
-        if let Some(event) = self.ready.take() {
-            self.store.done_with(event);
-        }
+        self.store.done_with(self.ready.take());
     }
 }
 
@@ -617,7 +611,7 @@ mod tests {
     fn rows_at_a_boundary_lie_as_any_regions() {
         let sealed = crate::memory::tests::tiny();
         let (places, state) = (Layout::new(&sealed), StateRegions::of(&sealed));
-        let growing = Growing::of(&sealed, &places);
+        let growing = Extent::growing(&sealed, &places);
         let all = state.at(64);
         let whole = all.last().unwrap().rows.end;
         for rows in [0..1, 0..17, 5..6, 3..whole, 0..whole, whole - 1..whole] {
@@ -625,6 +619,12 @@ mod tests {
             let layout = RegionLayout::of_rows(&growing, &regions).unwrap();
             assert_eq!(layout, RegionLayout::new(&sealed, &places, &regions).unwrap(), "{rows:?}");
             assert_eq!((layout.regions.len(), layout.apart), (growing.len(), true));
+            let table = &sealed.model().buffers;
+            for (run, region) in layout.runs.iter().zip(&regions).filter(|_| rows.start > 0) {
+                let row = table[region.buffer].row_bytes();
+                let in_slot = places.place(region.buffer).offset + rows.start * row;
+                assert_eq!((run.in_slot, run.bytes), (in_slot, region.bytes(table)), "{rows:?}");
+            }
         }
         // Anything else is looked up.
         let mut other = state.rows(&(0..9));

@@ -277,9 +277,7 @@ impl CudaProgram {
         {
             self.resident.stream.wait(copied)?;
         }
-        if let Some(copied) = self.slots[slot].copied.take() {
-            self.store.done_with(copied);
-        }
+        self.store.done_with(self.slots[slot].copied.take());
         Ok(())
     }
 
@@ -599,9 +597,7 @@ impl Program for CudaProgram {
                 let _ = copies.synchronize();
                 return Err(error);
             }
-            if let Some(before) = self.slots[index].copied.replace(Arc::clone(aside)) {
-                self.store.done_with(before);
-            }
+            self.store.done_with(self.slots[index].copied.replace(Arc::clone(aside)));
         }
         let finished = reserved.into_iter().zip(parts).map(|(mut frozen, part)| {
             let aside = aside.as_ref().filter(|_| part.settled);

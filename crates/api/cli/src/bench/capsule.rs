@@ -7,7 +7,7 @@ use ampoule::{Ampoule, Capsule, PlainCopy, Residence, SlotId, sample_tokens};
 use serde_json::{Value, json};
 
 use super::chart::{Chart, Series};
-use super::{Outcome, Times, delay, evict, pace, step};
+use super::{Outcome, Times, awaited, delay, evict, pace, step};
 use crate::args::BenchArgs;
 use crate::hardware::Copier;
 use crate::output::{self, Progress, Table, figure, ms};
@@ -214,7 +214,7 @@ fn stall(
     model.engine.reset(slot)?;
     model.append(slot, tokens)?;
     if let Copies::Device { all, .. } = copies {
-        plain(model, &mut reps.after_prefill, all)?;
+        reps.after_prefill.push(awaited(model, all)?);
     }
     // Tokens come faster and faster after a prefill, so those before and those after are looked at.
     let before = pace(model, &mut step(slot))?;
@@ -247,7 +247,7 @@ fn around(
     match copies {
         Copies::Host(copier) => copier.sweep(),
         Copies::Device { all, .. } => {
-            plain(model, &mut reps.awaited, all)?;
+            reps.awaited.push(awaited(model, all)?);
             // The weights that are read for it take the GPU's caches over, unless the model is so small that it fits there.
             evict(model, slot)?;
         }
@@ -258,7 +258,7 @@ fn around(
     }
     let position = capsule.position();
     if let Copies::Device { fixed, .. } = copies {
-        plain(model, &mut reps.awaited_fixed, fixed)?;
+        reps.awaited_fixed.push(awaited(model, fixed)?);
         model.engine.step(slot)?;
     }
     timed(model, &mut reps.rollback, |m| Ok(m.engine.rollback(slot, position)?))?;
@@ -282,13 +282,4 @@ fn timed<T>(
     model.engine.synchronize()?;
     times.push(ms(start.elapsed()));
     Ok(result)
-}
-
-/// A copy by the driver from the call until it is done: one call and one wait, as a verb's.
-fn plain(model: &mut Ampoule, times: &mut Vec<f64>, copy: &PlainCopy) -> anyhow::Result<()> {
-    model.engine.synchronize()?;
-    let start = Instant::now();
-    copy.run()?;
-    times.push(ms(start.elapsed()));
-    Ok(())
 }

@@ -13,7 +13,7 @@ mod turns;
 use std::path::Path;
 use std::time::Instant;
 
-use ampoule::{Ampoule, Error, SlotId, write_atomically};
+use ampoule::{Ampoule, Error, PlainCopy, SlotId, write_atomically};
 use anyhow::{bail, ensure};
 use serde::Serialize;
 use serde_json::Value;
@@ -260,6 +260,14 @@ pub(crate) fn evict(model: &mut Ampoule, slot: SlotId) -> anyhow::Result<()> {
 /// Draws the session's next token and reads it.
 pub(crate) fn step(slot: SlotId) -> impl FnMut(&mut Ampoule) -> anyhow::Result<()> {
     move |model| Ok(model.engine.step(slot).map(drop)?)
+}
+
+/// Milliseconds of a copy by the driver from the call until it is done, on a device that is idle: one call and one wait, as a verb's.
+pub(crate) fn awaited(model: &mut Ampoule, copy: &PlainCopy) -> anyhow::Result<f64> {
+    model.engine.synchronize()?;
+    let start = Instant::now();
+    copy.run()?;
+    Ok(ms(start.elapsed()))
 }
 
 /// Inter-token latency in ms: the median of [`PACE`] steps after one that is not counted.

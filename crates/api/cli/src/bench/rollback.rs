@@ -7,7 +7,7 @@ use anyhow::ensure;
 use serde_json::json;
 
 use super::chart::{Chart, Series};
-use super::{Outcome, Times, delay, step};
+use super::{Outcome, Times, awaited, delay, step};
 use crate::args::BenchArgs;
 use crate::hardware::Copier;
 use crate::output::{self, Progress, Table, figure, ms};
@@ -140,10 +140,7 @@ fn take_back(
         // Asked for as the rollback was, after a step, a snapshot and a wait for both.
         model.engine.step(slot)?;
         let after = model.engine.snapshot(slot)?;
-        model.engine.synchronize()?;
-        let start = Instant::now();
-        plain.run()?;
-        copy = Some(ms(start.elapsed()));
+        copy = Some(awaited(model, plain)?);
         drop(after);
         model.engine.rollback(slot, position)?;
         later = Some(delay(model, step(slot), |m| Ok(m.engine.rollback(slot, position)?))?);
